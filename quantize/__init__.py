@@ -1,0 +1,1 @@
+"""Quantizing a checkpoint of the Kimi K2 family to INT4 experts."""

@@ -1,0 +1,1 @@
+"""The model, its tokenizer and template, sampling and the terminal chat."""
