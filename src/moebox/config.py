@@ -110,8 +110,8 @@ class ModelConfig:
     @property
     def softmax_scale(self) -> float:
         """qk_head_dim^-0.5, times the squared YaRN attention factor at every length."""
-        scale = self.qk_head_dim**-0.5
-        return scale * self.yarn.attention_mscale() ** 2 if self.yarn else scale
+        mscale = self.yarn.attention_mscale() if self.yarn else 1.0
+        return mscale * mscale / math.sqrt(self.qk_head_dim)
 
     def expert_shapes(self) -> dict[str, tuple[int, int]]:
         """`{"gate_proj": (I, H), "up_proj": (I, H), "down_proj": (H, I)}`, as [out, in]."""

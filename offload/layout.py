@@ -1,0 +1,148 @@
+"""The one layout of an INT4 expert, the same bytes on disk, in RAM and on a GPU.
+
+An expert is six tensors back to back (compressed-tensors `pack-quantized`, group 32, bf16 scales).
+`moebox.json` says where each expert's extent starts. A K2 expert has 24,772,608 bytes = 6,048 pages, so
+in a shard whose data starts on a page, every expert does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from moebox.config import GROUP_SIZE, ModelConfig, read_json
+from moebox.errors import CheckpointError
+
+ALIGNMENT = 4096
+"""Bytes: the data of a shard starts at a multiple of it."""
+
+MANIFEST_FILE = "moebox.json"
+MANIFEST_FORMAT = 1
+
+EXPERT_TENSORS = (
+    "gate_proj.weight_packed",
+    "gate_proj.weight_scale",
+    "up_proj.weight_packed",
+    "up_proj.weight_scale",
+    "down_proj.weight_packed",
+    "down_proj.weight_scale",
+)
+EXPERT_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+
+
+class ExpertLayout:
+    """Offsets, shapes and dtypes of an expert's six tensors within its extent.
+
+    `shapes` are [out, in/8] int32 for packed values and [out, in/32] bf16 for scales; `offsets` count
+    bytes from the extent's start, in the order of `EXPERT_TENSORS`.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.shapes: list[tuple[int, int]] = []
+        self.dtypes: list[str] = []
+        self.sizes: list[int] = []
+        for name in EXPERT_PROJECTIONS:
+            rows, columns = config.expert_shapes()[name]
+            self.shapes += [(rows, columns // 8), (rows, columns // GROUP_SIZE)]
+            self.dtypes += ["I32", "BF16"]
+            self.sizes += [rows * columns // 2, rows * columns // GROUP_SIZE * 2]
+        self.offsets = [sum(self.sizes[:position]) for position in range(len(self.sizes))]
+        self.nbytes = sum(self.sizes)
+
+
+@dataclass(frozen=True)
+class ExpertExtent:
+    """One expert's bytes, and what quantizing them cost.
+
+    `rel_rms` is the root mean square of the error over that of the source's weights, `max_abs` the
+    largest absolute error; both are 0 where the source's INT4 values were passed through.
+    """
+
+    file: str
+    offset: int
+    nbytes: int
+    rel_rms: float = 0.0
+    max_abs: float = 0.0
+
+
+@dataclass
+class Manifest:
+    """`moebox.json`, written last: a folder that has it is complete."""
+
+    moebox: str
+    method: str
+    source: dict[str, Any]
+    shards: dict[str, dict[str, Any]]
+    """file name -> {"size": bytes, "sha256": hex}"""
+    experts: dict[int, list[ExpertExtent]]
+    """layer -> extent of each expert"""
+    left_out: list[str] = field(default_factory=list)
+    format: int = MANIFEST_FORMAT
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object that `load_manifest` reads."""
+        data = asdict(self)
+        data["experts"] = {str(layer): extents for layer, extents in data["experts"].items()}
+        return data
+
+
+def load_manifest(folder: Path) -> Manifest | None:
+    """Read `folder/moebox.json`; None where moebox did not write the checkpoint.
+
+    Raises:
+        CheckpointError: the manifest is malformed or of a newer format.
+    """
+    path = folder / MANIFEST_FILE
+    if not path.exists():
+        return None
+    data = read_json(path)
+    if data.get("format") != MANIFEST_FORMAT:
+        raise CheckpointError(
+            f"{path}: format {data.get('format')!r}, this moebox reads {MANIFEST_FORMAT}",
+            "Update moebox, or quantize the source again.",
+        )
+    try:
+        experts = {
+            int(layer): [ExpertExtent(**extent) for extent in extents]
+            for layer, extents in data["experts"].items()
+        }
+        return Manifest(**(data | {"experts": experts}))
+    except (TypeError, KeyError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path}: malformed: {error}", "Quantize the source again.") from None
+
+
+def check_extents(folder: Path, config: ModelConfig, manifest: Manifest) -> None:
+    """Compare the manifest with the config and the files' sizes.
+
+    Raises:
+        CheckpointError: an expert is missing, of the wrong size, or beyond its file's end.
+    """
+    path = folder / MANIFEST_FILE
+    expected = ExpertLayout(config).nbytes
+    sizes: dict[str, int] = {}
+    for layer in config.moe_layers:
+        extents = manifest.experts.get(layer, [])
+        if len(extents) != config.n_routed_experts:
+            raise CheckpointError(
+                f"{path}: layer {layer} has {len(extents)} experts, the config {config.n_routed_experts}"
+            )
+        for expert, extent in enumerate(extents):
+            name = config.expert_name(layer, expert)
+            if extent.file not in sizes:
+                sizes[extent.file] = _file_size(folder / extent.file)
+            if extent.nbytes != expected:
+                raise CheckpointError(f"{path}: {name}: {extent.nbytes} bytes, the config implies {expected}")
+            if extent.offset < 0 or extent.offset + extent.nbytes > sizes[extent.file]:
+                raise CheckpointError(
+                    f"{folder / extent.file}: {name}: ends at byte {extent.offset + extent.nbytes}, "
+                    f"the file has {sizes[extent.file]}",
+                    "The file is truncated; quantize the source again.",
+                )
+
+
+def _file_size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}", "Restore the shard, or quantize again.") from None
