@@ -1,2 +1,19 @@
-#include <nanobind/nanobind.h>
-NB_MODULE(_kernels, m) { m.def("ping", [] { return 1; }); }
+// The extension module moebox._kernels: what kernels/cpu.py wraps.
+#include "module.h"
+
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include "isa.h"
+
+NB_MODULE(_kernels, m) {
+  m.def("isa_paths", [] {
+    std::vector<std::string> names;
+    for (moebox::Isa isa : moebox::usable_isas()) names.emplace_back(moebox::isa_name(isa));
+    return names;
+  });
+  moebox::register_experts(m);
+#ifndef MOEBOX_NO_QUANTIZE
+  moebox::register_quantize(m);
+#endif
+}

@@ -1,0 +1,11 @@
+// Each part adds its functions and classes to the extension module.
+#pragma once
+
+#include <nanobind/nanobind.h>
+
+namespace moebox {
+
+void register_experts(nanobind::module_& m);
+void register_quantize(nanobind::module_& m);
+
+}  // namespace moebox
