@@ -1,0 +1,43 @@
+# demo: install and show the main job.  test: install and pass lint, types and tests.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+NATIVE := CMakeLists.txt $(wildcard kernels/csrc/*)
+PARTS := cli.py demo.py quantize runtime offload kernels src examples benchmarks tests docs
+
+.PHONY: demo test lint format docs bench clean
+
+demo: .venv/installed
+	$(BIN)/moebox demo
+
+test: .venv/tested lint
+	$(BIN)/pytest
+
+lint: .venv/tested
+	$(BIN)/ruff check $(PARTS)
+	$(BIN)/ruff format --check $(PARTS)
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror kernels/csrc/*.cpp kernels/csrc/*.h
+
+format: .venv/tested
+	$(BIN)/ruff check --fix $(PARTS)
+	$(BIN)/ruff format $(PARTS)
+	$(BIN)/clang-format -i kernels/csrc/*.cpp kernels/csrc/*.h
+
+docs: .venv/tested
+	$(BIN)/python docs/generate_cli.py
+
+bench: .venv/tested
+	$(BIN)/python benchmarks/cpu_experts.py
+
+clean:
+	rm -rf .venv build dist out
+
+# Editable, so Python edits are live; a change of the C++ sources or of the dependencies reinstalls.
+.venv/installed: pyproject.toml constraints.txt $(NATIVE)
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet -c constraints.txt -e .
+	touch $@
+
+.venv/tested: .venv/installed
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[test]'
+	touch $@
