@@ -62,24 +62,46 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         CheckpointError: the file is missing or truncated, the header is not valid, or its offsets
             overlap, leave holes, contradict a shape, or do not end where the file ends.
     """
+    return parse_header(path, *read_header_bytes(path))
+
+
+def read_header_bytes(path: Path) -> tuple[bytes, int]:
+    """One shard's header as it stands in the file, without its length prefix, and the file's size.
+
+    Raises:
+        CheckpointError: the file is missing, or too short for its header.
+    """
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
-            raw_length = file.read(8)
-            if len(raw_length) < 8:
-                raise CheckpointError(f"{path}: {size} bytes, too short for a safetensors file", _FETCH_AGAIN)
-            (length,) = struct.unpack("<Q", raw_length)
-            if length > min(_HEADER_LIMIT_BYTES, size - 8):
-                raise CheckpointError(
-                    f"{path}: header of {length} bytes does not fit the file of {size} bytes", _FETCH_AGAIN
-                )
-            raw = file.read(length)
+            length = header_length(path, file.read(8), size)
+            return file.read(length), size
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file", "Fetch the missing shard.") from None
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
-    infos = _parse_entries(path, _parse_json(path, raw), data_start=8 + length)
-    _check_offsets(path, infos, 8 + length, size)
+
+
+def header_length(path: Path, prefix: bytes, size: int) -> int:
+    """Bytes of the header, from the file's first eight; `CheckpointError` where it cannot fit `size`."""
+    if len(prefix) < 8:
+        raise CheckpointError(f"{path}: {size} bytes, too short for a safetensors file", _FETCH_AGAIN)
+    length: int = struct.unpack("<Q", prefix)[0]
+    if length > min(_HEADER_LIMIT_BYTES, size - 8):
+        raise CheckpointError(
+            f"{path}: header of {length} bytes does not fit the file of {size} bytes", _FETCH_AGAIN
+        )
+    return length
+
+
+def parse_header(path: Path, raw: bytes, size: int) -> dict[str, TensorInfo]:
+    """Check a header read elsewhere (`raw`, without its length prefix) for a file of `size` bytes at `path`.
+
+    Raises:
+        CheckpointError: as `read_header`.
+    """
+    infos = _parse_entries(path, _parse_json(path, raw), data_start=8 + len(raw))
+    _check_offsets(path, infos, 8 + len(raw), size)
     return {info.name: info for info in infos}
 
 
