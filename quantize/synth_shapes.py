@@ -8,12 +8,11 @@ from typing import Any, Literal
 
 from moebox.config import GROUP_SIZE, ModelConfig, parse_config
 from moebox.errors import ConfigError
-from moebox.quantize.int4 import INT4_QUANTIZATION
+from moebox.quantize.int4 import FP8_BLOCK, INT4_QUANTIZATION
 
 Format = Literal["fp8", "bf16", "int4"]
 Shape = Literal["kimi-k2", "tiny"]
 
-FP8_BLOCK = 128
 ITEM_BYTES = {"F8_E4M3": 1, "BF16": 2, "F32": 4, "I32": 4}
 
 KIMI_K2_CONFIG: dict[str, Any] = {
