@@ -1,0 +1,180 @@
+"""What the model asks for routed experts, and the tier that computes them on the CPU.
+
+The model knows layers, expert ids, weights and hidden states; where an expert lies is this package's
+business. A GPU tier joins by implementing `Experts`.
+
+Shapes: T tokens, H hidden_size, E n_routed_experts, k num_experts_per_tok.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from moebox.errors import CheckpointError
+from moebox.kernels import cpu
+from moebox.offload.checkpoint import Checkpoint, TensorInfo, map_bytes
+from moebox.offload.layout import (
+    EXPERT_TENSORS,
+    MANIFEST_FILE,
+    ExpertLayout,
+    Manifest,
+    check_extents,
+    load_manifest,
+)
+
+log = logging.getLogger("moebox")
+
+Progress = Callable[[str, int, int], None]
+"""Called with a stage's name, what is done and what there is to do, in bytes."""
+
+PAGE_BYTES = 4096
+
+
+class Experts(Protocol):
+    """The routed experts of all layers, wherever they live."""
+
+    nbytes: int
+
+    def forward(self, layer: int, expert_ids: Tensor, weights: Tensor, hidden: Tensor) -> Tensor:
+        """Sum of the chosen experts' outputs, weighted.
+
+        Args:
+            layer: index of an MoE layer.
+            expert_ids: int64 [T, k], in any order.
+            weights: fp32 [T, k].
+            hidden: bf16 or fp32 [T, H].
+
+        Returns:
+            fp32 [T, H]: `sum_j weights[t, j] * expert[expert_ids[t, j]](hidden[t])`.
+        """
+        ...
+
+
+class CpuExperts:
+    """Experts computed where they lie in memory, straight from the INT4 bytes of the mapped shards."""
+
+    def __init__(self, layers: dict[int, list[cpu.Expert]], nbytes: int, pool: cpu.ThreadPool) -> None:
+        self.nbytes = nbytes
+        self._layers = layers
+        self._pool = pool
+
+    def forward(self, layer: int, expert_ids: Tensor, weights: Tensor, hidden: Tensor) -> Tensor:
+        """See `Experts.forward`."""
+        chosen, offsets, tokens, order = group_by_expert(expert_ids.numpy())
+        experts = self._layers[layer]
+        out = torch.zeros(hidden.shape, dtype=torch.float32)
+        cpu.experts_forward(
+            self._pool,
+            [experts[expert] for expert in chosen],
+            offsets,
+            tokens,
+            weights.numpy().reshape(-1)[order],
+            hidden.contiguous(),
+            out,
+        )
+        return out
+
+
+Int32s = npt.NDArray[np.int32]
+
+
+def group_by_expert(
+    expert_ids: npt.NDArray[np.int64],
+) -> tuple[list[int], Int32s, Int32s, npt.NDArray[np.intp]]:
+    """Turn each token's experts into each expert's tokens.
+
+    Args:
+        expert_ids: [T, k].
+
+    Returns:
+        The n distinct experts, ascending; offsets int32 [n + 1] and tokens int32 [T * k], so that the
+        i-th expert gets `tokens[offsets[i]:offsets[i + 1]]`; the permutation [T * k] that sorts the flat ids.
+    """
+    flat = expert_ids.reshape(-1)
+    order = np.argsort(flat, kind="stable")
+    in_order = flat[order]
+    starts = np.flatnonzero(np.diff(in_order, prepend=-1))
+    offsets = np.append(starts, flat.size).astype(np.int32)
+    tokens = (order // expert_ids.shape[1]).astype(np.int32)
+    return in_order[starts].tolist(), offsets, tokens, order
+
+
+def open_experts(checkpoint: Checkpoint, pool: cpu.ThreadPool) -> CpuExperts:
+    """Map every routed expert of a quantized checkpoint; nothing is read yet.
+
+    Raises:
+        CheckpointError: a tensor is missing, of a wrong shape or type, or not where `moebox.json` says.
+    """
+    config = checkpoint.config
+    manifest = load_manifest(checkpoint.folder)
+    if manifest is None:
+        log.warning(
+            "%s was not written by moebox: its experts take six reads each instead of one; "
+            "`moebox quantize` copies it to the layout that takes one",
+            checkpoint.folder,
+        )
+    else:
+        check_extents(checkpoint.folder, config, manifest)
+    layout = ExpertLayout(config)
+    layers = {}
+    for layer in config.moe_layers:
+        tensors = [
+            expert_tensors(checkpoint, layout, layer, expert) for expert in range(config.n_routed_experts)
+        ]
+        if manifest is not None:
+            _check_places(manifest, layout, layer, tensors)
+        layers[layer] = [cpu.Expert(*(checkpoint.read(info.name) for info in infos)) for infos in tensors]
+    return CpuExperts(layers, config.experts_bytes, pool)
+
+
+def expert_tensors(checkpoint: Checkpoint, layout: ExpertLayout, layer: int, expert: int) -> list[TensorInfo]:
+    """Where an expert's six tensors lie, in the order of `EXPERT_TENSORS`, types and shapes checked."""
+    infos = []
+    name = checkpoint.config.expert_name(layer, expert)
+    for suffix, dtype, shape in zip(EXPERT_TENSORS, layout.dtypes, layout.shapes, strict=True):
+        info = checkpoint.info(f"{name}.{suffix}")
+        if (info.dtype, info.shape) != (dtype, shape):
+            raise CheckpointError(
+                f"{info.file}: {info.name}: {info.dtype} {list(info.shape)}, "
+                f"the config implies {dtype} {list(shape)}",
+                "moebox runs INT4 experts with one bf16 scale per 32 inputs; quantize the original weights.",
+            )
+        infos.append(info)
+    return infos
+
+
+def _check_places(
+    manifest: Manifest, layout: ExpertLayout, layer: int, experts: list[list[TensorInfo]]
+) -> None:
+    """Compare the manifest's extents with the shards' headers."""
+    for extent, infos in zip(manifest.experts[layer], experts, strict=True):
+        for info, offset in zip(infos, layout.offsets, strict=True):
+            if (info.file.name, info.offset) != (extent.file, extent.offset + offset):
+                raise CheckpointError(
+                    f"{info.file}: {info.name}: at byte {info.offset}; {MANIFEST_FILE} says {extent.file}, "
+                    f"byte {extent.offset + offset}",
+                    "The manifest belongs to other shards; quantize the source again.",
+                )
+
+
+def prefault(checkpoint: Checkpoint, progress: Progress | None = None) -> None:
+    """Read all experts into the page cache, shard by shard in the order of the files."""
+    names = [
+        f"{checkpoint.config.expert_name(layer, expert)}.{suffix}"
+        for layer in checkpoint.config.moe_layers
+        for expert in range(checkpoint.config.n_routed_experts)
+        for suffix in EXPERT_TENSORS
+    ]
+    done, total = 0, checkpoint.config.experts_bytes
+    for info in sorted((checkpoint.info(name) for name in names), key=lambda info: (info.file, info.offset)):
+        map_bytes(info)[::PAGE_BYTES].max(initial=0)
+        done += info.nbytes
+        if progress is not None:
+            progress("experts", done, total)

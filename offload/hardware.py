@@ -1,0 +1,71 @@
+"""What this machine has: memory that is free for use, and cores, both within the limits of a container."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import psutil
+
+CGROUP_ROOT = Path("/sys/fs/cgroup")
+
+
+def available_ram_bytes(cgroup_root: Path = CGROUP_ROOT, membership: Path = Path("/proc/self/cgroup")) -> int:
+    """Bytes that this process can still take without swapping: the machine's, or its cgroup's if less."""
+    available = int(psutil.virtual_memory().available)
+    return min([available, *_cgroup_headrooms(cgroup_root, membership)])
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _cgroup_headrooms(root: Path, membership: Path) -> list[int]:
+    """What each memory limit on the way from the root to this process's cgroup still leaves."""
+    headrooms = []
+    for controller, limit, usage in (
+        ("", "memory.max", "memory.current"),
+        ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ):
+        folder = root / controller
+        own = _own_cgroup(membership, controller)
+        for path in [folder, *(folder / own for own in _ancestors(own))]:
+            limit_bytes, used_bytes = _read_number(path / limit), _read_number(path / usage)
+            if limit_bytes is not None and used_bytes is not None:
+                # Page cache is counted as used, but the kernel gives it back on demand.
+                headrooms.append(limit_bytes - used_bytes + _reclaimable_bytes(path))
+    return [max(headroom, 0) for headroom in headrooms]
+
+
+def _own_cgroup(membership: Path, controller: str) -> str:
+    """The process's path below a controller's hierarchy: lines are `id:controllers:path`."""
+    try:
+        lines = membership.read_text().splitlines()
+    except OSError:
+        return ""
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controller in controllers.split(","):
+            return path.strip("/")
+    return ""
+
+
+def _ancestors(path: str) -> list[str]:
+    parts = path.split("/") if path else []
+    return ["/".join(parts[: length + 1]) for length in range(len(parts))]
+
+
+def _reclaimable_bytes(path: Path) -> int:
+    try:
+        fields = dict(line.split(" ", 1) for line in (path / "memory.stat").read_text().splitlines())
+        return int(fields.get("inactive_file", 0)) + int(fields.get("active_file", 0))
+    except (OSError, ValueError):
+        return 0
+
+
+def _read_number(path: Path) -> int | None:
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):  # absent, or "max"
+        return None

@@ -1,0 +1,99 @@
+"""Precision of the backbone at load: bf16, or int8 and nf4 through bitsandbytes.
+
+Quantized are the matrices of attention, shared experts, dense layers and head. `kv_b_proj` stays in bf16:
+absorbed attention multiplies by its parts per head, not as a Linear. So do the embedding (rows are looked
+up) and router and norms (small, fp32).
+
+int8 is LLM.int8() (arXiv 2208.07339): activations are quantized too, outliers above 6 excepted. nf4 is
+QLoRA's NormalFloat (arXiv 2305.14314) in blocks of 64, with quantized block scales; matrices whose rows are
+no multiple of 64 stay in bf16, since bitsandbytes 0.50 multiplies those wrongly on the CPU.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+
+import bitsandbytes as bnb
+import torch
+from torch import Tensor, nn
+
+from moebox.errors import PlanError
+
+PRECISIONS = ("bf16", "int8", "nf4")
+OUTLIER_THRESHOLD = 6.0
+NF4_BLOCK = 64
+NF4_BYTES_PER_WEIGHT = 0.5 + 1 / 64 + 4 / (64 * 256)
+
+_QUANTIZED = re.compile(
+    r"lm_head$"
+    r"|self_attn\.(q_proj|q_a_proj|q_b_proj|kv_a_proj_with_mqa|o_proj)$"
+    r"|mlp\.(shared_experts\.)?(gate_proj|up_proj|down_proj)$"
+)
+
+
+def check_precision(backbone: str) -> None:
+    """Raise `PlanError` unless `backbone` is one of `PRECISIONS`."""
+    if backbone not in PRECISIONS:
+        raise PlanError(
+            f"backbone precision {backbone!r} is unknown", f"Choose one of {', '.join(PRECISIONS)}."
+        )
+
+
+def is_quantized(module_name: str, columns: int, backbone: str) -> bool:
+    """Whether a precision applies to the module of this name with so many inputs."""
+    if backbone == "bf16" or _QUANTIZED.search(module_name) is None:
+        return False
+    return backbone == "int8" or columns % NF4_BLOCK == 0
+
+
+class Int8Linear(bnb.nn.Linear8bitLt):  # type: ignore[misc]
+    """bitsandbytes' int8 Linear around fp32: on CPUs without bf16 instructions four times as fast."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x [T, in] -> [T, out]`, in x's dtype."""
+        return super().forward(x.float()).to(x.dtype)  # type: ignore[no-any-return]
+
+
+def quantize_linear(weight: Tensor, backbone: str) -> nn.Module:
+    """A bitsandbytes Linear on the CPU that holds `weight [out, in]` as "int8" or "nf4"."""
+    rows, columns = weight.shape
+    if backbone == "int8":
+        return _int8_linear(weight, rows, columns)
+    module: nn.Module = bnb.nn.Linear4bit(
+        columns, rows, bias=False, compute_dtype=weight.dtype, quant_type="nf4", device="meta"
+    )
+    parameter = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4", module=module)
+    module.weight = parameter.to("cpu")  # where bitsandbytes quantizes
+    return module
+
+
+def _int8_linear(weight: Tensor, rows: int, columns: int) -> nn.Module:
+    # bitsandbytes warns at every call that fp32 inputs are rounded to fp16 before they become int8.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    module = Int8Linear(
+        columns, rows, bias=False, has_fp16_weights=False, threshold=OUTLIER_THRESHOLD, device="meta"
+    )
+    parameter = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
+    module.weight = parameter.to("cpu")
+    return module
+
+
+def parameter_bytes(parameter: Tensor) -> int:
+    """Bytes of a parameter, with the scales that bitsandbytes keeps beside it."""
+    extras = [getattr(parameter, "SCB", None)]
+    state = getattr(parameter, "quant_state", None)
+    if state is not None:
+        extras += [state.absmax, state.state2.absmax if state.nested else None]
+    return parameter.nbytes + sum(extra.nbytes for extra in extras if isinstance(extra, Tensor))
+
+
+def planned_bytes(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, backbone: str) -> int:
+    """Bytes that a backbone of these tensors (name -> shape) will take."""
+    total = 0.0
+    for name, shape in shapes.items():
+        width = dtype.itemsize + 0.0
+        if is_quantized(name.removesuffix(".weight"), shape[-1], backbone):
+            width = 1.0 if backbone == "int8" else NF4_BYTES_PER_WEIGHT
+        total += torch.Size(shape).numel() * width
+    return int(total)

@@ -1,0 +1,271 @@
+"""A loaded model, and conversations with it: `Engine` holds the weights, `Session` a cache of its own."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from threading import Event
+
+import torch
+from torch import Tensor
+
+from moebox.config import ModelConfig
+from moebox.errors import MoeboxError, PlanError, RequestError
+from moebox.kernels import cpu
+from moebox.offload.checkpoint import Checkpoint
+from moebox.offload.experts import open_experts, prefault
+from moebox.offload.hardware import usable_cores
+from moebox.runtime import backbone as precision
+from moebox.runtime.kv_cache import KVCache, bytes_per_token
+from moebox.runtime.loader import Progress, check_names, check_quantized, load_backbone, stored_bytes
+from moebox.runtime.memory import MemoryPlan, plan_memory
+from moebox.runtime.model import KimiK2
+
+log = logging.getLogger("moebox")
+
+CHUNK_TOKENS = 1024
+"""Tokens of a prompt that go through the model at once: bounds memory, and how much an interrupt loses."""
+
+Cancel = Event | Callable[[], bool]
+"""Set, or returning True, when a prefill should stop."""
+
+
+class Cancelled(MoeboxError):
+    """A prefill was cancelled; the session holds the chunks that were finished."""
+
+
+class Engine:
+    """A model of the family, ready to compute on the CPU.
+
+    Attributes:
+        config: the checkpoint's configuration.
+        folder: the checkpoint.
+        experts_bytes: INT4 bytes of all routed experts.
+        backbone_bytes: bytes of everything else, as loaded.
+        backbone_saved_bytes: what int8 or nf4 saves of the backbone, against bf16.
+        kv_bytes_per_token: bytes of cache that a token of context takes.
+        context: tokens that a session may hold unless it asks for less.
+        dtype: what the backbone computes in.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        model: KimiK2,
+        pool: cpu.ThreadPool,
+        dtype: torch.dtype,
+        plan: MemoryPlan,
+    ) -> None:
+        self.folder = checkpoint.folder
+        self.config: ModelConfig = checkpoint.config
+        self.dtype = dtype
+        self.context = plan.context
+        self.experts_bytes = self.config.experts_bytes
+        self.backbone_bytes = stored_bytes(model)
+        self.backbone_saved_bytes = plan.unquantized_backbone_bytes - self.backbone_bytes
+        self.kv_bytes_per_token = bytes_per_token(self.config, dtype)
+        self._model = model
+        self._pool = pool
+
+    @classmethod
+    def load(
+        cls,
+        path: Path,
+        *,
+        device: str | None = None,
+        vram: int | None = None,
+        ram: int | None = None,
+        backbone: str = "bf16",
+        dtype: torch.dtype | None = None,
+        context: int | None = None,
+        threads: int | None = None,
+        progress: Progress | None = None,
+    ) -> Engine:
+        """Load a quantized checkpoint.
+
+        Args:
+            path: a folder that `moebox quantize` wrote, or a native INT4 checkpoint.
+            device: None or "cpu".
+            vram: bytes of GPU memory to use; this version computes on the CPU and takes none.
+            ram: bytes that experts, backbone and cache may take together; None: what is free.
+            backbone: "bf16", "int8" or "nf4".
+            dtype: `torch.bfloat16` (default) or `torch.float32`.
+            context: tokens a session can hold; None: `max_position_embeddings`, or what memory allows.
+            threads: cores to compute on; None: all that this process may use.
+            progress: called with ("backbone" | "experts", bytes done, bytes in all).
+
+        Raises:
+            ConfigError: `config.json` is missing or of another family.
+            CheckpointError: not quantized, damaged, or tensors do not match the config.
+            PlanError: it does not fit the memory, or asks for a device that this version does not use.
+        """
+        _check_device(device, vram)
+        precision.check_precision(backbone)
+        dtype = dtype or torch.bfloat16
+        checkpoint = Checkpoint.open(Path(path))
+        check_quantized(checkpoint)
+        check_names(checkpoint)
+        plan = plan_memory(checkpoint.config, dtype, backbone, ram, context)
+        threads = threads or usable_cores()
+        torch.set_num_threads(threads)
+        pool = cpu.ThreadPool(threads)
+        experts = open_experts(checkpoint, pool)
+        model = load_backbone(checkpoint, experts, dtype, backbone, progress)
+        if plan.experts_fit:
+            prefault(checkpoint, progress)
+        return cls(checkpoint, model, pool, dtype, plan)
+
+    @torch.inference_mode()
+    def logits(self, token_ids: list[int]) -> Tensor:
+        """One forward pass over `token_ids` [T], no cache kept: fp32 [T, vocab_size].
+
+        Raises:
+            RequestError: no tokens, an id outside the vocabulary, or more than `context` tokens.
+        """
+        self._check_tokens(token_ids, self.context)
+        cache = KVCache(self.config, self.dtype, len(token_ids))
+        return torch.cat(
+            [self._model.logits(self._model(chunk, cache)) for chunk in _chunks(token_ids, CHUNK_TOKENS)]
+        )
+
+    def session(self, context: int | None = None) -> Session:
+        """A conversation with a cache of its own, for up to `context` tokens.
+
+        Raises:
+            RequestError: more than `max_position_embeddings`, or than memory allows.
+        """
+        if context is not None and not 1 <= context <= self.context:
+            raise RequestError(
+                f"context of {context} tokens; this model and memory allow 1 to {self.context}"
+            )
+        return Session(self, context or self.context)
+
+    def _check_tokens(self, token_ids: list[int], context: int) -> None:
+        if not token_ids:
+            raise RequestError("no tokens to compute")
+        if len(token_ids) > context:
+            raise RequestError(
+                f"{len(token_ids)} tokens do not fit the context of {context}",
+                "Shorten the conversation, or load the model with a larger context.",
+            )
+        low, high = min(token_ids), max(token_ids)
+        if low < 0 or high >= self.config.vocab_size:
+            raise RequestError(
+                f"token id {low if low < 0 else high} is outside the vocabulary of {self.config.vocab_size}"
+            )
+
+
+class Session:
+    """One conversation: its cache survives from turn to turn, so that only new tokens are computed.
+
+    Attributes:
+        context: tokens that fit.
+        reused: tokens of the last prefill that the cache already held.
+        computed: tokens that the last prefill has computed.
+    """
+
+    def __init__(self, engine: Engine, context: int) -> None:
+        self.engine = engine
+        self.context = context
+        self.reused = 0
+        self.computed = 0
+        self._cache = KVCache(engine.config, engine.dtype, context)
+
+    @property
+    def tokens(self) -> list[int]:
+        """What the cache holds: a copy of the token ids."""
+        return list(self._cache.tokens)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes that the cache has allocated."""
+        return self._cache.nbytes
+
+    @torch.inference_mode()
+    def prefill(
+        self,
+        token_ids: list[int],
+        *,
+        on_progress: Callable[[int, int], None] | None = None,
+        cancel: Cancel | None = None,
+    ) -> Tensor:
+        """Bring the cache to `token_ids`, the whole conversation so far, and predict what follows.
+
+        The longest common prefix with what the cache holds is kept; the rest, at least the last token, is
+        computed in chunks. After an error, a cancellation or an interrupt the session holds the chunks that
+        were finished and can go on from there.
+
+        Args:
+            token_ids: T ids from the start of the conversation.
+            on_progress: called with (tokens computed, tokens to compute), first with 0 and then per chunk.
+            cancel: looked at before every layer.
+
+        Returns:
+            fp32 [vocab_size], the logits after the last token.
+
+        Raises:
+            RequestError: `token_ids` is empty, does not fit the context or leaves the vocabulary.
+            Cancelled: `cancel` was set.
+        """
+        self.engine._check_tokens(token_ids, self.context)
+        self.reused = min(common_prefix(self._cache.tokens, token_ids), len(token_ids) - 1)
+        self.computed = 0
+        self._cache.truncate(self.reused)
+        rest = token_ids[self.reused :]
+        if on_progress is not None:
+            on_progress(0, len(rest))
+        for chunk in _chunks(rest, CHUNK_TOKENS):
+            hidden = self.engine._model(chunk, self._cache, _checker(cancel))
+            self.computed += len(chunk)
+            if on_progress is not None:
+                on_progress(self.computed, len(rest))
+        return self.engine._model.logits(hidden[-1:])[0]
+
+    @torch.inference_mode()
+    def decode(self, token: int) -> Tensor:
+        """Append one token and predict the next: fp32 [vocab_size].
+
+        Raises:
+            RequestError: the context is full, or the id is outside the vocabulary.
+        """
+        held = len(self._cache)
+        if held >= self.context:
+            raise RequestError(
+                f"{held + 1} tokens do not fit the context of {self.context}",
+                "Start a new conversation, or load the model with a larger context.",
+            )
+        self.engine._check_tokens([token], self.context)
+        model = self.engine._model
+        return model.logits(model([token], self._cache))[0]
+
+
+def common_prefix(a: list[int], b: list[int]) -> int:
+    """Number of leading elements that `a` and `b` share."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _chunks(token_ids: list[int], size: int) -> list[list[int]]:
+    return [token_ids[start : start + size] for start in range(0, len(token_ids), size)]
+
+
+def _checker(cancel: Cancel | None) -> Callable[[], None] | None:
+    if cancel is None:
+        return None
+    is_set = cancel.is_set if isinstance(cancel, Event) else cancel
+
+    def check() -> None:
+        if is_set():
+            raise Cancelled("the prefill was cancelled")
+
+    return check
+
+
+def _check_device(device: str | None, vram: int | None) -> None:
+    if device not in (None, "cpu"):
+        raise PlanError(f"device {device!r}: this version computes on the CPU", "Leave the device out.")
+    if vram:
+        raise PlanError(
+            f"vram = {vram} bytes: this version computes on the CPU and uses no GPU memory",
+            "Leave the VRAM budget out.",
+        )

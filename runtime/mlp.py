@@ -1,0 +1,46 @@
+"""Feed-forward parts of a layer: the dense gated MLP, and the mixture of experts."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moebox.config import ModelConfig
+from moebox.offload.experts import Experts
+from moebox.runtime.linear import Linear
+from moebox.runtime.router import Router
+
+
+class MLP(nn.Module):
+    """`down(silu(gate(x)) * up(x))`: the dense layers' MLP and the shared expert."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.gate_proj = Linear(hidden_size, intermediate_size)
+        self.up_proj = Linear(hidden_size, intermediate_size)
+        self.down_proj = Linear(intermediate_size, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x [T, H] -> [T, H]`."""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # type: ignore[no-any-return]
+
+
+class MoE(nn.Module):
+    """Routed experts, wherever they live, plus the shared expert."""
+
+    def __init__(self, config: ModelConfig, layer: int, experts: Experts) -> None:
+        super().__init__()
+        self.layer = layer
+        self.experts = experts
+        self.gate = Router(config)
+        self.shared_experts = (
+            MLP(config.hidden_size, config.moe_intermediate_size * config.n_shared_experts)
+            if config.n_shared_experts
+            else None
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x [T, H]` -> fp32 [T, H]."""
+        expert_ids, weights = self.gate(x)
+        routed = self.experts.forward(self.layer, expert_ids, weights, x)
+        return routed if self.shared_experts is None else routed + self.shared_experts(x)

@@ -1,0 +1,93 @@
+"""The Kimi K2 family (DeepSeek-V3 architecture): modules under Hugging Face's tensor names.
+
+Shapes: T tokens, H hidden_size. The residual stream is fp32; matrices work in the model's dtype, and
+softmax, router, norms and the sum over experts in fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from moebox.config import ModelConfig
+from moebox.offload.experts import Experts
+from moebox.runtime.attention import Attention
+from moebox.runtime.kv_cache import KVCache
+from moebox.runtime.linear import Linear
+from moebox.runtime.mlp import MLP, MoE
+from moebox.runtime.norm import RMSNorm
+from moebox.runtime.rope import Rotary
+
+
+class DecoderLayer(nn.Module):
+    """Attention, then the dense MLP or the mixture of experts, each on the residual stream."""
+
+    def __init__(self, config: ModelConfig, layer: int, experts: Experts, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        self.self_attn = Attention(config, layer, dtype)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        self.mlp = (
+            MoE(config, layer, experts)
+            if layer in config.moe_layers
+            else MLP(config.hidden_size, config.intermediate_size)
+        )
+
+    def forward(self, hidden: Tensor, rotations: Tensor, cache: KVCache) -> Tensor:
+        """`hidden` fp32 [T, H] -> fp32 [T, H]."""
+        hidden = hidden + self.self_attn(self.input_layernorm(hidden), rotations, cache)
+        return hidden + self.mlp(self.post_attention_layernorm(hidden))  # type: ignore[no-any-return]
+
+
+class Decoder(nn.Module):
+    """Embedding, layers and final norm: what stands under `model.` in a checkpoint."""
+
+    def __init__(self, config: ModelConfig, experts: Experts, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, layer, experts, dtype) for layer in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        self.rotary = Rotary(config)
+
+
+class KimiK2(nn.Module):
+    """The whole model: token ids in, logits out.
+
+    `experts` is asked for each layer's routed experts and may keep them anywhere.
+    """
+
+    def __init__(self, config: ModelConfig, experts: Experts, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.model = Decoder(config, experts, dtype)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size)
+
+    def forward(
+        self, token_ids: list[int], cache: KVCache, between_layers: Callable[[], None] | None = None
+    ) -> Tensor:
+        """Run the tokens that follow those in the cache, and commit them to it.
+
+        Args:
+            token_ids: T ids.
+            cache: grows by T tokens when the pass has finished, and not before.
+            between_layers: called before each layer; what it raises ends the pass.
+
+        Returns:
+            Normed hidden states [T, H], for `logits`.
+        """
+        hidden = self.model.embed_tokens(torch.tensor(token_ids)).float()
+        rotations = self.model.rotary.rotations(len(cache), len(token_ids))
+        for layer in self.model.layers:
+            if between_layers is not None:
+                between_layers()
+            hidden = layer(hidden, rotations, cache)
+        normed: Tensor = self.model.norm(hidden)
+        cache.commit(token_ids)
+        return normed
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """`hidden [T, H]` -> fp32 [T, vocab]."""
+        return self.lm_head(hidden).float()  # type: ignore[no-any-return]

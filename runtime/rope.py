@@ -1,0 +1,59 @@
+"""Rotary positions (arXiv 2104.09864) with YaRN (arXiv 2309.00071), interleaved as the family has them."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from moebox.config import ModelConfig, YarnConfig
+
+
+class Rotary:
+    """Turns positions into rotations, and vectors by them.
+
+    A pair `(x[2j], x[2j+1])` is one complex number, rotated by `position * inv_freq[j]`. transformers
+    also moves the pairs apart afterwards; queries and keys alike, so no score changes and it is left out.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.inv_freq = inverse_frequencies(config.qk_rope_head_dim, config.rope_theta, config.yarn)
+        self.mscale = config.yarn.rotary_mscale() if config.yarn else 1.0
+
+    def rotations(self, start: int, count: int) -> Tensor:
+        """Rotations of the positions `start ... start + count`: complex64 [count, rope_dim / 2]."""
+        positions = torch.arange(start, start + count, dtype=torch.float32)
+        angles = torch.outer(positions, self.inv_freq)
+        return torch.polar(torch.full_like(angles, self.mscale), angles)
+
+
+def rotate(x: Tensor, rotations: Tensor) -> Tensor:
+    """Rotate `x [T, heads, rope_dim]` by `rotations [T, rope_dim / 2]`, in fp32, back in x's dtype."""
+    pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))
+    return torch.view_as_real(pairs * rotations[:, None]).flatten(-2).to(x.dtype)
+
+
+def inverse_frequencies(dim: int, theta: float, yarn: YarnConfig | None) -> Tensor:
+    """Radians per position of each pair: fp32 [dim / 2].
+
+    With YaRN fast pairs keep their frequency, slow ones are divided by `factor`, with a ramp between.
+    """
+    frequencies = 1.0 / (theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))
+    if yarn is None:
+        return frequencies
+    low, high = correction_range(dim, theta, yarn)
+    ramp = ((torch.arange(dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
+    return frequencies / yarn.factor * ramp + frequencies * (1 - ramp)
+
+
+def correction_range(dim: int, theta: float, yarn: YarnConfig) -> tuple[float, float]:
+    """The pairs between which YaRN's ramp rises from 0 to 1."""
+
+    def pair_with(turns: float) -> float:
+        wavelength = yarn.original_max_position_embeddings / (turns * 2 * math.pi)
+        return dim * math.log(wavelength) / (2 * math.log(theta))
+
+    low = max(math.floor(pair_with(yarn.beta_fast)), 0)
+    high = min(math.ceil(pair_with(yarn.beta_slow)), dim - 1)
+    return low, high if high != low else high + 0.001
