@@ -28,12 +28,14 @@ class Stats:
     """What one answer cost.
 
     `prompt_tokens` counts the whole prompt, `cached_tokens` the part of it that the key-value cache
-    still held. `prefill_s` is the time for the others, `ttft_s` the time to the first generated token.
+    still held; `prefill_s` is the time for the others, `ttft_s` the time to the first generated token.
+    `decoded_tokens` is what came after the first one, with the token that ended the answer, in `decode_s`.
     """
 
     prompt_tokens: int
     cached_tokens: int
     completion_tokens: int
+    decoded_tokens: int
     prefill_s: float
     decode_s: float
     ttft_s: float
@@ -49,8 +51,8 @@ class Stats:
 
     @property
     def decode_tokens_per_s(self) -> float:
-        """Generated tokens a second after the first one; 0 where there was one at most."""
-        return (self.completion_tokens - 1) / self.decode_s if self.decode_s > 0 else 0.0
+        """Tokens decoded a second; 0 where the first one was the last."""
+        return self.decoded_tokens / self.decode_s if self.decode_s > 0 else 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """All figures, the two rates included, for JSON."""

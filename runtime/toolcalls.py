@@ -147,7 +147,7 @@ class OutputParser:
 
     def _complete_call(self) -> Iterator[Piece]:
         """The call just read, or its text where it has no arguments or its id names no tool."""
-        given, arguments = self._call_id.strip(), self._arguments.strip()
+        given, arguments = self._call_id.strip(), self._arguments
         name = tool_name(given)
         has_arguments = self._state is _State.ARGUMENTS
         self._state = _State.SECTION if self._in_section else _State.TEXT

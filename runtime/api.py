@@ -1,0 +1,333 @@
+"""`moebox.load` and the `Model` it returns: logits, completions and chats in Python."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from moebox.errors import BusyError, RequestError
+from moebox.runtime.generate import Generation, OnPrefill, TokenSession
+from moebox.runtime.messages import Message, Tool, next_tool_call_index, normalise_messages
+from moebox.runtime.pieces import Completion, Piece, Stats, ToolCall
+from moebox.runtime.sampling import Sampler, SamplingOptions, StopStrings, generation_defaults
+from moebox.runtime.template import Template
+from moebox.runtime.tokenizer import Tokenizer
+from moebox.runtime.toolcalls import THINK_BEGIN, THINK_END, OutputParser
+
+if TYPE_CHECKING:
+    import torch
+
+    from moebox.runtime.engine import Engine
+
+__all__ = ["Completion", "Model", "Piece", "SamplingOptions", "Stats", "ToolCall", "load"]
+
+STOP_NAMES = ("[EOS]", "<|im_end|>", "[EOT]")
+"""Control tokens that end an answer whatever the configs say: their eos ids contradict the templates."""
+
+_REMEMBERED_TEXTS = 1024
+
+
+def load(
+    path: str | Path,
+    device: str | None = None,
+    vram: int | None = None,
+    ram: int | None = None,
+    *,
+    backbone: str = "bf16",
+    dtype: torch.dtype | None = None,
+    context: int | None = None,
+    threads: int | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Model:
+    """Load a quantized checkpoint with its tokenizer and chat template.
+
+    Args:
+        path: a folder that `moebox quantize` wrote, or a native INT4 checkpoint of the family.
+        device: None for the default; "cpu".
+        vram: GPU memory to use, bytes.
+        ram: memory to use, bytes; None for what is free.
+        backbone: precision of everything but the experts: "bf16", "int8" or "nf4".
+        dtype: `torch.bfloat16` (default) or `torch.float32`.
+        context: tokens that a conversation may hold; None for what the model and the memory allow.
+        threads: cores to compute on; None for all.
+        progress: called with (what, bytes done, bytes in all).
+
+    Raises:
+        ConfigError, CheckpointError, TokenizerError, PlanError: names the file, the value and the fix.
+    """
+    folder = Path(path)
+    from moebox.config import load_config
+
+    # The small files first: a missing tokenizer is said before minutes of loading.
+    tokenizer = Tokenizer.load(folder, load_config(folder).vocab_size)
+    template = Template.load(folder, tokenizer)
+    from moebox.runtime.engine import Engine
+
+    engine = Engine.load(
+        folder,
+        device=device,
+        vram=vram,
+        ram=ram,
+        backbone=backbone,
+        dtype=dtype,
+        context=context,
+        threads=threads,
+        progress=progress,
+    )
+    return Model(engine, tokenizer, template)
+
+
+class _Parser(Protocol):
+    def push(self, token: int) -> list[Piece]: ...
+
+    def finish(self) -> list[Piece]: ...
+
+
+class Model:
+    """A loaded model. One answer at a time; the cache of the last conversation is kept.
+
+    Attributes:
+        engine: weights and arithmetic.
+        tokenizer: text <-> token ids.
+        template: messages -> token ids.
+        defaults: sampling options where a call gives none (the checkpoint's own, where it has any).
+        stop_ids: tokens that end an answer.
+    """
+
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, template: Template) -> None:
+        self.engine = engine
+        self.tokenizer = tokenizer
+        self.template = template
+        self.defaults, eos_ids = generation_defaults(Path(engine.folder))
+        named = {tokenizer.specials[name] for name in STOP_NAMES if name in tokenizer.specials}
+        self.stop_ids = frozenset({*engine.config.eos_token_ids, *eos_ids, *named})
+        self._session: TokenSession | None = None
+        self._busy = threading.Lock()
+        self._generated: dict[str, list[int]] = {}
+
+    @property
+    def name(self) -> str:
+        """The checkpoint folder's name."""
+        return Path(self.engine.folder).resolve().name
+
+    @property
+    def session(self) -> TokenSession:
+        """The conversation whose cache is kept; opened on first use."""
+        if self._session is None:
+            self._session = self.engine.session()
+        return self._session
+
+    def logits(self, token_ids: list[int]) -> torch.Tensor:
+        """One forward pass, no cache kept: fp32 [T, vocab_size]."""
+        return self.engine.logits(token_ids)
+
+    def generate(
+        self,
+        prompt: str | Sequence[Message],
+        *,
+        tools: Sequence[Tool] | None = None,
+        thinking: bool = True,
+        cancel: threading.Event | None = None,
+        **sampling: Any,
+    ) -> Completion:
+        """A whole answer: the continuation of a text (no template), or the reply to messages.
+
+        Args:
+            prompt: a text, or chat messages.
+            tools, thinking: as for `chat`; for messages only.
+            cancel: set from another thread to end the answer early.
+            sampling: fields of `SamplingOptions`.
+
+        Raises:
+            RequestError: an option, a message, or a prompt that does not fit the context.
+        """
+        if isinstance(prompt, str):
+            tokens = self.tokenizer.encode(prompt)
+            if not tokens:
+                raise RequestError("the prompt is empty", "Give at least one character.")
+            run = self._start(tokens, _PlainParser(self.tokenizer), sampling, cancel=cancel)
+        else:
+            run = self._chat(prompt, tools, thinking, sampling, cancel=cancel)
+        return run.completion()
+
+    def chat(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Tool] | None = None,
+        thinking: bool = True,
+        *,
+        cancel: threading.Event | None = None,
+        on_prefill: OnPrefill | None = None,
+        **sampling: Any,
+    ) -> Iterator[Piece]:
+        """The reply to a conversation, streamed: text, reasoning and tool calls, then one stats piece.
+
+        Only tokens after the longest common prefix with the last call are computed. Text never ends
+        inside a character.
+
+        Args:
+            messages: the whole conversation, as in the OpenAI chat format.
+            tools: OpenAI function declarations.
+            thinking: let the model reason first, where its template has that switch.
+            cancel: set from another thread or a signal handler to end the answer early.
+            on_prefill: called with (tokens computed, tokens to compute) while the prompt is read.
+            sampling: fields of `SamplingOptions`.
+
+        Raises:
+            RequestError: an option, a message, or a conversation that does not fit the context.
+            BusyError: another answer of this model is still running.
+        """
+        return iter(self._chat(messages, tools, thinking, sampling, cancel=cancel, on_prefill=on_prefill))
+
+    def count_tokens(
+        self, messages: Sequence[Message], tools: Sequence[Tool] | None = None, thinking: bool = True
+    ) -> int:
+        """Tokens of the prompt that `chat` would make of a conversation."""
+        return len(self.template.render(messages, tools, thinking, generated=self._generated))
+
+    def _chat(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Tool] | None,
+        thinking: bool,
+        sampling: dict[str, Any],
+        *,
+        cancel: threading.Event | None,
+        on_prefill: OnPrefill | None = None,
+    ) -> _Run:
+        prompt = self.template.render(messages, tools, thinking, generated=self._generated)
+        next_index = next_tool_call_index(normalise_messages(messages))
+        think_as_text = THINK_BEGIN not in self.tokenizer.specials and THINK_BEGIN in self.template.source
+        parser = OutputParser(self.tokenizer, self._thinking_open(prompt), think_as_text, next_index)
+        return self._start(prompt, parser, sampling, cancel=cancel, on_prefill=on_prefill)
+
+    def _thinking_open(self, prompt: list[int]) -> bool:
+        """Whether the prompt ends inside a think block that the template opened."""
+        begin, end = self.tokenizer.special(THINK_BEGIN), self.tokenizer.special(THINK_END)
+        if begin is None:
+            return self.tokenizer.decode(prompt[-16:]).rstrip().endswith(THINK_BEGIN)
+        last = next((token for token in reversed(prompt) if token in self.tokenizer.special_names), end)
+        return last == begin
+
+    def _start(
+        self,
+        prompt: list[int],
+        parser: _Parser,
+        sampling: dict[str, Any],
+        *,
+        cancel: threading.Event | None,
+        on_prefill: OnPrefill | None = None,
+    ) -> _Run:
+        options = self.defaults.with_(**sampling)
+        context = self.session.context
+        if len(prompt) > context:
+            raise RequestError(
+                f"the prompt has {len(prompt):,} tokens, but the context holds {context:,}",
+                "Shorten the conversation, or load the model with a larger context.",
+            )
+        sampler = Sampler(options, prompt)
+        generation = Generation(
+            self.session, prompt, sampler, self.stop_ids, cancel=cancel, on_prefill=on_prefill
+        )
+        return _Run(generation, parser, StopStrings(options.stop), self._busy, self._remember)
+
+    def _remember(self, tokens: list[int]) -> None:
+        """Keep the model's own ids for its texts, where `encode` would choose others."""
+        run: list[int] = []
+        for token in [*tokens, -1]:
+            if token >= 0 and token not in self.tokenizer.special_names:
+                run.append(token)
+                continue
+            data = self.tokenizer.decode_bytes(run)
+            text = data.decode("utf-8", errors="ignore")
+            if text and text.encode("utf-8") == data and self.tokenizer.encode(text) != run:
+                self._generated[text] = run
+            run = []
+        while len(self._generated) > _REMEMBERED_TEXTS:
+            del self._generated[next(iter(self._generated))]
+
+
+class _PlainParser:
+    """Everything is text: for completions without a chat template."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._decoder = tokenizer.stream()
+
+    def push(self, token: int) -> list[Piece]:
+        text = self._decoder.push(token)
+        return [Piece("text", text)] if text else []
+
+    def finish(self) -> list[Piece]:
+        text = self._decoder.finish()
+        return [Piece("text", text)] if text else []
+
+
+class _Run:
+    """One answer on its way: tokens -> parser -> stop strings -> pieces."""
+
+    def __init__(
+        self,
+        generation: Generation,
+        parser: _Parser,
+        stops: StopStrings,
+        busy: threading.Lock,
+        remember: Callable[[list[int]], None],
+    ) -> None:
+        self._generation = generation
+        self._parser = parser
+        self._stops = stops
+        self._busy = busy
+        self._remember = remember
+        self._called_tools = False
+
+    def __iter__(self) -> Iterator[Piece]:
+        if not self._busy.acquire(blocking=False):
+            raise BusyError("the model is busy with another answer", "Read that one to its end, or close it.")
+        try:
+            yield from self._answer()
+        finally:
+            self._remember(self._generation.tokens)
+            self._busy.release()
+        yield Piece("stats", stats=self._generation.stats)
+
+    def _answer(self) -> Iterator[Piece]:
+        for token in self._generation:
+            yield from self._filtered(self._parser.push(token))
+            if self._stops.stopped:
+                self._generation.finish_reason = "stop"
+                return
+        yield from self._filtered(self._parser.finish())
+        rest = self._stops.finish()
+        if rest:
+            yield Piece("text", rest)
+        if self._called_tools and self._generation.finish_reason == "stop":
+            self._generation.finish_reason = "tool_calls"
+
+    def _filtered(self, pieces: list[Piece]) -> Iterator[Piece]:
+        """`pieces` up to a stop string in their text."""
+        for piece in pieces:
+            if piece.kind != "text":
+                held = self._stops.finish()
+                if held:
+                    yield Piece("text", held)
+                self._called_tools |= piece.kind == "tool_call"
+                yield piece
+                continue
+            text = self._stops.push(piece.text)
+            if text:
+                yield Piece("text", text, warning=piece.warning)
+            if self._stops.stopped:
+                return
+
+    def completion(self) -> Completion:
+        """The whole answer."""
+        pieces = list(self)
+        return Completion(
+            text="".join(piece.text for piece in pieces if piece.kind == "text"),
+            tokens=self._generation.tokens,
+            stats=self._generation.stats,
+            reasoning="".join(piece.text for piece in pieces if piece.kind == "reasoning"),
+            tool_calls=tuple(piece.tool_call for piece in pieces if piece.tool_call is not None),
+        )

@@ -1,0 +1,124 @@
+"""The generation loop: prefill the prompt, then sample and decode until something ends the answer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from threading import Event
+from typing import TYPE_CHECKING, Protocol
+
+from moebox.runtime.pieces import FinishReason, Stats
+from moebox.runtime.sampling import Sampler
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+OnPrefill = Callable[[int, int], None]
+"""Called with (prompt tokens computed, prompt tokens to compute)."""
+
+
+class TokenSession(Protocol):
+    """What the loop needs of `engine.Session`."""
+
+    context: int
+    reused: int
+
+    def prefill(
+        self, token_ids: list[int], *, on_progress: OnPrefill | None, cancel: Event | None
+    ) -> Tensor: ...
+
+    def decode(self, token: int) -> Tensor: ...
+
+
+class Generation:
+    """One answer: iterate for its token ids, without the one that ends it; then read `stats`.
+
+    Args:
+        session: holds the cache; the prompt's common prefix with it is not computed again.
+        prompt: ids of the whole conversation so far.
+        sampler: chooses each token, and holds `max_tokens`.
+        stop_ids: tokens that end the answer.
+        cancel: set from elsewhere to end the answer after the current step.
+        on_prefill: progress of the prompt.
+    """
+
+    def __init__(
+        self,
+        session: TokenSession,
+        prompt: list[int],
+        sampler: Sampler,
+        stop_ids: frozenset[int],
+        *,
+        cancel: Event | None = None,
+        on_prefill: OnPrefill | None = None,
+    ) -> None:
+        self.tokens: list[int] = []
+        self.finish_reason: FinishReason = "cancelled"
+        self._session = session
+        self._prompt = prompt
+        self._sampler = sampler
+        self._stop_ids = stop_ids
+        self._cancel = cancel or Event()
+        self._on_prefill = on_prefill
+        self._prefill_s = self._ttft_s = self._decode_s = 0.0
+        self._decoded = 0
+        self._reused = 0
+
+    def __iter__(self) -> Iterator[int]:
+        from moebox.runtime.engine import Cancelled
+
+        try:
+            token = self._first()
+        except Cancelled:
+            self._reused = self._session.reused
+            return
+        while token not in self._stop_ids:
+            self.tokens.append(token)
+            yield token
+            reason = self._limit()
+            if reason is not None:
+                self.finish_reason = reason
+                return
+            token = self._next(token)
+        self.finish_reason = "stop"
+
+    def _first(self) -> int:
+        begin = time.perf_counter()
+        logits = self._session.prefill(self._prompt, on_progress=self._on_prefill, cancel=self._cancel)
+        self._prefill_s = time.perf_counter() - begin
+        self._reused = self._session.reused
+        token = self._sampler.sample(logits)
+        self._ttft_s = time.perf_counter() - begin
+        return token
+
+    def _next(self, token: int) -> int:
+        begin = time.perf_counter()
+        token = self._sampler.sample(self._session.decode(token))
+        self._decode_s += time.perf_counter() - begin
+        self._decoded += 1
+        return token
+
+    def _limit(self) -> FinishReason | None:
+        """Why the answer must end here; None to go on."""
+        if self._cancel.is_set():
+            return "cancelled"
+        if len(self.tokens) == self._sampler.options.max_tokens:
+            return "length"
+        return "context" if len(self._prompt) + len(self.tokens) > self._session.context else None
+
+    @property
+    def stats(self) -> Stats:
+        """Counts and times so far."""
+        return Stats(
+            prompt_tokens=len(self._prompt),
+            cached_tokens=self._reused,
+            completion_tokens=len(self.tokens),
+            decoded_tokens=self._decoded,
+            prefill_s=self._prefill_s,
+            decode_s=self._decode_s,
+            ttft_s=self._ttft_s,
+            finish_reason=self.finish_reason,
+            seed=self._sampler.seed,
+            context_used=min(len(self._prompt) + len(self.tokens), self._session.context),
+            context=self._session.context,
+        )
