@@ -1,0 +1,490 @@
+"""`moebox quantize`: a checkpoint of the Kimi K2 family -> the same model with INT4 experts.
+
+The plan of the output follows from the config alone (`shards.py`), so its bytes do not depend on the
+number of workers, on interruptions or on where the source lies. Order of events: look at the
+destination, lock it, read the source's headers, check everything that headers tell, check the disk;
+then shard after shard (`pipeline.py`), then the small files, and `moebox.json` last.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import moebox
+from moebox.config import ModelConfig, parse_config
+from moebox.errors import CheckpointError, PlanError
+from moebox.offload.layout import MANIFEST_FILE, Manifest, load_manifest
+from moebox.quantize import hub
+from moebox.quantize.files import free_bytes, writing
+from moebox.quantize.hub import SOURCE_FOLDER, HubSource, parse_hub_id
+from moebox.quantize.journal import WORK_FOLDER, DestinationLock, Journal
+from moebox.quantize.origin import HEADER_FOLDER, FileFacts, FolderSource, HeaderStore, Source
+from moebox.quantize.output import (
+    bare_config,
+    digest,
+    remove_output,
+    write_manifest,
+    write_small_files,
+)
+from moebox.quantize.pipeline import Model, Pipeline, open_shards
+from moebox.quantize.progress import Meter, ProgressCallback
+from moebox.quantize.shards import SHARD_BYTES, plan_shards
+from moebox.quantize.sources import check_quantization, check_source, classify, take_inventory
+from moebox.quantize.writer import remove_partials
+
+METHODS = ("rtn",)
+WORKER_MEMORY_BYTES = 1_200_000_000
+"""What all workers together may hold in INT4 matrices and converted pieces."""
+_SMALL_FILES_BYTES = 64 << 20
+
+log = logging.getLogger("moebox")
+
+
+@dataclass(frozen=True)
+class QuantizeResult:
+    """What `quantize` did; bytes and seconds are those of this run, `output_bytes` of all shards."""
+
+    folder: Path
+    method: str
+    shards: int
+    shards_resumed: int
+    source_bytes: int
+    output_bytes: int
+    elapsed_s: float
+    rel_rms: float
+    """Root mean square of the experts' relative errors; 0 for a passthrough."""
+    left_out: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For `--json`."""
+        return asdict(self) | {"folder": str(self.folder), "left_out": list(self.left_out)}
+
+
+def quantize(
+    src: Path | str,
+    dst: Path | str,
+    *,
+    method: str = "rtn",
+    workers: int | None = None,
+    resume: bool = True,
+    delete_source: bool = False,
+    progress: ProgressCallback | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> QuantizeResult:
+    """Convert `src` into the folder `dst`; run again after any interruption to continue.
+
+    Args:
+        src: a checkpoint folder (FP8 128x128, BF16, F16, F32 or INT4 group 32), or a hub id
+            (`organisation/model[@revision]`, with or without `hf://`), fetched shard by shard.
+        dst: a folder that does not exist, is empty, or holds an unfinished run of the same conversion.
+        method: "rtn": scales by least squared error, no calibration. INT4 experts pass through as they are.
+        workers: threads; default one per core this process may use, fewer where memory demands.
+        resume: False throws away what an earlier run left in `dst`.
+        delete_source: delete each source shard once all output that needs it is safely on disk; a hub
+            model then never needs room for both copies.
+        progress: called with a `ProgressReport` a few times a second, from any thread.
+        shard_bytes: limit of an output shard's data.
+
+    Raises:
+        CheckpointError: the source is damaged or incomplete, or `dst` holds something else.
+        ConfigError: `config.json` is of another family or contradicts itself.
+        PlanError: the disk has not enough room.
+        BusyError: another process is writing `dst`.
+    """
+    dst = Path(dst)
+    if method not in METHODS:
+        raise PlanError(f"method {method!r} is not one of {', '.join(METHODS)}")
+    _check_paths(src, dst)
+    state = destination_state(dst)
+    lock = DestinationLock(dst)
+    with writing(dst):
+        lock.acquire()
+    run = _Run(src, dst, method, shard_bytes, delete_source=delete_source)
+    try:
+        with _terminable():
+            if not resume:
+                run.wipe()
+            elif destination_state(dst) == "complete":
+                return run.already_complete(lock)
+            return run.convert(lock, workers, progress)
+    finally:
+        if lock.guards_nothing():
+            lock.release_and_remove()
+            if state == "absent":
+                dst.rmdir()
+        lock.release()
+
+
+def _check_paths(src: Path | str, dst: Path) -> None:
+    source, target = Path(src).resolve(), dst.resolve()
+    if source.is_dir() and (source == target or source in target.parents or target in source.parents):
+        raise CheckpointError(
+            f"{dst}: lies in, is or holds the source {src}", "Give a destination beside the source."
+        )
+    if dst.exists() and not dst.is_dir():
+        raise CheckpointError(f"{dst}: is a file", "Give a folder as destination.")
+
+
+def destination_state(dst: Path) -> str:
+    """ "absent", "empty", "started" or "complete".
+
+    Raises:
+        CheckpointError: the folder holds something that `quantize` did not write.
+    """
+    if not dst.exists():
+        return "absent"
+    with writing(dst):
+        names = {path.name for path in dst.iterdir()}
+    if not names:
+        return "empty"
+    if MANIFEST_FILE in names:
+        return "complete"
+    if WORK_FOLDER in names:
+        return "started"
+    raise CheckpointError(
+        f"{dst}: holds {sorted(names)[0]}, which moebox did not write",
+        "Give a folder that does not exist or is empty.",
+    )
+
+
+def open_source(src: Path | str, work: Path, header: dict[str, Any] | None, *, keep_headers: bool) -> Source:
+    """The source behind `src`, as far as an earlier run's journal `header` knows it.
+
+    Args:
+        work: `DST/.moebox`; the hub's files go to `DST/source`.
+        keep_headers: the source's shards may vanish before the output is complete.
+    """
+    facts = revision = None
+    if header is not None:
+        facts = {file: FileFacts(**fact) for file, fact in header["source"]["files"].items()}
+        revision = header["source"]["revision"]
+    store = HeaderStore(work / HEADER_FOLDER)
+    folder = Path(src)
+    repo = None if folder.exists() else parse_hub_id(str(src))
+    if repo is not None:
+        name, asked = repo
+        known = facts if header is not None and header["source"]["name"] == name else None
+        return HubSource(name, revision if known else asked, work.parent / SOURCE_FOLDER, store, known)
+    if not folder.is_dir():
+        raise CheckpointError(f"{src}: no such folder", "Give a checkpoint folder or a hub id, org/model.")
+    return FolderSource(folder, store if keep_headers or facts else None, facts)
+
+
+def load_model(source: Source, shard_bytes: int) -> tuple[Model, ModelConfig]:
+    """Check everything that config, index and headers tell, and plan the output.
+
+    Raises:
+        ConfigError, CheckpointError: with file and tensor.
+    """
+    where = f"{source.name}: config.json"
+    config = parse_config(source.config, where)
+    check_quantization(source.config, where)
+    infos = {}
+    for name, file in source.weight_map.items():
+        if name not in source.headers[file]:
+            raise CheckpointError(
+                f"{source.name}: {file}: {name}: the index puts it here, the shard lacks it",
+                "Fetch the whole checkpoint.",
+            )
+        infos[name] = source.headers[file][name]
+    _refuse_unindexed(source, config)
+    inventory = take_inventory(source.weight_map, config)
+    for tensors in inventory.experts.values():
+        for tensor in tensors:
+            check_source(tensor, infos)
+    for tensor in inventory.backbone.values():
+        check_source(tensor, infos)
+    shards = plan_shards(bare_config(config, source.config), shard_bytes)
+    return Model(source, inventory, infos, tuple(shards)), config
+
+
+def _refuse_unindexed(source: Source, config: ModelConfig) -> None:
+    for file, header in source.headers.items():
+        for name in header:
+            home = source.weight_map.get(name)
+            if home == file or (home is None and classify(name, config).kind == "left_out"):
+                continue
+            what = "stands in no index" if home is None else f"is a second copy; the index puts it in {home}"
+            raise CheckpointError(
+                f"{source.name}: {file}: {name}: {what}", "Check that index and shards belong together."
+            )
+
+
+def left_out(model: Model) -> list[str]:
+    """What the output lacks, as `pattern (count)`."""
+    patterns = [f"{name} ({count})" for name, count in sorted(model.inventory.left_out.items())]
+    return patterns + (["config.json: auto_map (remote code)"] if "auto_map" in model.source.config else [])
+
+
+def default_workers(config: ModelConfig, workers: int | None) -> int:
+    """Threads to use: what was asked for, or one per core within the memory that workers share."""
+    if workers is not None:
+        if workers < 1:
+            raise PlanError(f"workers = {workers}, must be at least 1")
+        return workers
+    per_worker = config.expert_bytes + (64 << 20)
+    return max(1, min(len(os.sched_getaffinity(0)), WORKER_MEMORY_BYTES // per_worker))
+
+
+class _Run:
+    """One call of `quantize`, with the destination locked."""
+
+    def __init__(
+        self, src: Path | str, dst: Path, method: str, shard_bytes: int, *, delete_source: bool
+    ) -> None:
+        self._src, self._dst, self._method, self._shard_bytes = src, dst, method, shard_bytes
+        self._delete_source = delete_source
+        self._work = dst / WORK_FOLDER
+        self._journal = Journal(dst)
+        self._start = time.monotonic()
+
+    def wipe(self) -> None:
+        """Remove what an earlier run left, and nothing else."""
+        with writing(self._dst):
+            manifest = load_manifest(self._dst)
+            self._journal.load()
+            remove_output(self._dst, [*(manifest.shards if manifest else ()), *self._journal.shards])
+            for path in self._work.rglob("*"):
+                if path.is_file() and path.name != "lock":
+                    path.unlink()
+            if self._is_hub():
+                hub.remove_fetched(self._dst)
+            remove_partials(self._dst)
+        self._journal = Journal(self._dst)
+
+    def _is_hub(self) -> bool:
+        return not Path(self._src).exists() and parse_hub_id(str(self._src)) is not None
+
+    def already_complete(self, lock: DestinationLock) -> QuantizeResult:
+        """Nothing to do, if it is this source that `dst` was made from."""
+        manifest = load_manifest(self._dst)
+        difference = _manifest_mismatch(self._src, manifest) if manifest else "unreadable manifest"
+        if manifest is None or difference:
+            raise CheckpointError(
+                f"{self._dst}: is complete, but made from something else: {difference}",
+                "Give another destination, or --no-resume to replace it.",
+            )
+        with writing(self._dst):
+            lock.release_and_remove()
+        output_bytes = sum(shard["size"] for shard in manifest.shards.values())
+        return self._result(manifest, len(manifest.shards), 0, output_bytes)
+
+    def convert(
+        self, lock: DestinationLock, workers: int | None, progress: ProgressCallback | None
+    ) -> QuantizeResult:
+        """The whole conversion, from wherever an earlier run stopped."""
+        with writing(self._dst):
+            remove_partials(self._dst)
+        self._journal.load()
+        source = open_source(self._src, self._work, self._journal.header, keep_headers=self._delete_source)
+        complete = False
+        try:
+            result = self._convert(source, workers, progress)
+            complete = True
+        finally:
+            source.close(complete=complete)
+        with writing(self._dst):
+            lock.release_and_remove()
+            if self._delete_source and not source.is_local:
+                hub.remove_fetched(self._dst)
+        return result
+
+    def _convert(
+        self, source: Source, workers: int | None, progress: ProgressCallback | None
+    ) -> QuantizeResult:
+        model, config = load_model(source, self._shard_bytes)
+        workers = default_workers(config, workers)
+        self._begin_journal(model)
+        self._forget_lost_shards(model)
+        resumed = len(self._journal.shards)
+        delete, finished = self._delete_source, set(self._journal.shards)
+        needed = disk_peak(model, self._dst, finished, open_shards(workers), delete_source=delete)
+        check_disk(self._dst, needed, delete_source=delete)
+        bytes_of = {shard.file: model.source_bytes(shard) for shard in model.shards}
+        done = sum(bytes_of[file] for file in self._journal.shards)
+        meter = Meter("quantize", sum(bytes_of.values()), len(model.shards), progress, (done, resumed))
+        _say_what_is_left_out(model)
+        pipeline = Pipeline(
+            model,
+            self._dst,
+            self._journal,
+            workers=workers,
+            meter=meter,
+            delete_source=delete,
+        )
+        pipeline.run()
+        manifest = self._finish(model, config)
+        output_bytes = sum(shard.size for shard in model.shards)
+        return self._result(manifest, resumed, sum(bytes_of.values()) - done, output_bytes)
+
+    def _begin_journal(self, model: Model) -> None:
+        header = self._header(model)
+        if self._journal.header is None:
+            with writing(self._journal.path):
+                self._journal.start(header)
+            return
+        for name, value in _flat(header).items():
+            before = _flat(self._journal.header).get(name)
+            if before != value:
+                raise CheckpointError(
+                    f"{self._dst}: was begun with {name} = {before}, now it is {value}",
+                    "Run the former command, or start over with --no-resume.",
+                )
+
+    def _header(self, model: Model) -> dict[str, Any]:
+        source = model.source
+        return {
+            "moebox": moebox.__version__,
+            "method": self._method,
+            "shard_bytes": self._shard_bytes,
+            "config": digest(source.config),
+            "index": digest(source.weight_map),
+            "source": {
+                "name": source.name,
+                "revision": source.revision,
+                "files": {file: facts.to_dict() for file, facts in sorted(source.facts.items())},
+            },
+        }
+
+    def _forget_lost_shards(self, model: Model) -> None:
+        for shard in model.shards:
+            path = self._dst / shard.file
+            if shard.file in self._journal.shards and not (
+                path.exists() and path.stat().st_size == shard.size
+            ):
+                log.warning("%s: was finished by an earlier run, but is gone; it is made again", path)
+                del self._journal.shards[shard.file]
+
+    def _finish(self, model: Model, config: ModelConfig) -> Manifest:
+        source = model.source
+        write_small_files(self._dst, source.config, model.shards, source.extra_files())
+        return write_manifest(
+            self._dst,
+            model.shards,
+            self._journal.shards,
+            method=effective_method(model, self._method),
+            source=_manifest_source(source),
+            left_out=left_out(model),
+        )
+
+    def _result(
+        self, manifest: Manifest, resumed: int, source_bytes: int, output_bytes: int
+    ) -> QuantizeResult:
+        errors = [extent.rel_rms for extents in manifest.experts.values() for extent in extents]
+        mean_square = sum(error * error for error in errors) / max(len(errors), 1)
+        return QuantizeResult(
+            folder=self._dst,
+            method=manifest.method,
+            shards=len(manifest.shards),
+            shards_resumed=resumed,
+            source_bytes=source_bytes,
+            output_bytes=output_bytes,
+            elapsed_s=time.monotonic() - self._start,
+            rel_rms=mean_square**0.5,
+            left_out=tuple(manifest.left_out),
+        )
+
+
+def _flat(header: dict[str, Any]) -> dict[str, Any]:
+    flat = {name: value for name, value in header.items() if name != "source"}
+    source = header["source"]
+    files = {
+        f"{file}: {fact}": value for file, facts in source["files"].items() for fact, value in facts.items()
+    }
+    return flat | {"source": source["name"], "revision": source["revision"]} | files
+
+
+def _manifest_source(source: Source) -> dict[str, Any]:
+    files = {
+        file: {"size": facts.size, "header_sha256": facts.header_sha256}
+        for file, facts in sorted(source.facts.items())
+    }
+    revision = {"revision": source.revision} if source.revision else {}
+    return {"name": source.name, **revision, "files": files}
+
+
+def _manifest_mismatch(src: Path | str, manifest: Manifest) -> str | None:
+    """What tells `src` from the source of a finished conversion, by name and sizes; None if nothing does."""
+    folder = Path(src)
+    repo = None if folder.exists() else parse_hub_id(str(src))
+    name = repo[0] if repo else folder.resolve().name
+    if name != manifest.source.get("name"):
+        return f"{manifest.source.get('name')}, not {name}"
+    if repo is not None:
+        return None
+    for file, facts in manifest.source.get("files", {}).items():
+        path = folder / file
+        if path.exists() and path.stat().st_size != facts["size"]:
+            return f"{file} had {facts['size']} bytes, now {path.stat().st_size}"
+    return None
+
+
+def effective_method(model: Model, method: str) -> str:
+    """`method`, or "passthrough" where the source's experts are INT4 already."""
+    first = next(iter(model.inventory.experts.values()))[0]
+    return "passthrough" if "weight_packed" in first.parts else method
+
+
+def _say_what_is_left_out(model: Model) -> None:
+    missing = left_out(model)
+    if missing:
+        log.warning("left out of the output: %s", ", ".join(missing))
+
+
+def check_disk(dst: Path, needed: int, *, delete_source: bool) -> None:
+    """Refuse a conversion that would fill the disk: `PlanError` where fewer than `needed` bytes are free."""
+    free = free_bytes(dst)
+    if needed > free:
+        fix = "Free some space, give another destination"
+        fix += "." if delete_source else ", or let --delete-source drop source shards on the way."
+        raise PlanError(f"{dst}: {needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free", fix)
+
+
+def disk_peak(model: Model, dst: Path, finished: set[str], lag: int, *, delete_source: bool) -> int:
+    """The most bytes that are taken on the destination's disk at any moment from now on.
+
+    A source shard that is deleted on the way counts as gone only `lag` output shards later, since that
+    many are open at once, and only if it lies on the destination's disk.
+    """
+    todo = [shard for shard in model.shards if shard.file not in finished]
+    files = [model.files(shard) for shard in todo]
+    last_use = {file: position for position, needed in enumerate(files) for file in needed}
+    taken = peak = _SMALL_FILES_BYTES
+    fetched: set[str] = set()
+    for position, shard in enumerate(todo):
+        ahead = {file for needed in files[position : position + 2] for file in needed}
+        taken += shard.size + model.source.bytes_to_fetch(ahead - fetched)
+        fetched |= ahead
+        peak = max(peak, taken)
+        if delete_source:
+            gone = [file for file, last in last_use.items() if last == position - lag]
+            taken -= sum(model.source.bytes_freed(file, dst) for file in gone)
+    return peak
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Let SIGTERM end the run as Ctrl-C does, unless the program has a handler of its own."""
+    in_main = threading.current_thread() is threading.main_thread()
+    if not in_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        raise SystemExit(128 + signal.SIGTERM)
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)

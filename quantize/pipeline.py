@@ -1,0 +1,285 @@
+"""From source tensors to finished shards: a pool of threads, two or more shards open at a time.
+
+The kernels release the GIL, so threads are enough. A thread holds one expert's INT4 matrices or one piece
+of a backbone tensor (memory stays flat whatever the model's size); source bytes are only ever mapped,
+read ahead of use and given back after it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from moebox.errors import CheckpointError
+from moebox.offload.checkpoint import TORCH_DTYPES, TensorInfo, open_tensor
+from moebox.quantize.files import drop_cache, drop_mapped, will_need
+from moebox.quantize.int4 import FP8_BLOCK, Int4Matrix, QuantError
+from moebox.quantize.journal import Journal
+from moebox.quantize.origin import Source
+from moebox.quantize.progress import Meter
+from moebox.quantize.shards import OutputTensor, Shard
+from moebox.quantize.sources import Inventory, SourceTensor, read_backbone, read_expert
+from moebox.quantize.writer import ShardWriter
+
+PIECE_BYTES = 32 << 20
+"""Source bytes of a backbone tensor that one thread converts at a time."""
+
+_WEIGHT_SHAPE = ".weight_shape"
+Infos = Mapping[str, TensorInfo]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A source checkpoint, its tensors sorted and checked, and the shards it becomes."""
+
+    source: Source
+    inventory: Inventory
+    infos: Infos
+    shards: tuple[Shard, ...]
+
+    def source_tensors(self, shard: Shard) -> list[SourceTensor]:
+        """What `shard` is made from."""
+        experts = [tensor for key in shard.experts for tensor in self.inventory.experts[key]]
+        return experts + [self.inventory.backbone[name] for name, _ in shard.backbone]
+
+    def files(self, shard: Shard) -> list[str]:
+        """The source shards that `shard` needs, in the order in which it needs them."""
+        names = (part for tensor in self.source_tensors(shard) for part in tensor.parts.values())
+        return list(dict.fromkeys(self.source.weight_map[name] for name in names))
+
+    def source_bytes(self, shard: Shard) -> int:
+        """Bytes of source tensors that `shard` is made from."""
+        return sum(info.nbytes for tensor in self.source_tensors(shard) for info in self._parts(tensor))
+
+    def _parts(self, tensor: SourceTensor) -> list[TensorInfo]:
+        return [self.infos[name] for name in tensor.parts.values()]
+
+
+@dataclass
+class _Task:
+    """A piece of work for one thread: `run` returns an expert's error, None for other tensors."""
+
+    run: Callable[[], QuantError | None]
+    parts: list[TensorInfo]
+
+    @property
+    def source_bytes(self) -> int:
+        return sum(info.nbytes for info in self.parts)
+
+
+@dataclass
+class _OpenShard:
+    shard: Shard
+    writer: ShardWriter
+    futures: list[Future[QuantError | None]]
+
+
+def open_shards(workers: int) -> int:
+    """Output shards that are worked on at once: one is hashed and synced while others are filled."""
+    return 2 + workers // 8
+
+
+class Pipeline:
+    """Makes the shards that the journal does not name yet.
+
+    Args:
+        model: what to convert.
+        dst: output folder.
+        journal: started; gets a line per finished shard.
+        workers: threads.
+        meter: is told of every source byte done.
+        delete_source: delete a source shard once every shard that needs it is in the journal.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        dst: Path,
+        journal: Journal,
+        *,
+        workers: int,
+        meter: Meter,
+        delete_source: bool,
+    ) -> None:
+        self._model, self._dst, self._journal, self._meter = model, dst, journal, meter
+        self._delete_source = delete_source
+        self._todo = [shard for shard in model.shards if shard.file not in journal.shards]
+        self._waiting: dict[str, set[str]] = {}
+        for shard in model.shards:
+            for file in model.files(shard):
+                waiting = self._waiting.setdefault(file, set())
+                if shard.file not in journal.shards:
+                    waiting.add(shard.file)
+        self._stop = threading.Event()
+        self._workers = workers
+        self._open_limit = open_shards(workers)
+        self._threads = ThreadPoolExecutor(workers, thread_name_prefix="quantize")
+        self._open: deque[_OpenShard] = deque()
+
+    def run(self) -> None:
+        """Convert until nothing is left; on an error or interrupt, stop and drop what is partial."""
+        try:
+            self._discard_unneeded()
+            for position, shard in enumerate(self._todo):
+                if len(self._open) >= self._open_limit:
+                    self._finish_oldest()
+                self._model.source.fetch(self._model.files(shard), self._meter, self._stop)
+                for follower in self._todo[position + 1 : position + 2]:
+                    self._model.source.prefetch(self._model.files(follower))
+                self._begin(shard)
+            while self._open:
+                self._finish_oldest()
+            self._discard_unneeded(also_unused=True)
+        finally:
+            self._stop.set()
+            self._threads.shutdown(wait=True, cancel_futures=True)
+            for job in self._open:
+                job.writer.abort()
+
+    def _begin(self, shard: Shard) -> None:
+        tensors = shard.tensors()
+        job = _OpenShard(shard, ShardWriter(self._dst, shard), [])
+        self._open.append(job)
+        tasks = [*self._expert_tasks(job), *self._backbone_tasks(job, tensors)]
+        shapes = [tensor for tensor in tensors if tensor.name.endswith(_WEIGHT_SHAPE)]
+        if shapes:
+            job.writer.write(shapes[0].offset, [_weight_shapes(shard)])
+        for position, task in enumerate(tasks):
+            ahead = tasks[position + self._workers].parts if position + self._workers < len(tasks) else []
+            job.futures.append(self._threads.submit(self._do, task, ahead))
+
+    def _do(self, task: _Task, ahead: list[TensorInfo]) -> QuantError | None:
+        if self._stop.is_set():
+            return None
+        for info in ahead:
+            will_need(info.file, info.offset, info.nbytes)
+        result = task.run()
+        for info in task.parts:
+            if info.nbytes:
+                drop_mapped(open_tensor(info).data_ptr(), info.nbytes)
+                drop_cache(info.file, info.offset, info.nbytes)
+        self._meter.add(task.source_bytes)
+        return result
+
+    def _expert_tasks(self, job: _OpenShard) -> Iterator[_Task]:
+        for position, key in enumerate(job.shard.experts):
+            sources = self._model.inventory.experts[key]
+            parts = [self._model.infos[name] for source in sources for name in source.parts.values()]
+            yield _Task(self._expert_task(job.writer, sources, job.shard.expert_offset(position)), parts)
+
+    def _expert_task(
+        self, writer: ShardWriter, sources: Sequence[SourceTensor], offset: int
+    ) -> Callable[[], QuantError]:
+        def run() -> QuantError:
+            matrices = read_expert(sources, self._model.infos)
+            writer.write(offset, [_view(tensor) for matrix in matrices for tensor in _tensors(matrix)])
+            return sum((matrix.error for matrix in matrices), QuantError(0.0, 0.0, 0.0))
+
+        return run
+
+    def _backbone_tasks(self, job: _OpenShard, tensors: list[OutputTensor]) -> Iterator[_Task]:
+        backbone = self._model.inventory.backbone
+        for tensor in tensors:
+            if tensor.name not in backbone:
+                continue
+            whole, offset = backbone[tensor.name], tensor.offset
+            for piece, infos in cut_rows(whole, self._model.infos):
+                yield _Task(
+                    self._backbone_task(job.writer, (piece, infos), whole, offset), list(infos.values())
+                )
+                offset += tensor.nbytes * piece.shape[0] // tensor.shape[0]
+
+    def _backbone_task(
+        self, writer: ShardWriter, piece: tuple[SourceTensor, Infos], whole: SourceTensor, offset: int
+    ) -> Callable[[], None]:
+        def run() -> None:
+            try:
+                tensor = read_backbone(*piece)
+            except CheckpointError:
+                read_backbone(whole, self._model.infos)  # names the position within the whole tensor
+                raise
+            writer.write(offset, [_view(tensor)])
+
+        return run
+
+    def _finish_oldest(self) -> None:
+        job = self._open[0]
+        wait(job.futures, return_when="FIRST_EXCEPTION")
+        for future in job.futures:
+            if future.done():
+                future.result()
+        experts = [future.result() for future in job.futures[: len(job.shard.experts)]]
+        sha256 = job.writer.finish()
+        self._open.popleft()
+        self._journal.add_shard(
+            {
+                "shard": job.shard.file,
+                "size": job.shard.size,
+                "sha256": sha256,
+                "errors": [(error.rel_rms, error.max_abs) for error in experts if error is not None],
+            }
+        )
+        for waiting in self._waiting.values():
+            waiting.discard(job.shard.file)
+        self._discard_unneeded()
+        self._meter.finish_shard()
+
+    def _discard_unneeded(self, *, also_unused: bool = False) -> None:
+        if not self._delete_source:
+            return
+        for file in self._model.source.facts:
+            finished = file in self._waiting and not self._waiting[file]
+            if finished or (also_unused and file not in self._waiting):
+                self._model.source.discard(file)
+
+
+def _tensors(matrix: Int4Matrix) -> tuple[torch.Tensor, torch.Tensor]:
+    return matrix.packed, matrix.scale
+
+
+def _view(tensor: torch.Tensor) -> memoryview:
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def _weight_shapes(shard: Shard) -> bytes:
+    """int32 [out, in] of each projection of each expert, back to back."""
+    shapes = torch.tensor(list(shard.config.expert_shapes().values()), dtype=torch.int32)
+    return shapes.numpy().tobytes() * len(shard.experts)
+
+
+def cut_rows(source: SourceTensor, infos: Infos) -> Iterator[tuple[SourceTensor, dict[str, TensorInfo]]]:
+    """Cut a backbone matrix into runs of rows of at most `PIECE_BYTES`, whole FP8 blocks each.
+
+    Vectors and INT4 matrices come as one piece. Yields the piece and where its parts lie.
+    """
+    weight = infos[source.parts["weight"]] if "weight" in source.parts else None
+    if weight is None or len(source.shape) != 2 or weight.nbytes <= PIECE_BYTES:
+        yield source, {name: infos[name] for name in source.parts.values()}
+        return
+    rows, columns = source.shape
+    row_bytes = columns * TORCH_DTYPES[weight.dtype].itemsize
+    step = max(PIECE_BYTES // row_bytes // FP8_BLOCK, 1) * FP8_BLOCK
+    for begin in range(0, rows, step):
+        end = min(begin + step, rows)
+        parts = {weight.name: slice_rows(weight, begin, end)}
+        if "weight_scale_inv" in source.parts:
+            scale = infos[source.parts["weight_scale_inv"]]
+            parts[scale.name] = slice_rows(scale, begin // FP8_BLOCK, -(-end // FP8_BLOCK))
+        yield replace(source, shape=(end - begin, columns)), parts
+
+
+def slice_rows(info: TensorInfo, begin: int, end: int) -> TensorInfo:
+    """Rows [begin, end) of a matrix as a tensor of its own, under the same name."""
+    row_bytes = info.nbytes // info.shape[0]
+    return replace(
+        info,
+        shape=(end - begin, *info.shape[1:]),
+        offset=info.offset + begin * row_bytes,
+        nbytes=(end - begin) * row_bytes,
+    )
