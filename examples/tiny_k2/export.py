@@ -1,0 +1,79 @@
+"""Trained parts -> a checkpoint in K2-Instruct's FP8 format: 128x128 blocks with `weight_scale_inv`.
+
+    python export.py run ../../assets/tiny-k2
+
+One file per layer, named as Moonshot names them. Experts are put on their INT4 grid first, since they
+were trained on it: quantizing the FP8 checkpoint to INT4 then finds the same grid again.
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from quant import KEPT, round_int4, to_fp8
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+PART_BYTES = 15 << 20
+
+
+def save_parts(model: nn.Module, folder: Path) -> None:
+    """All weights in bf16 (correction biases in float32), in files of at most 15 MiB."""
+    parts: list[dict[str, Tensor]] = [{}]
+    for name, weight in model.state_dict().items():
+        weight = weight.detach().cpu()
+        weight = weight if name.endswith("bias") else weight.bfloat16()
+        used = sum(tensor.nbytes for tensor in parts[-1].values())
+        if used + weight.nbytes > PART_BYTES:
+            parts.append({})
+        parts[-1][name] = weight.contiguous()
+    for n, part in enumerate(parts):
+        save_file(part, folder / f"part-{n}.safetensors")
+
+
+def load_parts(folder: Path) -> dict[str, Tensor]:
+    """What `save_parts` wrote."""
+    return {name: weight for part in sorted(folder.glob("part-*.safetensors"))
+            for name, weight in load_file(part).items()}  # fmt: skip
+
+
+def published(name: str, weight: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a K2-Instruct checkpoint that stand for one of ours."""
+    if ".experts." in name:
+        for expert, matrix in enumerate(round_int4(weight)):
+            yield from _fp8(name.replace(".experts.", f".experts.{expert}.") + ".weight", matrix)
+    elif weight.dim() == 2 and not any(part in name for part in KEPT):
+        yield from _fp8(name, weight)
+    else:
+        yield name, weight if name.endswith("bias") else weight.bfloat16()
+
+
+def _fp8(name: str, weight: Tensor) -> Iterator[tuple[str, Tensor]]:
+    values, scale = to_fp8(weight)
+    yield name, values
+    yield f"{name}_scale_inv", scale
+
+
+def write(weights: dict[str, Tensor], folder: Path, layers: int) -> None:
+    """Shards `model-1-of-N.safetensors` and their index, beside config, tokenizer and template."""
+    shards: list[dict[str, Tensor]] = [{} for _ in range(layers)]
+    for name, weight in weights.items():
+        parts = name.split(".")
+        shard = int(parts[2]) if parts[1] == "layers" else 0 if "embed" in name else layers - 1
+        shards[shard].update(published(name, weight))
+    weight_map: dict[str, str] = {}
+    for n, shard in enumerate(shards, 1):
+        file = f"model-{n}-of-{layers}.safetensors"
+        save_file({name: tensor.contiguous() for name, tensor in shard.items()}, folder / file, {"format": "pt"})
+        weight_map |= dict.fromkeys(shard, file)
+    total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=0) + "\n")
+
+
+if __name__ == "__main__":
+    source, folder = map(Path, sys.argv[1:])
+    config = json.loads((folder / "config.json").read_text())
+    write(load_parts(source), folder, config["num_hidden_layers"])

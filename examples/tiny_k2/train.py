@@ -1,0 +1,128 @@
+"""Train tiny-k2 on dialogues.
+
+    python train.py --data train.jsonl.xz --dev dev.jsonl.xz --out run --minutes 8
+
+writes `run/log.jsonl` and the weights as `run/part-N.safetensors`, which export.py turns into a
+checkpoint. Everything follows one clock, `progress` from 0 to 1, so a run fits the time it is given:
+the learning rate rises for 2 %, holds, and falls from 45 % on; the correction bias is frozen at 85 %;
+from 75 % on the weights are rounded as they will run (INT4 experts, FP8 for the rest).
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from dialogues import LOSS_WEIGHTS
+from export import save_parts
+from model import Model, read_config
+from muon import optimizers
+from quant import quantized
+from score import control_marks, score, to_device
+from stream import Batch, Workers, dev_batches
+
+ASSETS = Path(__file__).resolve().parents[2] / "assets" / "tiny-k2"
+WARM_UP, DECAY, ROUNDED, FROZEN = 0.02, 0.45, 0.75, 0.85
+BIAS_STEP = 1e-3
+
+
+def learning_rate(progress: float) -> float:
+    """Share of the peak rate."""
+    return min(progress / WARM_UP, 1.0, (1 - progress) / (1 - DECAY)) + 1e-3
+
+
+def loss_of(model: Model, batch: Batch, device: str) -> torch.Tensor:
+    """Cross entropy of the next token, weighted by what kind of token it is."""
+    ids, kinds, documents = to_device(batch, device)
+    with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+        logits = model(ids, documents)
+    weights = torch.tensor(LOSS_WEIGHTS, device=device)[kinds[1:]] * (documents.positions[1:] > 0)
+    losses = F.cross_entropy(logits[:-1].float(), ids[1:], reduction="none")
+    return (losses * weights).sum() / weights.sum()
+
+
+@torch.no_grad()
+def balance(model: Model, frozen: bool) -> torch.Tensor:
+    """DeepSeek-V3's balancing without a loss: raise the bias of idle experts. Returns max load / mean load."""
+    worst = []
+    for layer in model.moe_layers():
+        load = layer.load.float()
+        worst.append(load.max() / load.mean())
+        if not frozen:
+            layer.gate.e_score_correction_bias += BIAS_STEP * torch.sign(load.mean() - load)
+        layer.load.zero_()
+    return torch.stack(worst)
+
+
+def train(model: Model, batches: Workers, seconds: float, steps: int, device: str, log: Path, args) -> None:
+    """Train until `seconds` or `steps` are over, whichever comes first."""
+    both = optimizers(model, args.muon_lr, args.adam_lr)
+    run = torch.compile(model) if args.compile else model
+    begin, tokens = time.monotonic(), 0
+    for step, batch in enumerate(batches):
+        if step == 1:  # compilation and the workers' start do not count
+            begin = time.monotonic()
+        progress = max((time.monotonic() - begin) / seconds, step / steps) if step else 0.0
+        if progress >= 1:
+            return
+        if progress >= ROUNDED:
+            with quantized(model):
+                loss = loss_of(run, batch, device)
+                loss.backward()
+        else:
+            loss = loss_of(run, batch, device)
+            loss.backward()
+        for optimizer in both:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * learning_rate(progress)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=False)
+        worst = balance(model, progress >= FROZEN)
+        tokens += len(batch[0])
+        if step % args.every == 0:
+            now = time.monotonic() - begin
+            row = {"step": step, "progress": round(progress, 4), "loss": round(loss.item(), 4), "s": round(now, 1),
+                   "tokens": tokens, "load": [round(x, 2) for x in worst.tolist()],
+                   "queue": batches.queue.qsize()}  # fmt: skip
+            with log.open("a") as file:
+                print(json.dumps(row), file=file)
+            print(json.dumps(row), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--dev", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--assets", type=Path, default=ASSETS, help="config, tokenizer and template")
+    parser.add_argument("--minutes", type=float, default=8.0)
+    parser.add_argument("--steps", type=int, default=1_000_000)
+    parser.add_argument("--tokens", type=int, default=131_072, help="per step")
+    parser.add_argument("--workers", type=int, default=14)
+    parser.add_argument("--muon-lr", type=float, default=0.02)
+    parser.add_argument("--adam-lr", type=float, default=0.003)
+    parser.add_argument("--warm", type=int, default=12, help="batches per worker with copying exercises")
+    parser.add_argument("--every", type=int, default=50)
+    parser.add_argument("--dev-limit", type=int)
+    parser.add_argument("--compile", action="store_true")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    workers = Workers(args.workers, args.data, args.assets, args.tokens, warm=args.warm)
+    dev = dev_batches(args.dev, args.assets, args.tokens, args.dev_limit)
+    model = Model(read_config(args.assets / "config.json")).to(device)
+    train(model, workers, args.minutes * 60, args.steps, device, args.out / "log.jsonl", args)
+    workers.stop()
+    save_parts(model, args.out)
+    marks = control_marks(args.assets)
+    print(json.dumps({"as trained": score(model, dev, marks, device)}))
+    for name, int4 in {"fp8": False, "int4": True}.items():
+        with quantized(model, int4):
+            print(json.dumps({name: score(model, dev, marks, device)}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
