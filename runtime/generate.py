@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from threading import Event
 from typing import TYPE_CHECKING, Protocol
 
+from moebox.errors import MoeboxError
 from moebox.runtime.pieces import FinishReason, Stats
 from moebox.runtime.sampling import Sampler
 
@@ -65,13 +66,13 @@ class Generation:
         self._reused = 0
 
     def __iter__(self) -> Iterator[int]:
-        from moebox.runtime.engine import Cancelled
-
         try:
             token = self._first()
-        except Cancelled:
-            self._reused = self._session.reused
-            return
+        except MoeboxError:
+            if self._cancel.is_set():  # the session stopped because it was told to
+                self._reused = self._session.reused
+                return
+            raise
         while token not in self._stop_ids:
             self.tokens.append(token)
             yield token
