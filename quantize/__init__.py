@@ -1,4 +1,4 @@
-"""Checkpoint of the Kimi K2 family -> the same model with INT4 experts; `moebox.quantize(src, dst)` does it."""
+"""A checkpoint of the Kimi K2 family -> the same with INT4 experts: `moebox.quantize(src, dst)`."""
 
 from __future__ import annotations
 

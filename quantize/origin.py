@@ -153,14 +153,20 @@ class FolderSource:
     revision = ""
 
     def __init__(
-        self, folder: Path, store: HeaderStore | None = None, facts: dict[str, FileFacts] | None = None
+        self,
+        folder: Path,
+        store: HeaderStore,
+        facts: dict[str, FileFacts] | None = None,
+        *,
+        keep_headers: bool = False,
     ) -> None:
         """Read config, index and all headers.
 
         Args:
             folder: the checkpoint.
-            store: where headers are kept, or None to keep none.
-            facts: shards of an earlier run; one that is gone is known from `store`.
+            store: where an earlier run kept headers.
+            facts: shards as an earlier run saw them; one that is gone is known from `store`.
+            keep_headers: put headers into `store`, since shards may vanish before the end.
 
         Raises:
             ConfigError: no readable `config.json`.
@@ -169,11 +175,12 @@ class FolderSource:
         self.folder = folder
         self.name = folder.resolve().name
         self.config = read_json(folder / "config.json")
+        self._store, self._keep_headers = store, keep_headers
         known = facts or {}
         self.headers: dict[str, dict[str, TensorInfo]] = {}
         self.facts: dict[str, FileFacts] = {}
         for file in self._files(known):
-            raw, size, stamp = self._header(file, store, known)
+            raw, size, stamp = self._header(file, known)
             self.facts[file] = FileFacts(size, hashlib.sha256(raw).hexdigest(), stamp)
             self.headers[file] = parse_header(folder / file, raw, size)
         if (folder / INDEX_FILE).exists():
@@ -186,16 +193,14 @@ class FolderSource:
             return [SINGLE_FILE]
         return sorted(set(read_index(self.folder).values()))
 
-    def _header(
-        self, file: str, store: HeaderStore | None, known: dict[str, FileFacts]
-    ) -> tuple[bytes, int, str]:
+    def _header(self, file: str, known: dict[str, FileFacts]) -> tuple[bytes, int, str]:
         path = self.folder / file
-        kept = store.load(file) if store is not None and file in known else None
+        kept = self._store.load(file) if file in known else None
         if kept is not None and not path.exists():
             return *kept, known[file].stamp
         raw, size = read_header_bytes(path)
-        if store is not None and kept is None:
-            store.save(file, raw, size)
+        if self._keep_headers and kept is None:
+            self._store.save(file, raw, size)
         return raw, size, str(path.stat().st_mtime_ns)
 
     def fetch(self, files: Iterable[str], meter: Meter, stop: threading.Event) -> None:

@@ -1,0 +1,161 @@
+"""What happens before the first byte: look at destination and source, check, plan, count disk space."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from moebox.config import ModelConfig, parse_config
+from moebox.errors import CheckpointError, PlanError
+from moebox.offload.layout import MANIFEST_FILE
+from moebox.quantize.files import free_bytes, writing
+from moebox.quantize.hub import SOURCE_FOLDER, HubSource, parse_hub_id
+from moebox.quantize.journal import WORK_FOLDER
+from moebox.quantize.origin import HEADER_FOLDER, FileFacts, FolderSource, HeaderStore, Source
+from moebox.quantize.output import bare_config
+from moebox.quantize.pipeline import Model
+from moebox.quantize.shards import plan_shards
+from moebox.quantize.sources import check_quantization, check_source, classify, take_inventory
+
+WORKER_MEMORY_BYTES = 1_200_000_000
+"""What all workers together may hold in INT4 matrices and converted pieces."""
+_SMALL_FILES_BYTES = 64 << 20
+
+
+def destination_state(dst: Path) -> str:
+    """ "absent", "empty", "started" or "complete".
+
+    Raises:
+        CheckpointError: the folder holds something that `quantize` did not write.
+    """
+    if not dst.exists():
+        return "absent"
+    with writing(dst):
+        names = {path.name for path in dst.iterdir()}
+    if not names:
+        return "empty"
+    if MANIFEST_FILE in names:
+        return "complete"
+    if WORK_FOLDER in names:
+        return "started"
+    raise CheckpointError(
+        f"{dst}: holds {sorted(names)[0]}, which moebox did not write",
+        "Give a folder that does not exist or is empty.",
+    )
+
+
+def open_source(src: Path | str, work: Path, header: dict[str, Any] | None, *, keep_headers: bool) -> Source:
+    """The source behind `src`, as far as an earlier run's journal `header` knows it.
+
+    Args:
+        work: `DST/.moebox`; the hub's files go to `DST/source`.
+        keep_headers: the source's shards may vanish before the output is complete.
+    """
+    facts = revision = None
+    if header is not None:
+        facts = {file: FileFacts(**fact) for file, fact in header["source"]["files"].items()}
+        revision = header["source"]["revision"]
+    store = HeaderStore(work / HEADER_FOLDER)
+    folder = Path(src)
+    repo = None if folder.exists() else parse_hub_id(str(src))
+    if repo is not None:
+        name, asked = repo
+        known = facts if header is not None and header["source"]["name"] == name else None
+        return HubSource(name, revision if known else asked, work.parent / SOURCE_FOLDER, store, known)
+    if not folder.is_dir():
+        raise CheckpointError(f"{src}: no such folder", "Give a checkpoint folder or a hub id, org/model.")
+    return FolderSource(folder, store, facts, keep_headers=keep_headers)
+
+
+def load_model(source: Source, shard_bytes: int) -> tuple[Model, ModelConfig]:
+    """Check everything that config, index and headers tell, and plan the output.
+
+    Raises:
+        ConfigError, CheckpointError: with file and tensor.
+    """
+    where = f"{source.name}: config.json"
+    config = parse_config(source.config, where)
+    check_quantization(source.config, where)
+    infos = {}
+    for name, file in source.weight_map.items():
+        if name not in source.headers[file]:
+            raise CheckpointError(
+                f"{source.name}: {file}: {name}: the index puts it here, the shard lacks it",
+                "Fetch the whole checkpoint.",
+            )
+        infos[name] = source.headers[file][name]
+    _refuse_unindexed(source, config)
+    inventory = take_inventory(source.weight_map, config)
+    for tensors in inventory.experts.values():
+        for tensor in tensors:
+            check_source(tensor, infos)
+    for tensor in inventory.backbone.values():
+        check_source(tensor, infos)
+    shards = plan_shards(bare_config(config, source.config), shard_bytes)
+    return Model(source, inventory, infos, tuple(shards)), config
+
+
+def _refuse_unindexed(source: Source, config: ModelConfig) -> None:
+    for file, header in source.headers.items():
+        for name in header:
+            home = source.weight_map.get(name)
+            if home == file or (home is None and classify(name, config).kind == "left_out"):
+                continue
+            what = "stands in no index" if home is None else f"is a second copy; the index puts it in {home}"
+            raise CheckpointError(
+                f"{source.name}: {file}: {name}: {what}", "Check that index and shards belong together."
+            )
+
+
+def left_out(model: Model) -> list[str]:
+    """What the output lacks, as `pattern (count)`."""
+    patterns = [f"{name} ({count})" for name, count in sorted(model.inventory.left_out.items())]
+    return patterns + (["config.json: auto_map (remote code)"] if "auto_map" in model.source.config else [])
+
+
+def default_workers(config: ModelConfig, workers: int | None) -> int:
+    """Threads to use: what was asked for, or one per core within the memory that workers share."""
+    if workers is not None:
+        if workers < 1:
+            raise PlanError(f"workers = {workers}, must be at least 1")
+        return workers
+    per_worker = config.expert_bytes + (64 << 20)
+    return max(1, min(len(os.sched_getaffinity(0)), WORKER_MEMORY_BYTES // per_worker))
+
+
+def effective_method(model: Model, method: str) -> str:
+    """`method`, or "passthrough" where the source's experts are INT4 already."""
+    first = next(iter(model.inventory.experts.values()))[0]
+    return "passthrough" if "weight_packed" in first.parts else method
+
+
+def check_disk(dst: Path, needed: int, *, delete_source: bool) -> None:
+    """Refuse a conversion that would fill the disk: `PlanError` where fewer than `needed` bytes are free."""
+    free = free_bytes(dst)
+    if needed > free:
+        fix = "Free some space, give another destination"
+        fix += "." if delete_source else ", or let --delete-source drop source shards on the way."
+        raise PlanError(f"{dst}: {needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free", fix)
+
+
+def disk_peak(model: Model, dst: Path, finished: set[str], lag: int, *, delete_source: bool) -> int:
+    """The most bytes that are taken on the destination's disk at any moment from now on.
+
+    A source shard that is deleted on the way counts as gone only `lag` output shards later, since that
+    many are open at once, and only if it lies on the destination's disk.
+    """
+    todo = [shard for shard in model.shards if shard.file not in finished]
+    files = [model.files(shard) for shard in todo]
+    last_use = {file: position for position, needed in enumerate(files) for file in needed}
+    taken = peak = _SMALL_FILES_BYTES
+    fetched: set[str] = set()
+    for position, shard in enumerate(todo):
+        ahead = {file for needed in files[position : position + 2] for file in needed}
+        taken += shard.size + model.source.bytes_to_fetch(ahead - fetched)
+        fetched |= ahead
+        peak = max(peak, taken)
+        if delete_source:
+            gone = [file for file, last in last_use.items() if last == position - lag]
+            taken -= sum(model.source.bytes_freed(file, dst) for file in gone)
+    return peak
