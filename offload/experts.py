@@ -100,10 +100,9 @@ def group_by_expert(
     flat = expert_ids.reshape(-1)
     order = np.argsort(flat, kind="stable")
     in_order = flat[order]
-    starts = np.flatnonzero(np.diff(in_order, prepend=-1))
-    offsets = np.append(starts, flat.size).astype(np.int32)
+    bounds = [0, *(np.flatnonzero(in_order[1:] != in_order[:-1]) + 1).tolist(), flat.size]
     tokens = (order // expert_ids.shape[1]).astype(np.int32)
-    return in_order[starts].tolist(), offsets, tokens, order
+    return in_order[bounds[:-1]].tolist(), np.array(bounds, np.int32), tokens, order
 
 
 def open_experts(checkpoint: Checkpoint, pool: cpu.ThreadPool) -> CpuExperts:

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from moebox.config import ModelConfig
 from moebox.runtime.kv_cache import KVCache
-from moebox.runtime.linear import Linear, softmax, widen
+from moebox.runtime.linear import Linear, matmul, widen
 from moebox.runtime.norm import LATENT_EPS, RMSNorm
 from moebox.runtime.rope import rotate
 
-SCORES_BYTES = 128 << 20
-"""Attention scores alive at once; longer prompts go through in blocks of queries."""
+SCORES_BYTES = 4 << 20
+"""Attention scores computed at once: they stay in cache, and memory is bounded however long the context."""
 
 
 class Attention(nn.Module):
@@ -48,84 +48,73 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rotations: Tensor, cache: KVCache) -> Tensor:
         """`x [T, H] -> [T, H]`; appends the new tokens' latents to the cache."""
-        query = self._query(x, rotations)
-        latent = cache.append(self.layer, self._compress(x, rotations))
+        rank, nope = self.config.kv_lora_rank, self.config.qk_nope_head_dim
+        query, compressed = self._query(x), self.kv_a_proj_with_mqa(x)
+        positional = rotate(torch.cat([query[..., nope:], compressed[:, None, rank:]], dim=1), rotations)
+        entry = torch.cat([self.kv_a_layernorm(compressed[:, :rank]), positional[:, -1]], dim=-1)
+        latent = cache.append(self.layer, entry)
         attend = self._absorbed if x.shape[0] < self.expand_from else self._expanded
-        return self.o_proj(attend(query, latent).to(x.dtype).flatten(1))  # type: ignore[no-any-return]
+        mixed = attend(query[..., :nope].transpose(0, 1), positional[:, :-1].transpose(0, 1), latent)
+        return self.o_proj(mixed.transpose(0, 1).type(x.dtype).flatten(1))  # type: ignore[no-any-return]
 
-    def _query(self, x: Tensor, rotations: Tensor) -> Tensor:
-        """[T, A, nope + rope], rotated."""
+    def _query(self, x: Tensor) -> Tensor:
+        """[T, A, nope + rope], not yet rotated."""
         if self.config.q_lora_rank is None:
             flat = self.q_proj(x)
         else:
             flat = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
-        query: Tensor = flat.view(x.shape[0], self.config.num_attention_heads, -1)
-        position_part = query[..., self.config.qk_nope_head_dim :]
-        position_part.copy_(rotate(position_part, rotations))
-        return query
+        return flat.view(x.shape[0], self.config.num_attention_heads, -1)  # type: ignore[no-any-return]
 
-    def _compress(self, x: Tensor, rotations: Tensor) -> Tensor:
-        """What the cache keeps of `x`: [T, R + rope]."""
-        rank, both = self.config.kv_lora_rank, self.kv_a_proj_with_mqa(x)
-        key = rotate(both[:, None, rank:], rotations)[:, 0]
-        return torch.cat([self.kv_a_layernorm(both[:, :rank]), key], dim=-1)
+    def _per_head(self) -> Tensor:
+        """`kv_b_proj` as [A, nope + v, R]: per head the rows to its keys, then those to its values."""
+        return self.kv_b_proj.weight.view(self.config.num_attention_heads, -1, self.config.kv_lora_rank)
 
-    def _kv_b(self) -> tuple[Tensor, Tensor]:
-        """Per head the matrices to keys [A, nope, R] and to values [A, v, R]."""
-        config = self.config
-        per_head = self.kv_b_proj.weight.view(config.num_attention_heads, -1, config.kv_lora_rank)
-        return per_head[:, : config.qk_nope_head_dim], per_head[:, config.qk_nope_head_dim :]
+    def _absorbed(self, query: Tensor, position: Tensor, latent: Tensor) -> Tensor:
+        """Attend in the latent space, where all heads have the same keys.
 
-    def _absorbed(self, query: Tensor, latent: Tensor) -> Tensor:
-        """Attend in the latent space, all heads over the same keys: [T, A, v]."""
-        config = self.config
-        count, heads = query.shape[:2]
-        to_key, to_value = self._kv_b()
-        nope, rope = query[..., : config.qk_nope_head_dim], query[..., config.qk_nope_head_dim :]
-        absorbed = torch.cat([torch.matmul(nope.transpose(0, 1), to_key).transpose(0, 1), rope], dim=-1)
-        mixed = [
-            self._mix(
-                absorbed[begin:end].flatten(0, 1), latent[:seen], latent[:seen, : config.kv_lora_rank], mask
-            )
-            for begin, end, seen, mask in causal_blocks(count, latent.shape[0], heads)
-        ]
-        context = torch.cat(mixed).view(count, heads, config.kv_lora_rank).to(query.dtype)
-        return torch.matmul(context.transpose(0, 1), to_value.transpose(1, 2)).transpose(0, 1)
+        `query [A, T, nope]`, `position [A, T, rope]`, `latent [S, R + rope]` -> [A, T, v].
+        """
+        nope, rank = self.config.qk_nope_head_dim, self.config.kv_lora_rank
+        per_head = self._per_head()
+        query = torch.cat([matmul(query, per_head[:, :nope]), position], dim=-1)
+        query, latent = widen(query.shape[0] * query.shape[1], query, latent)
+        return matmul(self._mix(query, latent, latent[:, :rank]), per_head[:, nope:].transpose(1, 2))
 
-    def _expanded(self, query: Tensor, latent: Tensor) -> Tensor:
-        """Attend with each head's own keys and values, one head at a time: [T, A, v]."""
-        config = self.config
-        count, total = query.shape[0], latent.shape[0]
-        compressed, rope_key = latent[:, : config.kv_lora_rank], latent[:, config.kv_lora_rank :]
-        wide_latent, *matrices = widen(count, compressed, *self._kv_b())
-        out = query.new_empty(count, config.num_attention_heads, config.v_head_dim)
-        for head, (to_key, to_value) in enumerate(zip(*matrices, strict=True)):
-            key = torch.cat([wide_latent @ to_key.T, rope_key.to(wide_latent.dtype)], dim=-1)
-            value = wide_latent @ to_value.T
-            for begin, end, seen, mask in causal_blocks(count, total, 1):
-                out[begin:end, head] = self._mix(query[begin:end, head], key[:seen], value[:seen], mask)
-        return out
+    def _expanded(self, query: Tensor, position: Tensor, latent: Tensor) -> Tensor:
+        """The same with keys and values of each head's own, a few heads at a time."""
+        nope, rank = self.config.qk_nope_head_dim, self.config.kv_lora_rank
+        heads, count, _ = query.shape
+        size = max(1, SCORES_BYTES // (4 * count * latent.shape[0]))
+        query, latent = widen(count, torch.cat([query, position], dim=-1), latent)
+        mixed = []
+        for group in (slice(start, start + size) for start in range(0, heads, size)):
+            (per_head,) = widen(count, self._per_head()[group])
+            both = latent[:, :rank] @ per_head.transpose(1, 2)
+            keys = torch.cat([both[..., :nope], latent[:, rank:].expand(both.shape[0], -1, -1)], dim=-1)
+            mixed.append(self._mix(query[group], keys, both[..., nope:]))
+        return torch.cat(mixed)
 
-    def _mix(self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-        """softmax(query keys^T) values: queries [N, D], keys [S, D], values [S, V] -> [N, V]."""
-        query, keys, values = widen(query.shape[0], query, keys, values)
-        if mask is not None:  # heads of a token share its mask
-            mask = mask.repeat_interleave(query.shape[0] // mask.shape[0], dim=0)
-        weights = softmax(query @ keys.T, self.config.softmax_scale, mask)
-        return weights.to(values.dtype) @ values
+    def _mix(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Causal softmax(scale * query keys^T) values, the queries being the last of the S tokens.
+
+        `query [A, T, D]`, `keys [..., S, D]`, `values [..., S, V]`, with or without heads -> [A, T, V].
+        """
+        heads, count, _ = query.shape
+        total = keys.shape[-2]
+        step = max(1, SCORES_BYTES // (4 * heads * total))
+        mixed = []
+        for start in range(0, count, step):
+            end = min(start + step, count)
+            seen = total - count + end
+            scores = (query[:, start:end] @ keys[..., :seen, :].mT).float().mul_(self.config.softmax_scale)
+            mixed.append(causal_softmax(scores).type(values.dtype) @ values[..., :seen, :])
+        return mixed[0] if len(mixed) == 1 else torch.cat(mixed, dim=1)
 
 
-def causal_blocks(count: int, total: int, heads: int) -> list[tuple[int, int, int, Tensor | None]]:
-    """Cut `count` new tokens, the last of `total`, into blocks whose scores fit `SCORES_BYTES`.
-
-    Returns (begin, end, tokens that the block sees, mask bool [end - begin, seen] or None): True is hidden.
-    """
-    step = max(1, SCORES_BYTES // (4 * heads * total))
-    past = total - count
-    blocks = []
-    for begin in range(0, count, step):
-        end = min(begin + step, count)
-        rows = torch.arange(past + begin, past + end)[:, None]
-        mask = torch.arange(past + end) > rows if end - begin > 1 else None
-        blocks.append((begin, end, past + end, mask))
-    return blocks
+def causal_softmax(scores: Tensor) -> Tensor:
+    """Softmax over [..., T, S] in fp32, where token t of the T sees all but the last T - 1 - t of the S."""
+    count = scores.shape[-2]
+    if count > 1:
+        hidden = torch.ones(count, count, dtype=torch.bool).triu(1)
+        scores[..., -count:].masked_fill_(hidden, float("-inf"))
+    return torch.softmax(scores, dim=-1)

@@ -31,7 +31,7 @@ class Rotary:
 def rotate(x: Tensor, rotations: Tensor) -> Tensor:
     """Rotate `x [T, heads, rope_dim]` by `rotations [T, rope_dim / 2]`, in fp32, back in x's dtype."""
     pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))
-    return torch.view_as_real(pairs * rotations[:, None]).flatten(-2).to(x.dtype)
+    return torch.view_as_real(pairs * rotations[:, None]).flatten(-2).type(x.dtype)
 
 
 def inverse_frequencies(dim: int, theta: float, yarn: YarnConfig | None) -> Tensor:
