@@ -157,18 +157,18 @@ def to_bfloat16(
     """
     matrix = weight if weight.ndim == 2 else weight.reshape(1, -1)
     _check_matrix(matrix, scale_inv)
-    result = torch.empty(0 if weight.dtype == torch.bfloat16 else matrix.numel(), dtype=torch.bfloat16)
+    converted = None if weight.dtype == torch.bfloat16 else torch.empty(matrix.shape, dtype=torch.bfloat16)
     bad_row, bad_column = _kernels.to_bfloat16(
         _bytes(matrix),
         _DTYPE_NAMES[weight.dtype],
         None if scale_inv is None else scale_inv.contiguous().numpy(),
-        result.view(torch.uint16).numpy(),
+        None if converted is None else converted.view(torch.uint16).numpy(),
         threads,
         isa,
     )
     if bad_row >= 0:
         raise _non_finite(matrix, scale_inv, bad_row, bad_column)
-    return weight if weight.dtype == torch.bfloat16 else result.view(weight.shape)
+    return weight if converted is None else converted.view(weight.shape)
 
 
 def _check_matrix(weight: torch.Tensor, scale_inv: torch.Tensor | None) -> tuple[int, int]:
