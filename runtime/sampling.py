@@ -236,11 +236,11 @@ class StopStrings:
         if not self._stops:
             return text
         text = self._held + text
-        found = [position for position in map(text.find, self._stops) if position >= 0]
-        if found:
+        found = [(text.find(stop) + len(stop), text.find(stop)) for stop in self._stops if stop in text]
+        if found:  # the one complete first, whatever the pieces it came in
             self.stopped = True
             self._held = ""
-            return text[: min(found)]
+            return text[: min(found)[1]]
         keep = max(partial_suffix(text, stop) for stop in self._stops)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]

@@ -81,9 +81,7 @@ def write_tokenizer(
     lines = [f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items()]
     (folder / "tiktoken.model").write_text("".join(lines), encoding="ascii")
     named = SPECIALS if specials is None else specials
-    decoder = {
-        str(len(ranks) + offset): {"content": name, "special": True} for offset, name in named.items()
-    }
+    decoder = {str(len(ranks) + offset): {"content": name, "special": True} for offset, name in named.items()}
     config = {"added_tokens_decoder": decoder}
     (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
     if template is not None:
@@ -151,7 +149,8 @@ class FakeEngine:
         prefill_delay_s: float = 0.0,
     ) -> None:
         self.folder = folder
-        self.config = SimpleNamespace(vocab_size=tokenizer.n_vocab, eos_token_ids=(tokenizer.special("[EOS]"),))
+        eos = tokenizer.specials["[EOS]"]
+        self.config = SimpleNamespace(vocab_size=tokenizer.n_vocab, eos_token_ids=(eos,))
         self.context = context
         self.delay_s = delay_s
         self.prefill_delay_s = prefill_delay_s

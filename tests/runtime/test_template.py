@@ -1,10 +1,10 @@
 import json
 
 import pytest
-from helpers.chat import SPECIALS, TEMPLATES, write_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers.chat import SPECIALS, TEMPLATES, write_tokenizer
 from moebox.errors import RequestError, TokenizerError
 from moebox.runtime.template import FALLBACK, Template
 from moebox.runtime.tokenizer import Tokenizer
@@ -21,9 +21,7 @@ TOOL = {
         },
     },
 }
-DEFAULT = (
-    "<|im_system|>system<|im_middle|>You are Kimi, an AI assistant created by Moonshot AI.<|im_end|>"
-)
+DEFAULT = "<|im_system|>system<|im_middle|>You are Kimi, an AI assistant created by Moonshot AI.<|im_end|>"
 PROMPT = "<|im_assistant|>assistant<|im_middle|>"
 
 
@@ -138,7 +136,11 @@ def test_tojson_can_escape_when_the_template_asks(tokenizer):
 def test_foreign_tool_call_ids_are_renumbered_over_the_conversation(k2):
     messages = [
         {"role": "user", "content": "go"},
-        {"role": "assistant", "content": None, "tool_calls": [call("a", "{}", "call_x"), call("b", "{}", "y")]},
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [call("a", call_id="call_x"), call("b", call_id="y")],
+        },
         {"role": "tool", "tool_call_id": "y", "content": "B"},
         {"role": "tool", "tool_call_id": "call_x", "content": "A"},
         {"role": "assistant", "content": "", "tool_calls": [call("a", {"k": "é"}, "call_x")]},
@@ -165,7 +167,7 @@ def test_native_ids_stay_and_later_ones_count_on(k2):
     assert "functions.f:5<|tool_call_argument_begin|>" in text
 
 
-ATTACKS = [*SPECIALS.values(), "<|im_", "end|>", "[EO", "S]", "<", "[", "</thi", "nk>", "\U000f0000", '"', "\\"]
+ATTACKS = [*SPECIALS.values(), *'<[]>"\\\U000f0000', "<|im_", "end|>", "[EO", "S]", "</thi", "nk>"]
 hostile_text = st.lists(st.one_of(st.sampled_from(ATTACKS), st.text(max_size=3)), max_size=8).map("".join)
 
 
@@ -234,7 +236,7 @@ def test_generated_ids_are_used_where_the_text_is_the_models_own(k2, tokenizer):
     ],
 )
 def test_the_sandbox_refuses_escapes(tokenizer, source):
-    with pytest.raises(TokenizerError, match="chat_template.jinja: the chat template"):
+    with pytest.raises(TokenizerError, match=r"chat_template\.jinja: the chat template"):
         Template(source, tokenizer).render([{"role": "user", "content": "hi"}])
 
 

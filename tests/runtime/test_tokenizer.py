@@ -3,11 +3,12 @@ import json
 
 import pytest
 import regex
-from helpers.chat import SPECIALS, train_ranks, write_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Regex, Tokenizer as FastTokenizer, pre_tokenizers
+from tokenizers import Regex, pre_tokenizers
+from tokenizers import Tokenizer as FastTokenizer
 
+from helpers.chat import SPECIALS, train_ranks, write_tokenizer
 from moebox.errors import TokenizerError
 from moebox.runtime import tokenizer as module
 from moebox.runtime.tokenizer import PATTERN, Tokenizer, read_ranks
@@ -86,7 +87,7 @@ def test_text_round_trips_and_never_gives_a_control_token(tokenizer, text):
 
 def test_specials_are_named_by_the_config_and_the_rest_reserved(tokenizer):
     assert tokenizer.special("<|im_end|>") == BASE + 2
-    assert tokenizer.special("<|reserved_token_%d|>" % (BASE + 5)) == BASE + 5
+    assert tokenizer.special(f"<|reserved_token_{BASE + 5}|>") == BASE + 5
     assert tokenizer.special("<|im_nothing|>") is None
     assert tokenizer.n_vocab == BASE + 256
     assert tokenizer.decode([BASE + 2, 104, 105]) == "<|im_end|>hi"
@@ -169,7 +170,7 @@ def test_missing_files_are_named(tmp_path):
         ("[]", "holds a list"),
         ("{}", "no added_tokens_decoder"),
         (json.dumps({"added_tokens_decoder": {"x": {"content": "a"}}}), "has no id and content"),
-        (json.dumps({"added_tokens_decoder": {"5": {"content": "a"}}}), "'a' has id 5, which is a text token"),
+        (json.dumps({"added_tokens_decoder": {"5": {"content": "a"}}}), "has id 5, which is a text token"),
         (
             json.dumps({"added_tokens_decoder": {str(BASE + i): {"content": "same"} for i in range(2)}}),
             "two ids share one name",

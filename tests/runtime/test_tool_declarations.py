@@ -33,7 +33,8 @@ def test_required_first_each_by_name():
 
 
 def test_descriptions_limits_and_defaults_are_comments():
-    city = {"type": "string", "description": "City\n\nname", "minLength": 1, "maxLength": 9, "default": "Köln"}
+    city = {"type": "string", "description": "City\n\nname", "default": "Köln"}
+    city |= {"minLength": 1, "maxLength": 9}
     days = {"type": "integer", "minimum": 0, "default": 3}
     text = declare(properties(city=city, days=days), description="Weather\nof a city")
     assert text == (
@@ -102,7 +103,8 @@ def test_definitions_become_interfaces_in_their_order():
 
 def test_a_schema_that_refers_to_itself_is_named_parameters():
     text = declare(properties(next={"$ref": "#"}, a={"type": "string"}))
-    assert text == "interface parameters {\n  next?: parameters,\n  a?: string\n}\ntype f = (_: parameters) => any;"
+    interface = "interface parameters {\n  next?: parameters,\n  a?: string\n}\n"
+    assert text == interface + "type f = (_: parameters) => any;"
 
 
 @pytest.mark.parametrize(
