@@ -1,0 +1,105 @@
+#include "arrays.h"
+
+#include <algorithm>
+
+namespace moebox {
+namespace {
+
+namespace nb = nanobind;
+
+const char* type_name(Type type) {
+  switch (type) {
+    case Type::int32:
+      return "int32";
+    case Type::float32:
+      return "float32";
+    case Type::bf16:
+      return "bfloat16";
+  }
+  return "?";
+}
+
+std::string given_name(const nb::dlpack::dtype& type) {
+  static constexpr const char* kCodes[] = {"int", "uint", "float", "handle", "bfloat", "complex", "bool"};
+  const std::string code =
+      type.code < std::size(kCodes) ? kCodes[type.code] : "dlpack code " + std::to_string(type.code) + " x ";
+  return code + std::to_string(type.bits);
+}
+
+std::string given_shape(const Array& array) {
+  std::string text;
+  for (std::size_t i = 0; i < array.ndim(); ++i) text += (i ? ", " : "") + std::to_string(array.shape(i));
+  return "[" + text + "]";
+}
+
+std::string needed_shape(std::initializer_list<Dim> shape) {
+  std::string text;
+  for (const Dim& dim : shape) {
+    text += text.empty() ? "" : ", ";
+    text += dim.symbol;
+    if (dim.divisor > 1) text += "/" + std::to_string(dim.divisor);
+    if (dim.value) text += "=" + std::to_string(*dim.value / dim.divisor);
+  }
+  return "[" + text + "]";
+}
+
+bool fits(const Array& array, std::initializer_list<Dim> shape) {
+  if (array.ndim() != shape.size()) return false;
+  std::size_t i = 0;
+  for (const Dim& dim : shape) {
+    const std::size_t size = array.shape(i++) * dim.divisor;
+    if (dim.value && *dim.value != size) return false;
+  }
+  i = 0;
+  for (const Dim& dim : shape) dim.value = array.shape(i++) * dim.divisor;
+  return true;
+}
+
+bool contiguous(const Array& array) {
+  std::int64_t expected = 1;
+  for (std::size_t i = array.ndim(); i-- > 0; expected *= static_cast<std::int64_t>(array.shape(i)))
+    if (array.shape(i) > 1 && array.stride(i) != expected) return false;
+  return true;
+}
+
+}  // namespace
+
+bool is_type(const nb::dlpack::dtype& given, Type type) {
+  using nb::dlpack::dtype_code;
+  const auto is = [&](dtype_code code, int bits) {
+    return given.code == static_cast<std::uint8_t>(code) && given.bits == bits && given.lanes == 1;
+  };
+  switch (type) {
+    case Type::int32:
+      return is(dtype_code::Int, 32);
+    case Type::float32:
+      return is(dtype_code::Float, 32);
+    case Type::bf16:
+      return is(dtype_code::Bfloat, 16) || is(dtype_code::UInt, 16);
+  }
+  return false;
+}
+
+void check(const Array& array, const char* name, std::initializer_list<Type> types,
+           std::initializer_list<Dim> shape) {
+  const std::string prefix = std::string(name) + ": ";
+  if (array.device_type() != nb::device::cpu::value)
+    throw nb::type_error((prefix + "the array is on another device, CPU memory is needed").c_str());
+  if (std::ranges::none_of(types, [&](Type type) { return is_type(array.dtype(), type); })) {
+    std::string needed;
+    for (Type type : types) needed += (needed.empty() ? "" : " or ") + std::string(type_name(type));
+    throw nb::type_error(
+        (prefix + "dtype " + given_name(array.dtype()) + " given, " + needed + " needed").c_str());
+  }
+  if (!fits(array, shape))
+    throw nb::value_error(
+        (prefix + "shape " + given_shape(array) + " given, " + needed_shape(shape) + " needed").c_str());
+  if (!contiguous(array))
+    throw nb::value_error((prefix + "not contiguous (row-major); pass array.contiguous()").c_str());
+}
+
+void check_value(bool good, const std::string& what) {
+  if (!good) throw nb::value_error(what.c_str());
+}
+
+}  // namespace moebox

@@ -1,0 +1,108 @@
+// Many tokens: a panel of rows is dequantized into the cache and multiplied with all of them.
+#pragma once
+
+#include "math_isa.h"
+
+namespace moebox::MOEBOX_ISA {
+namespace {
+
+template <class Math>
+struct Panel {
+  using Elem = typename Math::Elem;
+  static constexpr std::size_t kRows = 4;                         // of one register tile
+  static constexpr std::size_t kK = Math::kPanelGroups * kGroup;  // a panel's width
+  // One cache line more than a power of two, so that rows and tokens do not fall into the same cache sets.
+  static constexpr std::size_t kPad = 64 / sizeof(Elem);
+  static constexpr std::size_t kPanelStride = kK + kPad;
+
+  static std::size_t stride(std::size_t groups) { return groups * kGroup + kPad; }
+  static std::size_t operand_bytes(std::size_t groups) { return stride(groups) * sizeof(Elem); }
+  static std::size_t scratch_bytes(std::size_t) { return kRowBlock * kPanelStride * sizeof(Elem); }
+
+  static void prepare(const Rows& rows, std::size_t groups, std::byte* operand) {
+    auto* out = reinterpret_cast<Elem*>(operand);
+    for (std::size_t g = 0; g < groups; ++g) {
+      float values[kGroup];
+      load_group(rows.row[0], g, rows.bf16, values);
+      regroup(values, out + g * kGroup);
+    }
+  }
+
+  // Rows of a panel come from kRowBlock places of memory: fetch the next panel's while this one is made.
+  static void dequantize(const Matrix& m, std::size_t row, std::size_t group, std::size_t n, Elem* panel) {
+    for (std::size_t r = 0; r < kRowBlock; ++r) {
+      const std::size_t at = (row + r) * m.groups + group;
+      for (std::size_t g = 0; g < n; ++g) {
+        if (g % 4 == 0) prefetch(m.packed + (at + kRowBlock * m.groups + g) * kGroupBytes);
+        Math::dequantize(m.packed + (at + g) * kGroupBytes, scale_at(m.scale, at + g),
+                         panel + r * kPanelStride + g * kGroup);
+      }
+    }
+  }
+
+  // c[t][0..3] (+)= four panel rows times N tokens over k elements.
+  template <std::size_t N>
+  static void tile(const Elem* panel, const Elem* x, std::size_t x_stride, std::size_t k, float* c,
+                   std::size_t ldc, bool add) {
+    typename Math::Acc acc[kRows][N];
+    for (auto& row : acc)
+      for (auto& a : row) a = Math::zero();
+    for (std::size_t i = 0; i < k; i += Math::kStep) {
+      typename Math::Data b[N];
+#pragma GCC unroll 8
+      for (std::size_t t = 0; t < N; ++t) b[t] = Math::load(x + t * x_stride + i);
+#pragma GCC unroll 4
+      for (std::size_t r = 0; r < kRows; ++r) {
+        const typename Math::Data a = Math::load(panel + r * kPanelStride + i);
+#pragma GCC unroll 8
+        for (std::size_t t = 0; t < N; ++t) acc[r][t] = Math::madd(a, b[t], acc[r][t]);
+      }
+    }
+    for (std::size_t t = 0; t < N; ++t) store4(acc[0][t], acc[1][t], acc[2][t], acc[3][t], c + t * ldc, add);
+  }
+
+  template <class Acc>
+  static void store4(Acc a, Acc b, Acc c, Acc d, float* out, bool add) {
+#if MOEBOX_ISA_AVX2
+    const __m128 sums = sum4(a, b, c, d);
+    _mm_storeu_ps(out, add ? _mm_add_ps(_mm_loadu_ps(out), sums) : sums);
+#else
+    const float sums[4] = {a, b, c, d};
+    for (int i = 0; i < 4; ++i) out[i] = add ? out[i] + sums[i] : sums[i];
+#endif
+  }
+
+  template <std::size_t N>
+  static void rows(const Elem* panel, const Elem* x, std::size_t x_stride, std::size_t k, float* c,
+                   std::size_t ldc, bool add) {
+    for (std::size_t r = 0; r < kRowBlock; r += kRows)
+      tile<N>(panel + r * kPanelStride, x, x_stride, k, c + r, ldc, add);
+  }
+
+  // All tokens, kTokens at a time and the rest with a narrower tile.
+  template <std::size_t N = Math::kTokens>
+  static void tokens(const Elem* panel, const Elem* x, std::size_t x_stride, std::size_t n, std::size_t k,
+                     float* c, std::size_t ldc, bool add) {
+    for (; n >= N; n -= N, x += N * x_stride, c += N * ldc) rows<N>(panel, x, x_stride, k, c, ldc, add);
+    if constexpr (N > 1)
+      if (n > 0) tokens<N - 1>(panel, x, x_stride, n, k, c, ldc, add);
+  }
+
+  static void multiply(const Matrix& m, std::size_t first, std::size_t n_rows, const std::byte* operands,
+                       std::size_t n, float* c, std::size_t ldc, std::byte* scratch) {
+    const auto* x = reinterpret_cast<const Elem*>(operands);
+    auto* panel = reinterpret_cast<Elem*>(scratch);
+    for (std::size_t group = 0; group < m.groups; group += Math::kPanelGroups) {
+      const std::size_t width = m.groups - group < Math::kPanelGroups ? m.groups - group : Math::kPanelGroups;
+      for (std::size_t r = 0; r < n_rows; r += kRowBlock) {
+        dequantize(m, first + r, group, width, panel);
+        tokens(panel, x + group * kGroup, stride(m.groups), n, width * kGroup, c + r, ldc, group > 0);
+      }
+    }
+  }
+
+  static constexpr Engine engine() { return {1, operand_bytes, scratch_bytes, prepare, multiply}; }
+};
+
+}  // namespace
+}  // namespace moebox::MOEBOX_ISA

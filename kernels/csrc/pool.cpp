@@ -1,0 +1,159 @@
+#include "pool.h"
+
+#include <pthread.h>
+#include <sched.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <fstream>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+namespace moebox {
+namespace {
+
+constexpr auto kSpin = std::chrono::microseconds(50);
+constexpr int kPausesPerClockRead = 32;
+constexpr std::size_t kLine = 64;
+
+void pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#endif
+}
+
+// Spins for kSpin at most; true as soon as ready() is.
+template <class Ready>
+bool spin(Ready&& ready) {
+  const auto end = std::chrono::steady_clock::now() + kSpin;
+  do {
+    for (int i = 0; i < kPausesPerClockRead; ++i) {
+      if (ready()) return true;
+      pause();
+    }
+  } while (std::chrono::steady_clock::now() < end);
+  return false;
+}
+
+// Quota over period of one cgroup file: v2 has both in cpu.max, v1 one in each of two files.
+std::optional<double> cgroup_quota() {
+  std::string quota, period;
+  if (std::ifstream v2("/sys/fs/cgroup/cpu.max"); v2 >> quota >> period) {
+  } else {
+    std::ifstream("/sys/fs/cgroup/cpu/cpu.cfs_quota_us") >> quota;
+    std::ifstream("/sys/fs/cgroup/cpu/cpu.cfs_period_us") >> period;
+  }
+  const double used = std::atof(quota.c_str()), of = std::atof(period.c_str());
+  if (used <= 0 || of <= 0) return std::nullopt;  // "max", "-1", or no such file
+  return used / of;
+}
+
+void pin_to(std::thread& thread, int cpu) {
+  cpu_set_t set;
+  CPU_ZERO(&set);
+  CPU_SET(cpu, &set);
+  pthread_setaffinity_np(thread.native_handle(), sizeof set, &set);
+}
+
+}  // namespace
+
+std::vector<int> allowed_cpus() {
+  cpu_set_t set;
+  CPU_ZERO(&set);
+  std::vector<int> cpus;
+  if (sched_getaffinity(0, sizeof set, &set) == 0)
+    for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu)
+      if (CPU_ISSET(cpu, &set)) cpus.push_back(cpu);
+  if (cpus.empty()) cpus.push_back(0);
+  if (const auto quota = cgroup_quota())
+    cpus.resize(std::clamp<std::size_t>(std::ceil(*quota), 1, cpus.size()));
+  return cpus;
+}
+
+std::byte* Arena::reserve(std::size_t bytes) {
+  if (storage_.size() < bytes + kLine) {
+    storage_ = {};  // free first: the two need not exist at once
+    storage_.resize(bytes + kLine);
+  }
+  const auto address = reinterpret_cast<std::uintptr_t>(storage_.data());
+  return storage_.data() + (kLine - address % kLine) % kLine;
+}
+
+ThreadPool::ThreadPool(std::optional<int> threads, bool pin) : owner_(getpid()) {
+  const auto cpus = allowed_cpus();
+  const int count = threads.value_or(static_cast<int>(cpus.size()));
+  if (count < 1)
+    throw std::invalid_argument("threads: " + std::to_string(count) + " given, at least 1 needed");
+  for (int worker = 1; worker < count; ++worker) {
+    workers_.emplace_back([this, worker] { work(worker); });
+    if (pin) pin_to(workers_.back(), cpus[worker % cpus.size()]);
+  }
+}
+
+ThreadPool::~ThreadPool() {
+  if (getpid() != owner_) {
+    // A forked child has the handles but not the threads; joining would wait for ever.
+    for (auto& worker : workers_) worker.detach();
+    return;
+  }
+  stop_ = true;
+  ++round_;
+  round_.notify_all();
+  for (auto& worker : workers_) worker.join();
+}
+
+ThreadPool::Lease::Lease(ThreadPool& pool) : pool_(pool) {
+  if (getpid() != pool.owner_)
+    throw std::runtime_error(
+        "ThreadPool: made before fork(), its threads do not exist in this process; make one here");
+  lock_ = std::unique_lock(pool.mutex_);
+}
+
+void ThreadPool::run(std::size_t tasks, void* context, Call call) {
+  context_ = context;
+  call_ = call;
+  tasks_ = tasks;
+  next_ = 0;
+  if (tasks <= 1 || workers_.empty()) {
+    take_tasks(0);  // nothing to share out: wake nobody
+  } else {
+    share_round();
+  }
+  if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
+}
+
+void ThreadPool::share_round() {
+  busy_ = static_cast<int>(workers_.size());
+  ++round_;
+  round_.notify_all();
+  take_tasks(0);
+  while (!spin([this] { return busy_ == 0; })) std::this_thread::yield();
+}
+
+void ThreadPool::take_tasks(int worker) {
+  try {
+    for (std::size_t task; (task = next_.fetch_add(1, std::memory_order_relaxed)) < tasks_;)
+      call_(context_, task, worker);
+  } catch (...) {
+    next_ = tasks_;
+    const std::lock_guard guard(error_mutex_);
+    if (!error_) error_ = std::current_exception();
+  }
+}
+
+bool ThreadPool::wait_for_round(std::uint32_t seen) {
+  if (!spin([&] { return round_ != seen; })) round_.wait(seen);
+  return !stop_;
+}
+
+void ThreadPool::work(int worker) {
+  for (std::uint32_t seen = 0; wait_for_round(seen); ++seen) {
+    take_tasks(worker);
+    busy_.fetch_sub(1, std::memory_order_release);
+  }
+}
+
+}  // namespace moebox
