@@ -41,6 +41,8 @@ inline void store(T* to, const V& v) {
   std::memcpy(to, &v, sizeof v);
 }
 
+constexpr auto kFp8AsHalf = static_cast<std::int16_t>(0xbf80);  // sign, 4 bits of exponent, 3 of mantissa
+
 inline F32 as_float(I32 v) { return reinterpret_cast<F32>(v); }
 inline I32 as_int(F32 v) { return reinterpret_cast<I32>(v); }
 inline F32 to_float(I32 v) { return __builtin_convertvector(v, F32); }
@@ -63,14 +65,12 @@ inline F32 half_to_float(const std::uint16_t* from) {
   return (F32)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
 }
 
-// e4m3 / 256: its bits, moved into a half, mean a value 2^8 smaller.
-inline F32 fp8_to_float(const std::uint8_t* from) {
-  const __m256i bytes = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
-  const __m256i magnitude = _mm256_and_si256(bytes, _mm256_set1_epi16(0x7f));
-  const __m256i sign = _mm256_slli_epi16(_mm256_xor_si256(bytes, magnitude), 8);
-  const __m256i half = _mm256_or_si256(sign, _mm256_slli_epi16(magnitude, 7));
-  const __mmask16 nan = _mm256_cmpeq_epi16_mask(magnitude, _mm256_set1_epi16(0x7f));
-  return (F32)_mm512_cvtph_ps(_mm256_mask_mov_epi16(half, nan, _mm256_set1_epi16(0x7e00)));
+// e4m3 / 256, NaN aside, as two vectors: its bits, moved into a half, mean a value 2^8 smaller.
+inline void fp8_to_float(const std::uint8_t* from, F32* two) {
+  const __m512i wide = _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+  const __m512i halves = _mm512_and_si512(_mm512_slli_epi16(wide, 7), _mm512_set1_epi16(kFp8AsHalf));
+  two[0] = (F32)_mm512_cvtph_ps(_mm512_castsi512_si256(halves));
+  two[1] = (F32)_mm512_cvtph_ps(_mm512_extracti64x4_epi64(halves, 1));
 }
 
 // 32 values 0..15 -> 4 words, the first in the low nibble.
@@ -129,13 +129,11 @@ inline F32 half_to_float(const std::uint16_t* from) {
   return (F32)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
 }
 
-inline F32 fp8_to_float(const std::uint8_t* from) {
-  const __m128i bytes = _mm_cvtepu8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
-  const __m128i magnitude = _mm_and_si128(bytes, _mm_set1_epi16(0x7f));
-  const __m128i sign = _mm_slli_epi16(_mm_xor_si128(bytes, magnitude), 8);
-  const __m128i half = _mm_or_si128(sign, _mm_slli_epi16(magnitude, 7));
-  const __m128i nan = _mm_cmpeq_epi16(magnitude, _mm_set1_epi16(0x7f));
-  return (F32)_mm256_cvtph_ps(_mm_or_si128(half, _mm_and_si128(nan, _mm_set1_epi16(0x7e00))));
+inline void fp8_to_float(const std::uint8_t* from, F32* two) {
+  const __m256i wide = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+  const __m256i halves = _mm256_and_si256(_mm256_slli_epi16(wide, 7), _mm256_set1_epi16(kFp8AsHalf));
+  two[0] = (F32)_mm256_cvtph_ps(_mm256_castsi256_si128(halves));
+  two[1] = (F32)_mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1));
 }
 
 inline void pack_nibbles(const I32* values, std::uint32_t* words) {
@@ -197,14 +195,11 @@ inline F32 half_to_float(const std::uint16_t* from) {
   return values;
 }
 
-inline F32 fp8_to_float(const std::uint8_t* from) {
-  F32 values;
-  for (int i = 0; i < kWidth; i++) {
-    const unsigned magnitude = from[i] & 0x7f, sign = from[i] >> 7;
-    const unsigned half = magnitude == 0x7f ? 0x7e00 : sign << 15 | magnitude << 7;
-    values[i] = half_to_float(static_cast<std::uint16_t>(half));
+inline void fp8_to_float(const std::uint8_t* from, F32* two) {
+  for (int i = 0; i < 2 * kWidth; i++) {
+    const auto wide = static_cast<unsigned>(static_cast<std::int8_t>(from[i]));
+    two[i / kWidth][i % kWidth] = half_to_float(static_cast<std::uint16_t>(wide << 7 & kFp8AsHalf));
   }
-  return values;
 }
 
 inline void pack_nibbles(const I32* values, std::uint32_t* words) {

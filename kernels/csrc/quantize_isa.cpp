@@ -14,7 +14,8 @@ constexpr int kPairs = kGroup / 2, kGroupVectors = kGroup / kWidth;
 
 // |extreme| / |scale| to try; after the refit, finer or wider grids gain less than 0.02 % (docs/LOG.md).
 constexpr float kRatios[] = {6.4f, 6.8f, 7.1f, 7.35f, 7.6f, 7.8f, 8.0f, 8.2f, 8.4f, 8.6f, 8.8f, 9.05f};
-constexpr int kTogether = kWidth / 4;  // ratios tried at once: what the registers hold
+constexpr float kUnclampedRatio = 8.45f;  // up to it, the extreme value rounds to -8 at least
+constexpr int kTogether = kWidth / 4;     // ratios tried at once: what the registers hold
 static_assert(std::size(kRatios) % kTogether == 0);
 
 // std::min would be a weak symbol, which the linker may take from another instruction set's object.
@@ -22,48 +23,53 @@ inline std::size_t smaller(std::size_t a, std::size_t b) { return a < b ? a : b;
 
 // ---- reading a row as fp32 ----
 
+// Both decoders write whole vectors; what is behind count becomes zero.
 template <SourceType type>
-inline F32 decode_vector(const std::uint8_t* from, float factor) {
-  const auto* halves = reinterpret_cast<const std::uint16_t*>(from);
-  if constexpr (type == SourceType::f32) return load<F32>(from);
-  if constexpr (type == SourceType::bf16)
-    return as_float(__builtin_convertvector(load<U16>(from), I32) << 16);
-  if constexpr (type == SourceType::f16) return half_to_float(halves);
-  if constexpr (type == SourceType::fp8) return fp8_to_float(from) * factor;
-}
-
-template <SourceType type>
-void decode(const SourceMatrix& source, std::size_t row, std::size_t first, std::size_t count, float* out) {
-  const std::size_t item = source.item_bytes();
-  const std::uint8_t* from = source.data + (row * source.columns + first) * item;
-  const float* factors = nullptr;
-  if constexpr (type == SourceType::fp8)
-    factors = source.scale_inv + row / kFp8Block * source.block_columns();
-  float factor = 1;
-  std::size_t i = 0;
-  for (; i + kWidth <= count; i += kWidth) {
-    if constexpr (type == SourceType::fp8) factor = factors[(first + i) / kFp8Block] * 256;
-    store(out + i, decode_vector<type>(from + i * item, factor));
-  }
-  if (i == count) return;
+void decode_plain(const std::uint8_t* from, std::size_t count, float* out) {
+  constexpr std::size_t item = type == SourceType::f32 ? 4 : 2;
   std::uint8_t tail[4 * kWidth] = {};
-  std::memcpy(tail, from + i * item, (count - i) * item);
-  if constexpr (type == SourceType::fp8) factor = factors[(first + i) / kFp8Block] * 256;
-  store(out + i, decode_vector<type>(tail, factor));
+  for (std::size_t i = 0; i < count; i += kWidth, from += kWidth * item) {
+    if (count - i < kWidth) std::memcpy(tail, from, (count - i) * item);
+    const std::uint8_t* whole = count - i < kWidth ? tail : from;
+    if constexpr (type == SourceType::f32) store(out + i, load<F32>(whole));
+    if constexpr (type == SourceType::bf16)
+      store(out + i, __builtin_convertvector(load<U16>(whole), I32) << 16);
+    if constexpr (type == SourceType::f16)
+      store(out + i, half_to_float(reinterpret_cast<const std::uint16_t*>(whole)));
+  }
 }
 
-// out holds count rounded up to a multiple of kWidth; what is behind count becomes zero.
+void decode_fp8(const std::uint8_t* from, std::size_t count, float factor, float* out) {
+  std::uint8_t tail[2 * kWidth] = {}, nan = 0;
+  for (std::size_t i = 0; i < count; i += 2 * kWidth) {
+    if (count - i < 2 * kWidth) std::memcpy(tail, from + i, count - i);
+    F32 two[2];
+    fp8_to_float(count - i < 2 * kWidth ? tail : from + i, two);
+    store(out + i, two[0] * (factor * 256));
+    store(out + i + kWidth, two[1] * (factor * 256));
+  }
+  for (std::size_t i = 0; i < count; i++) nan |= static_cast<std::uint8_t>((from[i] & 0x7f) == 0x7f);
+  if (!nan) return;
+  for (std::size_t i = 0; i < count; i++)
+    if ((from[i] & 0x7f) == 0x7f) out[i] = __builtin_nanf("");
+}
+
+// Columns first .. first + count of a row as fp32; first is a multiple of kFp8Block.
 void decode(const SourceMatrix& source, std::size_t row, std::size_t first, std::size_t count, float* out) {
+  const std::uint8_t* from = source.data + (row * source.columns + first) * source.item_bytes();
   switch (source.type) {
     case SourceType::f32:
-      return decode<SourceType::f32>(source, row, first, count, out);
+      return decode_plain<SourceType::f32>(from, count, out);
     case SourceType::bf16:
-      return decode<SourceType::bf16>(source, row, first, count, out);
+      return decode_plain<SourceType::bf16>(from, count, out);
     case SourceType::f16:
-      return decode<SourceType::f16>(source, row, first, count, out);
+      return decode_plain<SourceType::f16>(from, count, out);
     case SourceType::fp8:
-      return decode<SourceType::fp8>(source, row, first, count, out);
+      break;
   }
+  const float* factor = source.scale_inv + row / kFp8Block * source.block_columns() + first / kFp8Block;
+  for (std::size_t i = 0; i < count; i += kFp8Block)
+    decode_fp8(from + i, smaller(kFp8Block, count - i), *factor++, out + i);
 }
 
 inline std::int32_t largest(I32 v) {
@@ -95,22 +101,32 @@ struct Tile {
   alignas(64) float scales[kWidth], inverses[kWidth];
 };
 
+// Largest magnitude of each lane's group, as bits.
+inline I32 group_magnitudes(const float* weights) {
+  alignas(64) std::int32_t rows[kWidth * kPairs], columns[kWidth * kPairs];
+  for (int i = 0; i < kWidth * kPairs; i += kWidth) {
+    const float* half = weights + i / kPairs * kGroup + i % kPairs;
+    store(rows + i, max(abs_bits(load<F32>(half)), abs_bits(load<F32>(half + kPairs))));
+  }
+  transpose(rows, columns);
+  I32 bits = load<I32>(columns);
+  for (int k = 1; k < kPairs; k++) bits = max(bits, load<I32>(columns + k * kWidth));
+  return bits;
+}
+
 // Brings every group to 15-bit integers, so that sums over it are exact; order within a group is of no
-// account. Returns the largest bits of a magnitude.
+// account. Returns the bits of the tile's largest magnitude.
 std::int32_t to_fixed(Tile& tile) {
-  I32 magnitudes{};
+  alignas(64) float factors[kWidth];
+  const I32 magnitudes = group_magnitudes(tile.weights);
+  const I32 exponents = magnitudes >> 23;  // biased
+  store(tile.exponents, exponents);
+  store(factors, exponents < kSmallestExponent ? F32{} : as_float((127 + 14 + 127 - exponents) << 23));
   for (int g = 0; g < kWidth; g++) {
     const float* weights = tile.weights + g * kGroup;
-    I32 bits = abs_bits(load<F32>(weights));
-    for (int v = 1; v < kGroupVectors; v++) bits = max(bits, abs_bits(load<F32>(weights + v * kWidth)));
-    magnitudes = max(magnitudes, bits);
-    const std::int32_t exponent = largest(bits) >> 23;
-    tile.exponents[g] = exponent;
-    const I32 factor_bits = I32{} + ((268 - exponent) << 23);
-    const F32 factor = exponent < kSmallestExponent ? F32{} : as_float(factor_bits);
     for (int v = 0; v < kGroupVectors; v += 2) {
-      const I32 even = round_to_int(load<F32>(weights + v * kWidth) * factor);
-      const I32 odd = round_to_int(load<F32>(weights + (v + 1) * kWidth) * factor);
+      const I32 even = round_to_int(load<F32>(weights + v * kWidth) * factors[g]);
+      const I32 odd = round_to_int(load<F32>(weights + (v + 1) * kWidth) * factors[g]);
       store(tile.fixed + g * kPairs + v / 2 * kWidth, narrow(even, odd));
     }
   }
@@ -134,13 +150,15 @@ struct Fit {
 };
 
 // For kTogether trial scales: q by rounding, and the sums that give the best scale for those q.
+template <bool clamp_extreme>
 inline void fit(const I16* pairs, const I16* inverses, Fit* fits) {
   const I16 one = I16{} + 32, lowest = I16{} - 8, highest = I16{} + 7;
   I32 products[kTogether] = {}, squares[kTogether] = {};
   for (int k = 0; k < kPairs; k++) {
     for (int c = 0; c < kTogether; c++) {
       const I16 steps = mulhrs(pairs[k], inverses[c]);  // weight / scale, 10 fraction bits
-      const I16 q = max(min(mulhrs(steps, one), highest), lowest);
+      I16 q = min(mulhrs(steps, one), highest);
+      if constexpr (clamp_extreme) q = max(q, lowest);
       products[c] += madd(pairs[k], q);
       squares[c] += madd(q, q);
     }
@@ -164,7 +182,10 @@ void choose_scales(Tile& tile) {
       const I32 inverse = round_to_int(per_ratio * kRatios[first + c]);
       inverses[c] = reinterpret_cast<I16>((inverse & 0xffff) | (inverse << 16));
     }
-    fit(pairs, inverses, fits);
+    if (kRatios[first + kTogether - 1] < kUnclampedRatio)
+      fit<false>(pairs, inverses, fits);
+    else
+      fit<true>(pairs, inverses, fits);
     for (const Fit& found : fits) {  // the error left after the refit is sum(w^2) - product^2 / square
       const auto better =
           found.product * found.product * best.square > best.product * best.product * found.square;
