@@ -205,12 +205,16 @@ class _Run:
     ) -> QuantizeResult:
         model, config = load_model(source, self._shard_bytes)
         workers = default_workers(config, workers)
-        self._begin_journal(model)
+        header = self._header(model)
+        self._compare_with_journal(header)
         self._forget_lost_shards(model)
         resumed = len(self._journal.shards)
         delete, finished = self._delete_source, set(self._journal.shards)
         needed = disk_peak(model, self._dst, finished, open_shards(workers), delete_source=delete)
         check_disk(self._dst, needed, delete_source=delete)
+        if self._journal.header is None:
+            with writing(self._journal.path):
+                self._journal.start(header)
         bytes_of = {shard.file: model.source_bytes(shard) for shard in model.shards}
         done = sum(bytes_of[file] for file in self._journal.shards)
         meter = Meter("quantize", sum(bytes_of.values()), len(model.shards), progress, (done, resumed))
@@ -228,11 +232,8 @@ class _Run:
         output_bytes = sum(shard.size for shard in model.shards)
         return self._result(manifest, resumed, sum(bytes_of.values()) - done, output_bytes)
 
-    def _begin_journal(self, model: Model) -> None:
-        header = self._header(model)
+    def _compare_with_journal(self, header: dict[str, Any]) -> None:
         if self._journal.header is None:
-            with writing(self._journal.path):
-                self._journal.start(header)
             return
         for name, value in _flat(header).items():
             before = _flat(self._journal.header).get(name)
