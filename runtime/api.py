@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from moebox.errors import BusyError, RequestError
-from moebox.runtime.generate import Generation, OnPrefill, TokenSession
+from moebox.runtime.generate import ContextError, Generation, OnPrefill, TokenSession
 from moebox.runtime.messages import Message, Tool, next_tool_call_index, normalise_messages
 from moebox.runtime.pieces import Completion, Piece, Stats, ToolCall
 from moebox.runtime.sampling import Sampler, SamplingOptions, StopStrings, generation_defaults
@@ -223,7 +223,7 @@ class Model:
         options = self.defaults.with_(**sampling)
         context = self.session.context
         if len(prompt) > context:
-            raise RequestError(
+            raise ContextError(
                 f"the prompt has {len(prompt):,} tokens, but the context holds {context:,}",
                 "Shorten the conversation, or load the model with a larger context.",
             )

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from threading import Event
 from typing import TYPE_CHECKING, Protocol
 
-from moebox.errors import MoeboxError
+from moebox.errors import MoeboxError, RequestError
 from moebox.runtime.pieces import FinishReason, Stats
 from moebox.runtime.sampling import Sampler
 
@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 
 OnPrefill = Callable[[int, int], None]
 """Called with (prompt tokens computed, prompt tokens to compute)."""
+
+
+class ContextError(RequestError):
+    """A prompt with more tokens than the context holds."""
 
 
 class TokenSession(Protocol):
