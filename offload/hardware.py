@@ -1,8 +1,7 @@
-"""What this machine has: memory that is free for use, and cores, both within the limits of a container."""
+"""What this machine has: memory that is free for use, within the limits of a container."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import psutil
@@ -14,11 +13,6 @@ def available_ram_bytes(cgroup_root: Path = CGROUP_ROOT, membership: Path = Path
     """Bytes that this process can still take without swapping: the machine's, or its cgroup's if less."""
     available = int(psutil.virtual_memory().available)
     return min([available, *_cgroup_headrooms(cgroup_root, membership)])
-
-
-def usable_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _cgroup_headrooms(root: Path, membership: Path) -> list[int]:

@@ -77,7 +77,7 @@ class Attention(nn.Module):
         nope, rank = self.config.qk_nope_head_dim, self.config.kv_lora_rank
         per_head = self._per_head()
         query = torch.cat([matmul(query, per_head[:, :nope]), position], dim=-1)
-        query, latent = widen(query.shape[0] * query.shape[1], query, latent)
+        latent = widen(query.shape[0] * query.shape[1], latent)
         return matmul(self._mix(query, latent, latent[:, :rank]), per_head[:, nope:].transpose(1, 2))
 
     def _expanded(self, query: Tensor, position: Tensor, latent: Tensor) -> Tensor:
@@ -85,12 +85,12 @@ class Attention(nn.Module):
         nope, rank = self.config.qk_nope_head_dim, self.config.kv_lora_rank
         heads, count, _ = query.shape
         size = max(1, SCORES_BYTES // (4 * count * latent.shape[0]))
-        query, latent = widen(count, torch.cat([query, position], dim=-1), latent)
+        query, latent = torch.cat([query, position], dim=-1), widen(count, latent)
         mixed = []
         for group in (slice(start, start + size) for start in range(0, heads, size)):
-            (per_head,) = widen(count, self._per_head()[group])
-            both = latent[:, :rank] @ per_head.transpose(1, 2)
-            keys = torch.cat([both[..., :nope], latent[:, rank:].expand(both.shape[0], -1, -1)], dim=-1)
+            both = matmul(latent[:, :rank], self._per_head()[group].transpose(1, 2))
+            shared = latent[:, rank:].expand(both.shape[0], -1, -1)
+            keys = torch.cat([both[..., :nope], shared.type(both.dtype)], dim=-1)
             mixed.append(self._mix(query[group], keys, both[..., nope:]))
         return torch.cat(mixed)
 
@@ -102,6 +102,7 @@ class Attention(nn.Module):
         heads, count, _ = query.shape
         total = keys.shape[-2]
         step = max(1, SCORES_BYTES // (4 * heads * total))
+        query = query.type(keys.dtype)
         mixed = []
         for start in range(0, count, step):
             end = min(start + step, count)

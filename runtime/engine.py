@@ -15,7 +15,6 @@ from moebox.errors import MoeboxError, PlanError, RequestError
 from moebox.kernels import cpu
 from moebox.offload.checkpoint import Checkpoint
 from moebox.offload.experts import open_experts, prefault
-from moebox.offload.hardware import usable_cores
 from moebox.runtime import backbone as precision
 from moebox.runtime.kv_cache import KVCache, bytes_per_token
 from moebox.runtime.loader import Progress, check_names, check_quantized, load_backbone, stored_bytes
@@ -107,7 +106,7 @@ class Engine:
         check_quantized(checkpoint)
         check_names(checkpoint)
         plan = plan_memory(checkpoint.config, dtype, backbone, ram, context)
-        threads = threads or usable_cores()
+        threads = threads or cpu.allowed_cpus()
         torch.set_num_threads(threads)
         pool = cpu.ThreadPool(threads)
         experts = open_experts(checkpoint, pool)

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
 from moebox.quantize.synth import synth
@@ -73,3 +73,17 @@ def _fuse(tensors: dict[str, torch.Tensor], config: DeepseekV3Config) -> dict[st
     return {
         name: tensor for name, tensor in state.items() if f"layers.{config.num_hidden_layers}." not in name
     }
+
+
+def rewrite(folder: Path, name: str, tensor: torch.Tensor | None, new_name: str | None = None) -> None:
+    """Replace, rename or (None) drop one tensor of a checkpoint, keeping the index in step."""
+    index_path = folder / "model.safetensors.index.json"
+    index = json.loads(index_path.read_text())
+    file = folder / index["weight_map"].pop(name)
+    tensors = load_file(file)
+    del tensors[name]
+    if tensor is not None:
+        tensors[new_name or name] = tensor.contiguous()
+        index["weight_map"][new_name or name] = file.name
+    save_file(tensors, file, metadata={"format": "pt"})
+    index_path.write_text(json.dumps(index))
