@@ -22,7 +22,7 @@ from typing import Any
 import moebox
 from moebox.config import ModelConfig
 from moebox.errors import CheckpointError, PlanError
-from moebox.offload.layout import Manifest, load_manifest
+from moebox.offload.layout import MANIFEST_FILE, Manifest, load_manifest
 from moebox.quantize import hub
 from moebox.quantize.dryrun import plan
 from moebox.quantize.files import writing
@@ -120,7 +120,8 @@ def quantize(
                 return run.already_complete(lock)
             return run.convert(lock, workers, progress)
     finally:
-        if lock.guards_nothing():
+        if not run.has_begun():
+            run.leave_no_trace()
             lock.release_and_remove()
             if state == "absent":
                 dst.rmdir()
@@ -162,6 +163,15 @@ class _Run:
                 hub.remove_fetched(self._dst)
             remove_partials(self._dst)
         self._journal = Journal(self._dst)
+
+    def has_begun(self) -> bool:
+        """Whether there is anything to resume or to keep."""
+        return self._journal.path.exists() or (self._dst / MANIFEST_FILE).exists()
+
+    def leave_no_trace(self) -> None:
+        """Remove what a source that was then refused had put here."""
+        if self._is_hub():
+            hub.remove_fetched(self._dst)
 
     def _is_hub(self) -> bool:
         return not Path(self._src).exists() and parse_hub_id(str(self._src)) is not None

@@ -65,12 +65,6 @@ class DestinationLock:
         except FileNotFoundError:
             return False
 
-    def guards_nothing(self) -> bool:
-        """Whether this lock is held and nothing has been begun under it."""
-        folder = self.path.parent
-        others = [path for path in folder.rglob("*") if path.is_file() and path != self.path]
-        return self._descriptor is not None and not others
-
     def release(self) -> None:
         """Let go; the folder stays for a later run to resume from."""
         if self._descriptor is not None:
@@ -79,6 +73,8 @@ class DestinationLock:
 
     def release_and_remove(self) -> None:
         """Let go and remove `DST/.moebox`; the lock file goes last, while it is still held."""
+        if self._descriptor is None:
+            return
         folder = self.path.parent
         for child in folder.iterdir():
             if child.is_dir():
