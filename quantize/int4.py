@@ -115,7 +115,7 @@ def quantize_int4(
         isa: a path of `moebox.kernels.cpu.isa_paths()`; the best one by default.
 
     Raises:
-        NonFiniteError: a dequantized weight is NaN, Inf or at least 2**100.
+        NonFiniteError: a dequantized weight is NaN, Inf or at least 2**60.
         ValueError: shapes or dtypes do not fit, or this machine cannot run `isa`.
     """
     rows, columns = _check_matrix(weight, scale_inv)

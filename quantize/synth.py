@@ -40,6 +40,24 @@ class SynthResult:
     nbytes: int
     elapsed_s: float
 
+    def to_dict(self) -> dict[str, Any]:
+        """The figures of `render`, for JSON."""
+        return {
+            "folder": str(self.folder),
+            "files": list(self.files),
+            "tensors": self.tensors,
+            "bytes": self.nbytes,
+            "elapsed_s": self.elapsed_s,
+            "write_gbps": self.nbytes / self.elapsed_s / 1e9,
+        }
+
+    def render(self) -> str:
+        """One line for people."""
+        return (
+            f"{self.folder}: {self.tensors:,} tensors, {self.nbytes / 1e9:.3g} GB "
+            f"in {len(self.files)} files, written at {self.nbytes / self.elapsed_s / 1e9:.2f} GB/s"
+        )
+
 
 def synth(
     dst: Path | str,
