@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from moebox.errors import CheckpointError
+from moebox.errors import CheckpointError, PlanError
 from moebox.offload.checkpoint import TORCH_DTYPES, TensorInfo, open_tensor
 from moebox.quantize.files import drop_cache, drop_mapped, will_need
 from moebox.quantize.int4 import FP8_BLOCK, Int4Matrix, QuantError
@@ -133,8 +133,7 @@ class Pipeline:
                 for follower in self._todo[position + 1 : position + 2]:
                     self._model.source.prefetch(self._model.files(follower))
                 self._begin(shard)
-            while self._open:
-                self._finish_oldest()
+            self._finish_all()
             self._discard_unneeded(also_unused=True)
         finally:
             self._stop.set()
@@ -144,7 +143,12 @@ class Pipeline:
 
     def _begin(self, shard: Shard) -> None:
         tensors = shard.tensors()
-        job = _OpenShard(shard, ShardWriter(self._dst, shard), [])
+        try:
+            writer = ShardWriter(self._dst, shard)
+        except PlanError:  # the disk is full, but shards that have their room can still be finished
+            self._finish_all()
+            raise
+        job = _OpenShard(shard, writer, [])
         self._open.append(job)
         tasks = [*self._expert_tasks(job), *self._backbone_tasks(job, tensors)]
         shapes = [tensor for tensor in tensors if tensor.name.endswith(_WEIGHT_SHAPE)]
@@ -207,6 +211,10 @@ class Pipeline:
             writer.write(offset, [_view(tensor)])
 
         return run
+
+    def _finish_all(self) -> None:
+        while self._open:
+            self._finish_oldest()
 
     def _finish_oldest(self) -> None:
         job = self._open[0]

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
+from moebox.errors import MoeboxError
 from moebox.quantize.files import drop_cache, sync_folder, writing
 from moebox.quantize.journal import WORK_FOLDER
 from moebox.quantize.shards import Shard
@@ -54,7 +55,11 @@ class ShardWriter:
                 raise
         self._hasher = threading.Thread(target=self._hash, name=f"hash {shard.file}", daemon=True)
         self._hasher.start()
-        self.write(0, [shard.header])
+        try:
+            self.write(0, [shard.header])
+        except MoeboxError:
+            self.abort()
+            raise
 
     def write(self, offset: int, buffers: Sequence[Buffer]) -> None:
         """Put `buffers` back to back at `offset`. Safe from any thread; extents must not overlap."""
