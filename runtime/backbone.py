@@ -12,6 +12,7 @@ no multiple of 64 stay in bf16, since bitsandbytes 0.50 multiplies those wrongly
 from __future__ import annotations
 
 import logging
+import math
 import re
 
 import bitsandbytes as bnb
@@ -88,12 +89,18 @@ def parameter_bytes(parameter: Tensor) -> int:
     return parameter.nbytes + sum(extra.nbytes for extra in extras if isinstance(extra, Tensor))
 
 
+def keeps_fp32(module_name: str) -> bool:
+    """Norms and the router are small, and work in fp32."""
+    return module_name.endswith(("norm", ".gate"))
+
+
 def planned_bytes(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, backbone: str) -> int:
     """Bytes that a backbone of these tensors (name -> shape) will take."""
     total = 0.0
     for name, shape in shapes.items():
-        width = dtype.itemsize + 0.0
-        if is_quantized(name.removesuffix(".weight"), shape[-1], backbone):
-            width = 1.0 if backbone == "int8" else NF4_BYTES_PER_WEIGHT
-        total += torch.Size(shape).numel() * width
+        module, elements = name.rpartition(".")[0], math.prod(shape)
+        if not is_quantized(module, shape[-1], backbone):
+            total += elements * (4 if keeps_fp32(module) else dtype.itemsize)
+        else:
+            total += elements + 4 * shape[0] if backbone == "int8" else elements * NF4_BYTES_PER_WEIGHT
     return int(total)

@@ -99,7 +99,7 @@ class Engine:
             CheckpointError: not quantized, damaged, or tensors do not match the config.
             PlanError: it does not fit the memory, or asks for a device that this version does not use.
         """
-        _check_device(device, vram)
+        _check_device(device, vram, threads)
         precision.check_precision(backbone)
         dtype = dtype or torch.bfloat16
         checkpoint = Checkpoint.open(Path(path))
@@ -260,7 +260,7 @@ def _checker(cancel: Cancel | None) -> Callable[[], None] | None:
     return check
 
 
-def _check_device(device: str | None, vram: int | None) -> None:
+def _check_device(device: str | None, vram: int | None, threads: int | None) -> None:
     if device not in (None, "cpu"):
         raise PlanError(f"device {device!r}: this version computes on the CPU", "Leave the device out.")
     if vram:
@@ -268,3 +268,5 @@ def _check_device(device: str | None, vram: int | None) -> None:
             f"vram = {vram} bytes: this version computes on the CPU and uses no GPU memory",
             "Leave the VRAM budget out.",
         )
+    if threads is not None and threads < 1:
+        raise PlanError(f"threads = {threads}, at least 1 is needed")

@@ -104,7 +104,7 @@ def load_backbone(
     done, total = 0, sum(info.nbytes for info in infos.values())
     for name, info in infos.items():
         module_name, _, attribute = name.rpartition(".")
-        wanted = torch.float32 if keeps_fp32(module_name) else dtype
+        wanted = torch.float32 if precision.keeps_fp32(module_name) else dtype
         weight = checkpoint.read(info.name).to(wanted, copy=True)
         if precision.is_quantized(module_name, weight.shape[-1], backbone):
             replace(model, module_name, precision.quantize_linear(weight, backbone))
@@ -114,11 +114,6 @@ def load_backbone(
         if progress is not None:
             progress("backbone", done, total)
     return model.eval()
-
-
-def keeps_fp32(module_name: str) -> bool:
-    """Norms and the router are small, and work in fp32."""
-    return module_name.endswith(("norm", ".gate"))
 
 
 def replace(model: nn.Module, module_name: str, module: nn.Module) -> None:

@@ -1,0 +1,100 @@
+"""The CPU tier against dequantized matrices, and its checks of the manifest."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+from helpers.runtime import PROJECTIONS, dequantize, load_tensors, make_checkpoint, rewrite
+from moebox.errors import CheckpointError
+from moebox.kernels import cpu
+from moebox.offload.checkpoint import Checkpoint
+from moebox.offload.experts import group_by_expert, open_experts, prefault
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_checkpoint(tmp_path_factory.mktemp("experts") / "model")
+
+
+@pytest.fixture(scope="module")
+def experts(folder):
+    return open_experts(Checkpoint.open(folder), cpu.ThreadPool(2))
+
+
+def reference(folder, layer, ids, weights, hidden):
+    tensors = load_tensors(folder)
+    out = torch.zeros(hidden.shape)
+    for token, (chosen, token_weights) in enumerate(zip(ids.tolist(), weights, strict=True)):
+        for expert, weight in zip(chosen, token_weights, strict=True):
+            gate, up, down = (
+                dequantize(tensors[f"{name}.weight_packed"], tensors[f"{name}.weight_scale"])
+                for name in (f"model.layers.{layer}.mlp.experts.{expert}.{part}" for part in PROJECTIONS)
+            )
+            x = hidden[token].float()
+            out[token] += weight * (down @ (F.silu(gate @ x) * (up @ x)))
+    return out
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 5e-3)])
+@pytest.mark.parametrize("count", [1, 2, 40])
+@pytest.mark.parametrize("layer", [1, 2])
+def test_equals_dequantized(folder, experts, layer, count, dtype, tolerance):
+    generator = torch.Generator().manual_seed(count)
+    hidden = torch.randn(count, 160, generator=generator).to(dtype)
+    ids = torch.rand(count, 8, generator=generator).topk(4).indices
+    weights = torch.rand(count, 4, generator=generator)
+    out = experts.forward(layer, ids, weights, hidden)
+    expected = reference(folder, layer, ids, weights, hidden)
+    assert out.dtype == torch.float32
+    assert (out - expected).norm() <= tolerance * expected.norm()
+
+
+def test_same_bits_every_time(experts):
+    hidden = torch.randn(30, 160).bfloat16()
+    ids = torch.rand(30, 8).topk(4).indices
+    weights = torch.rand(30, 4)
+    first = experts.forward(1, ids, weights, hidden)
+    assert all(torch.equal(experts.forward(1, ids, weights, hidden), first) for _ in range(5))
+
+
+def routings(top_k):
+    """Lists of `top_k` distinct experts of 8, one list a token."""
+    return st.lists(st.permutations(range(8)).map(lambda order: order[:top_k]), min_size=1, max_size=9)
+
+
+@given(st.integers(1, 6).flatmap(routings))
+def test_groups_hold_every_pair_once(rows):
+    ids = np.array(rows, np.int64)
+    chosen, offsets, tokens, order = group_by_expert(ids)
+    assert chosen == sorted(set(ids.flat))
+    assert offsets.dtype == tokens.dtype == np.int32
+    assert offsets[0] == 0
+    assert offsets[-1] == ids.size == len(tokens)
+    for expert, begin, end in zip(chosen, offsets[:-1], offsets[1:], strict=True):
+        assert tokens[begin:end].tolist() == np.nonzero(ids == expert)[0].tolist()
+        assert set(ids.flat[order[begin:end]]) == {expert}
+
+
+def test_prefault_counts_all_bytes(folder):
+    checkpoint = Checkpoint.open(folder)
+    calls = []
+    prefault(checkpoint, lambda *call: calls.append(call))
+    assert calls[-1] == ("experts", checkpoint.config.experts_bytes, checkpoint.config.experts_bytes)
+    assert [done for _, done, _ in calls] == sorted(done for _, done, _ in calls)
+
+
+def test_bytes(experts, folder):
+    tensors = load_tensors(folder)
+    stored = sum(t.nbytes for name, t in tensors.items() if name.endswith(("_packed", "_scale")))
+    assert experts.nbytes == stored
+
+
+def test_scale_of_wrong_type(tmp_path):
+    folder = make_checkpoint(tmp_path / "model")
+    name = "model.layers.1.mlp.experts.0.down_proj.weight_scale"
+    rewrite(folder, name, load_tensors(folder)[name].half())
+    with pytest.raises(CheckpointError, match=r"F16.*implies BF16"):
+        open_experts(Checkpoint.open(folder), cpu.ThreadPool(1))
