@@ -3,8 +3,17 @@
 from __future__ import annotations
 
 import base64
+import fcntl
 import json
+import logging
+import os
+import pty
+import re
+import struct
+import sys
+import termios
 import time
+import traceback
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,9 +22,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from pexpect import EOF
+from pexpect.fdpexpect import fdspawn
 
 from moebox.errors import MoeboxError, RequestError
+from moebox.runtime import chat, run
 from moebox.runtime.api import Model
+from moebox.runtime.chat import ChatOptions
+from moebox.runtime.run import RunOptions
 from moebox.runtime.template import Template
 from moebox.runtime.tokenizer import Tokenizer
 
@@ -183,3 +197,50 @@ def fake_model(folder: Path, template: str | None = "k2_style", **options) -> Mo
     tokenizer = Tokenizer.load(folder)
     engine = FakeEngine(folder, tokenizer, **options)
     return Model(engine, tokenizer, Template.load(folder, tokenizer))
+
+
+def run_program(folder: Path, request: dict) -> int:
+    """The real chat or run program on a scripted engine: `{"chat" | "run": options, "engine": options}`."""
+    model = fake_model(folder, request.get("template", "k2_style"), **request.get("engine", {}))
+    try:
+        if "run" in request:
+            return run.main(model, RunOptions(**request["run"]))
+        return chat.main(model, ChatOptions(**request.get("chat", {})))
+    except MoeboxError as error:
+        print(f"moebox: {error}", file=sys.stderr)
+        return 1
+
+
+class Terminal(fdspawn):
+    """`run_program` in a forked child with a terminal of its own, driven as pexpect drives programs."""
+
+    def __init__(self, folder: Path, request: dict, **environment: str) -> None:
+        self.pid, fd = pty.fork()
+        if self.pid == 0:
+            os._exit(_child(folder, request, environment))
+        super().__init__(fd, encoding="utf-8", timeout=20)
+
+    def exit_code(self) -> int:
+        """Wait for the end of the program."""
+        self.expect(EOF)
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+    def plain(self) -> str:
+        """What was shown before the last match, without escape sequences."""
+        return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", self.before)
+
+
+def _child(folder: Path, request: dict, environment: dict[str, str]) -> int:
+    os.environ.update({"TERM": "xterm", "COLUMNS": "200", "LINES": "50"} | environment)
+    sys.stdin, sys.stdout, sys.stderr = (os.fdopen(fd, mode) for fd, mode in ((0, "r"), (1, "w"), (2, "w")))
+    sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr
+    fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", 50, 200, 0, 0))
+    logging.getLogger("moebox").handlers = [logging.StreamHandler(sys.stderr)]
+    try:
+        code = run_program(folder, request)
+    except BaseException:  # noqa: BLE001 - the child must never return into pytest
+        traceback.print_exc()
+        code = 70
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return code
