@@ -167,7 +167,7 @@ def to_bfloat16(
         isa,
     )
     if bad_row >= 0:
-        raise _non_finite(matrix, scale_inv, bad_row, bad_column)
+        raise _non_finite(weight, scale_inv, bad_row, bad_column)
     return weight if converted is None else converted.view(weight.shape)
 
 
@@ -193,9 +193,10 @@ def _bytes(weight: torch.Tensor) -> Any:
 def _non_finite(
     weight: torch.Tensor, scale_inv: torch.Tensor | None, row: int, column: int
 ) -> NonFiniteError:
-    value = weight[row, column].float().item()
+    position = (row, column) if weight.ndim == 2 else (column,)
+    value = weight[position].float().item()
     factor = "" if scale_inv is None else f" x {scale_inv[row // FP8_BLOCK, column // FP8_BLOCK].item():g}"
-    return NonFiniteError(f"[{row}, {column}] is {value:g}{factor}, not a finite weight")
+    return NonFiniteError(f"{list(position)} is {value:g}{factor}, not a finite weight")
 
 
 def check_finite(tensor: torch.Tensor) -> None:

@@ -291,14 +291,15 @@ def _check_int4(source: SourceTensor, infos: Mapping[str, TensorInfo]) -> None:
     _check_dtype(packed, "I32")
     _check_shape(packed, (rows, ceil(columns / 8)))
     _check_dtype(scale, "BF16")
-    if scale.shape != (rows, ceil(columns / GROUP_SIZE)) and len(scale.shape) == 2 and scale.shape[1]:
+    groups = ceil(columns / GROUP_SIZE)
+    if len(scale.shape) == 2 and scale.shape[0] == rows and scale.shape[1] not in (0, groups):
         group = columns / scale.shape[1]
         raise CheckpointError(
             f"{scale.file}: {scale.name}: shape {list(scale.shape)} means groups of {group:g} columns, "
             f"moebox reads groups of {GROUP_SIZE}",
             _READABLE,
         )
-    _check_shape(scale, (rows, ceil(columns / GROUP_SIZE)))
+    _check_shape(scale, (rows, groups))
     _check_dtype(shape, "I32", "I64")
     _check_shape(shape, (2,))
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from moebox.config import GROUP_SIZE
 
@@ -57,3 +60,13 @@ def least_errors(weights: torch.Tensor) -> torch.Tensor:
         for signed in (scale, -scale):
             least = torch.minimum(least, group_errors(weights, signed))
     return least
+
+
+def rewrite(folder: Path, edit: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    """Load a checkpoint's tensors, let `edit` change the dict, and store it as one file without index."""
+    files = sorted(folder.glob("*.safetensors"))
+    tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    edit(tensors)
+    for file in [*files, folder / "model.safetensors.index.json"]:
+        file.unlink()
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")

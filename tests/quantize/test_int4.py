@@ -216,7 +216,7 @@ def test_a_block_factor_that_is_not_finite_is_named():
 
 
 def test_a_value_that_overflows_bfloat16_is_named():
-    with pytest.raises(NonFiniteError, match=r"\[0, 3\] is 3.4"):
+    with pytest.raises(NonFiniteError, match=r"\[3\] is 3.4"):
         to_bfloat16(torch.tensor([0.0, 1.0, 2.0, 3.4e38]))
 
 
