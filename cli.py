@@ -1,1 +1,362 @@
-def main()->None: print("hi")
+"""The `moebox` command: each command is options -> one call.
+
+Answers go to stdout; prompts, progress and errors to stderr. Exit codes: 0 done, 1 a moebox error,
+2 wrong usage, 130 interrupted. Every option has an environment twin, `MOEBOX_<COMMAND>_<OPTION>`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import click
+
+from moebox import __version__
+from moebox.errors import MoeboxError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from moebox.quantize.progress import ProgressDisplay
+    from moebox.runtime.api import Model
+
+_UNITS = {"": 1, "b": 1} | {
+    f"{prefix}{suffix}": base**power
+    for power, prefix in enumerate("kmgt", start=1)
+    for suffix, base in (("b", 1000), ("ib", 1024))
+}
+SAMPLING = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "stop")
+
+
+class ByteSize(click.ParamType[int]):
+    """A size such as `60GiB`, `64GB` or `1000000`, in bytes."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Parse `value`; click reports a usage error where it is no size."""
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([a-z]*)", str(value).strip().lower())
+        if not match or match[2] not in _UNITS:
+            self.fail(f"{value!r} is not a size such as 60GiB, 64GB or 1000000", param, ctx)
+        return int(float(match[1]) * _UNITS[match[2]])
+
+
+Command = Callable[..., Any]
+
+
+def json_option(command: Command) -> Command:
+    """Adds `--json`."""
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")(command)
+
+
+def model_options(command: Command) -> Command:
+    """Adds MODEL and how to load it."""
+    for option in reversed(
+        (
+            click.argument("model", type=click.Path(file_okay=False, path_type=Path)),
+            click.option("--ram", type=ByteSize(), help="Memory to use at most.  [default: what is free]"),
+            click.option(
+                "--backbone",
+                type=click.Choice(["bf16", "int8", "nf4"]),
+                default="bf16",
+                help="Precision of attention, shared experts, dense layers and head.",
+            ),
+            click.option(
+                "--context", type=click.IntRange(1), help="Tokens of context.  [default: the model's]"
+            ),
+            click.option("--threads", type=click.IntRange(1), help="Cores to use.  [default: all]"),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+def answer_options(command: Command) -> Command:
+    """Adds what an answer depends on; without a value the checkpoint's own defaults hold."""
+    for option in reversed(
+        (
+            click.option("--system", help="System prompt.  [default: the template's]"),
+            click.option(
+                "--tools",
+                type=click.Path(dir_okay=False, path_type=Path),
+                help="JSON file of function declarations.",
+            ),
+            click.option("--think/--no-think", "thinking", default=True, help="Reason before the answer."),
+            click.option("--max-tokens", type=click.IntRange(1), help="Tokens to generate at most."),
+            click.option("--temperature", type=click.FloatRange(0), help="0 is greedy."),
+            click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="Nucleus mass kept."),
+            click.option("--top-k", type=click.IntRange(0), help="Most likely tokens kept; 0: all."),
+            click.option(
+                "--min-p", type=click.FloatRange(0, 1), help="Share of the best token's probability."
+            ),
+            click.option("--repetition-penalty", type=click.FloatRange(0, min_open=True), help="1: none."),
+            click.option(
+                "--seed", type=click.IntRange(0), help="Same seed, same text.  [default: a new one]"
+            ),
+            click.option("--stop", multiple=True, help="Text that ends the answer; may be repeated."),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+@click.group(
+    context_settings={
+        "auto_envvar_prefix": "MOEBOX",
+        "show_default": True,
+        "help_option_names": ["-h", "--help"],
+    },
+)
+@click.version_option(__version__, "-V", "--version", message="moebox %(version)s")
+def main_group() -> None:
+    """Run trillion-parameter mixture-of-experts models of the Kimi K2 family on one box.
+
+    Every option can also be given in the environment as MOEBOX_COMMAND_OPTION, for example
+    MOEBOX_CHAT_CONTEXT=32768.
+    """
+
+
+@main_group.command()
+@click.argument("src")
+@click.argument("dst", type=click.Path(file_okay=False, path_type=Path))
+@click.option("--dry-run", is_flag=True, help="Print sizes, a time estimate and what stays; write nothing.")
+@click.option("--resume/--no-resume", default=True, help="Continue an earlier run's work, or start over.")
+@click.option("--workers", type=click.IntRange(1), help="Experts in work at once.  [default: one per core]")
+@click.option("--delete-source", is_flag=True, help="Delete each source shard once nothing needs it.")
+@json_option
+def quantize(
+    src: str, dst: Path, dry_run: bool, resume: bool, workers: int | None, delete_source: bool, as_json: bool
+) -> None:
+    """Quantize a checkpoint's routed experts to INT4.
+
+    SRC is a checkpoint folder or a hub id such as moonshotai/Kimi-K2-Instruct; FP8, BF16, F16, F32 and
+    native INT4 are read. DST gets a compressed-tensors checkpoint. Interrupt at any moment and run the same
+    command again to continue.
+
+    \b
+    Examples:
+      moebox quantize assets/tiny-k2 out/tiny-k2
+      moebox quantize moonshotai/Kimi-K2-Instruct /nvme/k2 --delete-source
+      moebox quantize /nvme/Kimi-K2-Thinking /nvme/k2t --dry-run
+    """
+    from moebox.quantize import convert, dryrun
+
+    if dry_run:
+        plan = dryrun.plan(src, dst, workers=workers, delete_source=delete_source)
+        _report(plan.to_dict(), as_json, lambda: dryrun.render_plan(plan, _console()))
+        return
+    with _progress() as show:
+        result = convert.quantize(
+            src, dst, workers=workers, resume=resume, delete_source=delete_source, progress=show
+        )
+    _report(result.to_dict(), as_json, lambda: click.echo(result.render()))
+
+
+@main_group.command()
+@click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
+@click.option("--verify", is_flag=True, help="Read every shard and compare its SHA-256 with moebox.json.")
+@json_option
+def inspect(folder: Path, verify: bool, as_json: bool) -> None:
+    """Show a checkpoint's shapes, sizes and quantization errors.
+
+    \b
+    Examples:
+      moebox inspect out/tiny-k2
+      moebox inspect /nvme/k2 --verify
+    """
+    from moebox.quantize import inspect as inspection
+
+    with _progress() as show:
+        report = inspection.inspect(folder, verify=verify, progress=show)
+    _report(report.to_dict(), as_json, lambda: inspection.render_inspect(report, _console()))
+
+
+@main_group.command()
+@model_options
+@click.argument("prompt")
+@answer_options
+@json_option
+def run(
+    prompt: str, system: str | None, tools: Path | None, thinking: bool, as_json: bool, **rest: Any
+) -> int:
+    """Answer one prompt and leave; "-" reads the prompt from stdin.
+
+    The answer goes to stdout, reasoning and figures to stderr.
+
+    \b
+    Examples:
+      moebox run out/tiny-k2 "Find me a Thai restaurant in San Jose." --tools tools.json
+      git diff | moebox run /nvme/k2 - --system "Review this change." --json
+    """
+    from moebox.runtime import run as one_shot
+
+    options = one_shot.RunOptions(prompt, system, tools, thinking, as_json, _sampling(rest))
+    return one_shot.main(_load(rest), options)
+
+
+@main_group.command()
+@model_options
+@answer_options
+@click.option(
+    "--load", type=click.Path(dir_okay=False, path_type=Path), help="Go on with a chat that /save wrote."
+)
+def chat(system: str | None, tools: Path | None, thinking: bool, load: Path | None, **rest: Any) -> int:
+    """Chat in the terminal; /help shows the commands, Ctrl-C stops an answer, Ctrl-D leaves.
+
+    \b
+    Examples:
+      moebox chat out/tiny-k2 --tools tools.json
+      moebox chat /nvme/k2 --context 65536 --backbone int8
+    """
+    from moebox.runtime import chat as terminal_chat
+
+    options = terminal_chat.ChatOptions(system, tools, thinking, load=load, sampling=_sampling(rest))
+    return terminal_chat.main(_load(rest), options)
+
+
+@main_group.command()
+@click.argument("dst", type=click.Path(file_okay=False, path_type=Path))
+@click.option("--shape", type=click.Choice(["kimi-k2", "tiny"]), default="kimi-k2", help="Whose dimensions.")
+@click.option("--layers", type=click.IntRange(1), help="Layers, dense ones included.  [default: the shape's]")
+@click.option("--experts", type=click.IntRange(1), help="Routed experts a layer.  [default: the shape's]")
+@click.option(
+    "--format",
+    "weights",
+    type=click.Choice(["fp8", "bf16", "int4"]),
+    default="fp8",
+    help="As Kimi-K2-Instruct, unquantized, or as Kimi-K2-Thinking.",
+)
+@click.option("--seed", type=click.IntRange(0), default=0, help="Same seed, same bytes.")
+@json_option
+def synth(
+    dst: Path,
+    shape: Literal["kimi-k2", "tiny"],
+    layers: int | None,
+    experts: int | None,
+    weights: Literal["fp8", "bf16", "int4"],
+    seed: int,
+    as_json: bool,
+) -> None:
+    """Write a random checkpoint of a true shape, to try a box before the real download.
+
+    \b
+    Examples:
+      moebox synth /nvme/two-layers --layers 2
+      moebox synth /tmp/small --shape tiny --format int4
+    """
+    from moebox.quantize.synth import synth as write_synthetic
+
+    result = write_synthetic(dst, shape, layers=layers, experts=experts, format=weights, seed=seed)
+    _report(result.to_dict(), as_json, lambda: click.echo(result.render()))
+
+
+@main_group.command()
+def demo() -> None:
+    """Quantize the bundled tiny-k2 and ask it a question that needs a tool; offline, under a minute."""
+    from moebox.demo import run_demo
+
+    run_demo(_console(), _console(stderr=True))
+
+
+def _sampling(options: dict[str, Any]) -> dict[str, Any]:
+    """The sampling options that were given; the others stay the checkpoint's."""
+    return {name: options[name] for name in SAMPLING if options.get(name) not in (None, ())}
+
+
+def _load(options: dict[str, Any]) -> Model:
+    from moebox.runtime.api import load
+
+    with _LoadProgress(_console(stderr=True)) as show:
+        model = load(
+            options["model"],
+            ram=options["ram"],
+            backbone=options["backbone"],
+            context=options["context"],
+            threads=options["threads"],
+            progress=show,
+        )
+    saved = model.engine.backbone_saved_bytes
+    if saved:
+        note = f"backbone in {options['backbone']}: {model.engine.backbone_bytes / 1e6:,.1f} MB, "
+        click.secho(f"{note}{saved / 1e6:,.1f} MB less than in bf16", dim=True, err=True)
+    return model
+
+
+class _LoadProgress:
+    """A bar per stage of loading, on a terminal only, gone when loading has finished."""
+
+    def __init__(self, console: Console) -> None:
+        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+        self._bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self._tasks: dict[str, Any] = {}
+
+    def __enter__(self) -> _LoadProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def __call__(self, stage: str, done_bytes: int, total_bytes: int) -> None:
+        if stage not in self._tasks:
+            self._tasks[stage] = self._bar.add_task(f"loading {stage}", total=total_bytes)
+        self._bar.update(self._tasks[stage], completed=done_bytes)
+
+
+def _progress() -> ProgressDisplay:
+    from moebox.quantize.progress import ProgressDisplay
+
+    return ProgressDisplay(_console(stderr=True))
+
+
+def _console(*, stderr: bool = False) -> Console:
+    from rich.console import Console
+
+    return Console(stderr=stderr, highlight=False)
+
+
+def _report(data: dict[str, Any], as_json: bool, show: Callable[[], None]) -> None:
+    if as_json:
+        click.echo(json.dumps(data, default=str))
+    else:
+        show()
+
+
+class _DimLines(logging.Handler):
+    """Shows the library's notices as one dim line each on stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write `record`."""
+        click.secho(f"moebox: {record.getMessage()}", dim=True, err=True)
+
+
+def main() -> None:
+    """Entry point: run a command, turn errors into messages and exit codes."""
+    logging.getLogger("moebox").addHandler(_DimLines())
+    try:
+        code = main_group.main(standalone_mode=False)
+    except MoeboxError as error:
+        click.secho(f"moebox: {error.what}", fg="red", err=True)
+        if error.fix:
+            click.echo(error.fix, err=True)
+        code = 1
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted", err=True)
+        code = 130
+    except BrokenPipeError:  # the reader of stdout left, e.g. `moebox inspect | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    sys.exit(code if isinstance(code, int) else 0)

@@ -41,7 +41,7 @@ from moebox.quantize.prepare import (
     load_model,
     open_source,
 )
-from moebox.quantize.progress import Meter, ProgressCallback
+from moebox.quantize.progress import Meter, ProgressCallback, format_bytes, format_seconds
 from moebox.quantize.shards import SHARD_BYTES
 from moebox.quantize.writer import remove_partials
 
@@ -70,6 +70,24 @@ class QuantizeResult:
     def to_dict(self) -> dict[str, Any]:
         """For `--json`."""
         return asdict(self) | {"folder": str(self.folder), "left_out": list(self.left_out)}
+
+    def render(self) -> str:
+        """For people: what was made, what it cost, what it lacks."""
+        lines = [f"{self.folder}: {format_bytes(self.output_bytes)}, shards: {self.shards}"]
+        if self.shards_resumed:
+            lines[0] += f" ({self.shards_resumed} from an earlier run)"
+        if self.shards > self.shards_resumed:
+            rate = self.source_bytes / max(self.elapsed_s, 1e-9) / 1e9
+            lines.append(
+                f"read {format_bytes(self.source_bytes)} in {format_seconds(self.elapsed_s)}, {rate:.2f} GB/s"
+            )
+        lines.append(
+            "experts passed through bit for bit"
+            if self.method == "passthrough"
+            else f"relative RMS error of the experts: {self.rel_rms:.4f}"
+        )
+        lines += [f"left out: {pattern}" for pattern in self.left_out]
+        return "\n".join(lines)
 
 
 def quantize(

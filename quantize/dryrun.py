@@ -31,7 +31,7 @@ from moebox.quantize.prepare import (
     load_model,
     open_source,
 )
-from moebox.quantize.progress import format_seconds
+from moebox.quantize.progress import format_bytes, format_seconds
 from moebox.quantize.shards import SHARD_BYTES
 from moebox.quantize.sources import read_expert
 
@@ -214,8 +214,8 @@ def estimate(
     """
     cpu_s = (expert_bytes / speeds.kernel_gbps + output_bytes / speeds.sha256_gbps) / workers / 1e9
     lines = [
-        f"processor: ({expert_bytes / 1e9:.2f} GB of experts / {speeds.kernel_gbps:.2f} GB/s a thread + "
-        f"{output_bytes / 1e9:.2f} GB / {speeds.sha256_gbps:.2f} GB/s of SHA-256) / {workers} threads "
+        f"processor: ({format_bytes(expert_bytes)} of experts / {speeds.kernel_gbps:.2f} GB/s a thread + "
+        f"{format_bytes(output_bytes)} / {speeds.sha256_gbps:.2f} GB/s of SHA-256) / {workers} threads "
         f"= {format_seconds(cpu_s)}"
     ]
     if speeds.read_gbps is None:
@@ -223,7 +223,7 @@ def estimate(
         return cpu_s, lines
     disk_s = (read_bytes + output_bytes) / speeds.read_gbps / 1e9
     lines.append(
-        f"disk: ({read_bytes / 1e9:.2f} GB read + {output_bytes / 1e9:.2f} GB written) / "
+        f"disk: ({format_bytes(read_bytes)} read + {format_bytes(output_bytes)} written) / "
         f"{speeds.read_gbps:.2f} GB/s = {format_seconds(disk_s)}"
     )
     return max(cpu_s, disk_s), lines
@@ -299,25 +299,29 @@ def _rows(report: PlanReport) -> list[tuple[str, str]]:
     rows = [
         (
             "source",
-            f"{report.source}: {_gb(report.source_bytes)}, experts {_gb(report.source_experts_bytes)}",
+            f"{report.source}: {format_bytes(report.source_bytes)}, experts {format_bytes(report.source_experts_bytes)}",
         ),
-        ("output", f"{report.destination}: {_gb(report.output_bytes)} in {report.shards} shards"),
-        ("experts", f"{experts} in {report.moe_layers} layers, {report.method}: {_gb(report.experts_bytes)}"),
-        ("left in bf16", f"{_gb(report.backbone_bytes)}: {_parts(report.kept_bf16)}"),
+        ("output", f"{report.destination}: {format_bytes(report.output_bytes)} in {report.shards} shards"),
+        (
+            "experts",
+            f"{experts} in {report.moe_layers} layers, {report.method}: {format_bytes(report.experts_bytes)}",
+        ),
+        ("left in bf16", f"{format_bytes(report.backbone_bytes)}: {_parts(report.kept_bf16)}"),
     ]
     if report.left_out:
         rows.append(("left out", ", ".join(report.left_out)))
     if report.shards_finished:
         rows.append(("finished", f"{report.shards_finished} of {report.shards} shards by an earlier run"))
     verdict = "fits" if report.fits else "does NOT fit"
-    rows.append(("disk", f"{_gb(report.needed_bytes)} needed, {_gb(report.free_bytes)} free: {verdict}"))
+    rows.append(
+        (
+            "disk",
+            f"{format_bytes(report.needed_bytes)} needed, {format_bytes(report.free_bytes)} free: {verdict}",
+        )
+    )
     rows.append(("time", f"about {format_seconds(report.seconds)}, the slower of"))
     return rows + [("", line) for line in report.arithmetic]
 
 
 def _parts(kept: dict[str, int]) -> str:
-    return ", ".join(f"{part} {_gb(nbytes)}" for part, nbytes in kept.items())
-
-
-def _gb(nbytes: int) -> str:
-    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 10_000_000 else f"{nbytes / 1e6:.2f} MB"
+    return ", ".join(f"{part} {format_bytes(nbytes)}" for part, nbytes in kept.items())

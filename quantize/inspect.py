@@ -30,7 +30,7 @@ from moebox.offload.layout import (
 from moebox.quantize.files import drop_cache
 from moebox.quantize.journal import WORK_FOLDER, Journal
 from moebox.quantize.output import bare_config
-from moebox.quantize.progress import Meter, ProgressCallback
+from moebox.quantize.progress import format_bytes, Meter, ProgressCallback
 from moebox.quantize.shards import plan_shards
 from moebox.quantize.sources import Encoding, check_source, take_inventory
 
@@ -304,15 +304,15 @@ def render_inspect(report: InspectReport, console: Console) -> None:
 
 def _summary(report: InspectReport) -> list[tuple[str, str]]:
     shapes = ", ".join(f"{name} {value}" for name, value in report.shapes.items())
-    dtypes = ", ".join(f"{dtype} {_gb(nbytes)}" for dtype, nbytes in sorted(report.dtypes.items()))
+    dtypes = ", ".join(f"{dtype} {format_bytes(nbytes)}" for dtype, nbytes in sorted(report.dtypes.items()))
     rows = [
         ("model", report.architecture),
         ("shapes", shapes),
         (
             "size",
-            f"{_gb(report.total_bytes)} in {len(report.files)} shards: "
-            f"experts {_gb(report.experts_bytes)} ({report.experts} of {_gb(report.expert_bytes)}, "
-            f"{report.expert_encoding}), backbone {_gb(report.backbone_bytes)}",
+            f"{format_bytes(report.total_bytes)} in {len(report.files)} shards: "
+            f"experts {format_bytes(report.experts_bytes)} ({report.experts} of {format_bytes(report.expert_bytes)}, "
+            f"{report.expert_encoding}), backbone {format_bytes(report.backbone_bytes)}",
         ),
         ("dtypes", dtypes),
     ]
@@ -325,7 +325,10 @@ def _summary(report: InspectReport) -> list[tuple[str, str]]:
         rows.append(("left out", ", ".join(report.left_out)))
     if report.quantized_bytes is not None:
         rows.append(
-            ("quantize", f"would make {_gb(report.quantized_bytes)} of it: `moebox quantize SRC DST`")
+            (
+                "quantize",
+                f"would make {format_bytes(report.quantized_bytes)} of it: `moebox quantize SRC DST`",
+            )
         )
     if report.verified:
         rows.append(("verified", f"SHA-256 of all {len(report.files)} shards match"))
@@ -350,7 +353,3 @@ def _worst_table(report: InspectReport) -> Table:
     for row in report.worst:
         table.add_row(str(row.layer), str(row.expert), f"{row.rel_rms:.4f}", f"{row.max_abs:.3g}")
     return table
-
-
-def _gb(nbytes: int) -> str:
-    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 10_000_000 else f"{nbytes / 1e6:.2f} MB"

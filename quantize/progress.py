@@ -43,7 +43,7 @@ class ProgressReport:
         return (self.total_bytes - self.done_bytes) / self.gbps / 1e9 if self.gbps > 0 else None
 
     def line(self) -> str:
-        """`quantize 12 % · 3.1 of 25.8 GB · 1.21 GB/s · shard 2/7 · 0:19 left`."""
+        """`quantize 12 % · 3.10 GB of 25.83 GB · 1.21 GB/s · shard 2/7 · 0:19 left`."""
         percent = 100 * self.done_bytes / self.total_bytes if self.total_bytes else 100.0
         eta = "" if self.eta_s is None else f" · {format_seconds(self.eta_s)} left"
         fetched = f" · {self.fetched_bytes / 1e9:.2f} GB fetched" if self.fetched_bytes else ""
@@ -55,6 +55,13 @@ class ProgressReport:
 
 
 ProgressCallback = Callable[[ProgressReport], None]
+
+
+def format_bytes(nbytes: float) -> str:
+    """`26.42 GB`, `30.5 MB`, `12 kB`."""
+    if nbytes >= 1e9:
+        return f"{nbytes / 1e9:,.2f} GB"
+    return f"{nbytes / 1e6:.1f} MB" if nbytes >= 1e6 else f"{nbytes / 1e3:.0f} kB"
 
 
 def format_seconds(seconds: float) -> str:
