@@ -299,9 +299,10 @@ def _rows(report: PlanReport) -> list[tuple[str, str]]:
     rows = [
         (
             "source",
-            f"{report.source}: {format_bytes(report.source_bytes)}, experts {format_bytes(report.source_experts_bytes)}",
+            f"{report.source}: {format_bytes(report.source_bytes)}, "
+            f"experts {format_bytes(report.source_experts_bytes)}",
         ),
-        ("output", f"{report.destination}: {format_bytes(report.output_bytes)} in {report.shards} shards"),
+        ("output", f"{report.destination}: {format_bytes(report.output_bytes)}, shards: {report.shards}"),
         (
             "experts",
             f"{experts} in {report.moe_layers} layers, {report.method}: {format_bytes(report.experts_bytes)}",

@@ -30,7 +30,7 @@ from moebox.offload.layout import (
 from moebox.quantize.files import drop_cache
 from moebox.quantize.journal import WORK_FOLDER, Journal
 from moebox.quantize.output import bare_config
-from moebox.quantize.progress import format_bytes, Meter, ProgressCallback
+from moebox.quantize.progress import Meter, ProgressCallback, format_bytes
 from moebox.quantize.shards import plan_shards
 from moebox.quantize.sources import Encoding, check_source, take_inventory
 
@@ -310,9 +310,9 @@ def _summary(report: InspectReport) -> list[tuple[str, str]]:
         ("shapes", shapes),
         (
             "size",
-            f"{format_bytes(report.total_bytes)} in {len(report.files)} shards: "
-            f"experts {format_bytes(report.experts_bytes)} ({report.experts} of {format_bytes(report.expert_bytes)}, "
-            f"{report.expert_encoding}), backbone {format_bytes(report.backbone_bytes)}",
+            f"{format_bytes(report.total_bytes)} in {len(report.files)} shard(s): "
+            f"experts {format_bytes(report.experts_bytes)} ({report.experts} of "
+            f"{format_bytes(report.expert_bytes)}, {report.expert_encoding}), backbone {format_bytes(report.backbone_bytes)}",
         ),
         ("dtypes", dtypes),
     ]

@@ -49,7 +49,7 @@ class ProgressReport:
         fetched = f" · {self.fetched_bytes / 1e9:.2f} GB fetched" if self.fetched_bytes else ""
         return (
             f"{self.stage} {percent:.0f} % · "
-            f"{self.done_bytes / 1e9:.2f} of {self.total_bytes / 1e9:.2f} GB · "
+            f"{format_bytes(self.done_bytes)} of {format_bytes(self.total_bytes)} · "
             f"{self.gbps:.2f} GB/s · shard {self.shard}/{self.shards}{fetched}{eta}"
         )
 
