@@ -10,9 +10,11 @@ from __future__ import annotations
 import json
 import shutil
 import struct
+import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -28,6 +30,7 @@ Progress = Callable[[int, int], None]
 SHARD_BYTES = 4 << 30
 POOL_BYTES = 128 << 20
 _CHUNK_BYTES = 16 << 20
+_WRITERS = 4
 
 
 @dataclass(frozen=True)
@@ -97,18 +100,12 @@ def synth(
     shards = _name_shards(_split(tensors, shard_bytes), format)
     total = sum(tensor.nbytes for tensor in tensors)
     _check_destination(dst, total)
-    pools = _Pools(tensors, seed)
     created = not dst.exists()
     written: list[Path] = []
     try:
         dst.mkdir(parents=True, exist_ok=True)
-        done = 0
-        for file, members in shards.items():
-            written.append(dst / file)
-            for nbytes in _write_shard(dst / file, members, pools):
-                done += nbytes
-                if progress is not None:
-                    progress(done, total)
+        written += [dst / file for file in shards]
+        _write_shards(dst, shards, _Pools(tensors, seed), _Meter(total, progress))
         for file, content in _json_files(raw, shards, total).items():
             written.append(dst / file)
             (dst / file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -151,16 +148,18 @@ def _table(fill: str, std: float) -> np.ndarray[Any, Any]:
 
 
 class _Pools:
-    """Random bytes per (fill, std), read as an endless stream; made on first use."""
+    """Random bytes per (fill, std), read around as an endless stream in the order of the tensors."""
 
     def __init__(self, tensors: list[SynthTensor], seed: int) -> None:
         self._seed = seed
+        self._starts: dict[str, int] = {}
         self._needed: dict[tuple[str, float], int] = {}
         for tensor in tensors:
             key = (tensor.fill, tensor.std)
-            self._needed[key] = self._needed.get(key, 0) + tensor.nbytes
+            self._starts[tensor.name] = self._needed.get(key, 0)
+            self._needed[key] = self._starts[tensor.name] + tensor.nbytes
         self._pools: dict[tuple[str, float], memoryview] = {}
-        self._cursors: dict[tuple[str, float], int] = {}
+        self._lock = threading.Lock()
 
     def stream(self, tensor: SynthTensor) -> Iterator[memoryview]:
         """The tensor's bytes, in pieces."""
@@ -168,14 +167,14 @@ class _Pools:
             yield memoryview(struct.pack("<2i", *map(int, tensor.fill.split(":")[1:])))
             return
         key, left = (tensor.fill, tensor.std), tensor.nbytes
-        pool = self._pools.get(key) or self._pools.setdefault(key, self._make(key))
-        cursor = self._cursors.get(key, 0)
+        with self._lock:
+            pool = self._pools.get(key) or self._pools.setdefault(key, self._make(key))
+        position = self._starts[tensor.name] % len(pool)
         while left:
-            piece = pool[cursor : cursor + min(left, _CHUNK_BYTES)]
+            piece = pool[position : position + min(left, _CHUNK_BYTES)]
             yield piece
             left -= len(piece)
-            cursor = (cursor + len(piece)) % len(pool)
-        self._cursors[key] = cursor
+            position = (position + len(piece)) % len(pool)
 
     def _make(self, key: tuple[str, float]) -> memoryview:
         table = _table(*key)
@@ -208,13 +207,45 @@ def _name_shards(shards: list[list[SynthTensor]], format: Format) -> dict[str, l
     return {f"{name}.safetensors": shard for name, shard in zip(names, shards, strict=True)}
 
 
-def _write_shard(path: Path, tensors: list[SynthTensor], pools: _Pools) -> Iterator[int]:
-    with path.open("xb", buffering=0) as file:
-        _write_all(file, memoryview(_header(tensors)))
-        for tensor in tensors:
-            for piece in pools.stream(tensor):
-                _write_all(file, piece)
-            yield tensor.nbytes
+class _Meter:
+    """Adds up what the writers wrote and reports it, from one thread at a time."""
+
+    def __init__(self, total: int, progress: Progress | None) -> None:
+        self._total, self._progress = total, progress
+        self._done = 0
+        self._lock = threading.Lock()
+
+    def add(self, nbytes: int) -> None:
+        with self._lock:
+            self._done += nbytes
+            if self._progress is not None:
+                self._progress(self._done, self._total)
+
+
+def _write_shards(dst: Path, shards: dict[str, list[SynthTensor]], pools: _Pools, meter: _Meter) -> None:
+    """Write all shards, some at once; on a failure or Ctrl-C the others stop at their next tensor."""
+    stop = threading.Event()
+
+    def write(file: str) -> None:
+        with (dst / file).open("xb", buffering=0) as shard:
+            _write_all(shard, memoryview(_header(shards[file])))
+            for tensor in shards[file]:
+                if stop.is_set():
+                    return
+                for piece in pools.stream(tensor):
+                    _write_all(shard, piece)
+                meter.add(tensor.nbytes)
+
+    with ThreadPoolExecutor(_WRITERS) as executor:
+        try:
+            futures = [executor.submit(write, file) for file in shards]
+            wait(futures, return_when=FIRST_EXCEPTION)
+        finally:
+            stop.set()
+            executor.shutdown(cancel_futures=True)
+    for future in futures:
+        if not future.cancelled():
+            future.result()
 
 
 def _write_all(file: BinaryIO, data: memoryview) -> None:
