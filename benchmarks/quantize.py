@@ -153,7 +153,8 @@ def describe(figures: dict[str, Any]) -> None:
     """The figures in words."""
     print(
         f"source {figures['source_bytes'] / 1e9:.2f} GB -> {figures['output_bytes'] / 1e9:.2f} GB in "
-        f"{figures['elapsed_s']:.1f} s on {figures['workers']} threads ({figures['cpu_s']:.1f} s of processor)"
+        f"{figures['elapsed_s']:.1f} s on {figures['workers']} threads, "
+        f"{figures['cpu_s']:.1f} s of processor"
     )
     print(
         f"source read at {figures['source_gbps']:.2f} GB/s; the disk's own "

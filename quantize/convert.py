@@ -28,7 +28,7 @@ from moebox.quantize.dryrun import plan
 from moebox.quantize.files import writing
 from moebox.quantize.hub import parse_hub_id
 from moebox.quantize.journal import WORK_FOLDER, DestinationLock, Journal
-from moebox.quantize.origin import Source
+from moebox.quantize.origin import Source, sample_sha256
 from moebox.quantize.output import digest, remove_output, write_manifest, write_small_files
 from moebox.quantize.pipeline import Model, Pipeline, open_shards
 from moebox.quantize.prepare import (
@@ -335,16 +335,13 @@ def _flat(header: dict[str, Any]) -> dict[str, Any]:
 
 
 def _manifest_source(source: Source) -> dict[str, Any]:
-    files = {
-        file: {"size": facts.size, "header_sha256": facts.header_sha256}
-        for file, facts in sorted(source.facts.items())
-    }
+    files = {file: facts.content() for file, facts in sorted(source.facts.items())}
     revision = {"revision": source.revision} if source.revision else {}
     return {"name": source.name, **revision, "files": files}
 
 
 def _manifest_mismatch(src: Path | str, manifest: Manifest) -> str | None:
-    """What tells `src` from the source of a finished conversion, by name and sizes; None if nothing does."""
+    """What tells `src` from the source of a finished conversion; None if nothing does."""
     folder = Path(src)
     repo = None if folder.exists() else parse_hub_id(str(src))
     name = repo[0] if repo else folder.resolve().name
@@ -354,8 +351,10 @@ def _manifest_mismatch(src: Path | str, manifest: Manifest) -> str | None:
         return None
     for file, facts in manifest.source.get("files", {}).items():
         path = folder / file
-        if path.exists() and path.stat().st_size != facts["size"]:
-            return f"{file} had {facts['size']} bytes, now {path.stat().st_size}"
+        if path.exists() and (
+            path.stat().st_size != facts["size"] or sample_sha256(path) != facts.get("sample_sha256")
+        ):
+            return f"{file} was another file then"
     return None
 
 

@@ -137,7 +137,7 @@ class HubSource:
         self._paths = {file: self._path(file) for file in files}
         with ThreadPoolExecutor(_HEADER_REQUESTS) as pool:
             for file, (raw, size, stamp) in zip(files, pool.map(self._header, files), strict=True):
-                self.facts[file] = FileFacts(size, hashlib.sha256(raw).hexdigest(), stamp)
+                self.facts[file] = FileFacts(size, hashlib.sha256(raw).hexdigest(), "", stamp)
                 self.headers[file] = parse_header(self._paths[file], raw, size)
         self.weight_map = (
             read_index(folder) if indexed else dict.fromkeys(self.headers[SINGLE_FILE], SINGLE_FILE)
@@ -148,7 +148,7 @@ class HubSource:
         self._jobs: dict[str, Future[None]] = {}
 
     def _look_up(self, revision: str | None, facts: dict[str, FileFacts] | None) -> None:
-        if facts is not None and revision is not None:
+        if facts is not None and revision is not None and (self.folder / "config.json").exists():
             self.revision = revision
             self._listed = {file: (fact.size, fact.stamp) for file, fact in facts.items()}
             self._small = [

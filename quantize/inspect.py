@@ -312,7 +312,8 @@ def _summary(report: InspectReport) -> list[tuple[str, str]]:
             "size",
             f"{format_bytes(report.total_bytes)} in {len(report.files)} shard(s): "
             f"experts {format_bytes(report.experts_bytes)} ({report.experts} of "
-            f"{format_bytes(report.expert_bytes)}, {report.expert_encoding}), backbone {format_bytes(report.backbone_bytes)}",
+            f"{format_bytes(report.expert_bytes)}, {report.expert_encoding}), "
+            f"backbone {format_bytes(report.backbone_bytes)}",
         ),
         ("dtypes", dtypes),
     ]

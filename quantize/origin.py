@@ -29,6 +29,7 @@ from moebox.quantize.files import writing
 from moebox.quantize.progress import Meter
 
 HEADER_FOLDER = "headers"
+SAMPLES, SAMPLE_BYTES = 8, 4096
 
 TOKENIZER_FILES = (
     "tiktoken.model",
@@ -55,16 +56,22 @@ class InterruptedFetchError(MoeboxError):
 class FileFacts:
     """What tells one version of a source shard from another.
 
-    `stamp` is the modification time of a local file in nanoseconds, or the hub's ETag.
+    `stamp` is the modification time of a local file in nanoseconds, or the hub's ETag; `sample_sha256`
+    hashes a few blocks spread over a local file ("" on the hub, where the commit says it all).
     """
 
     size: int
     header_sha256: str
+    sample_sha256: str
     stamp: str
 
     def to_dict(self) -> dict[str, Any]:
         """For the journal."""
         return asdict(self)
+
+    def content(self) -> dict[str, Any]:
+        """For the manifest: what does not depend on when the file came here."""
+        return {name: value for name, value in asdict(self).items() if value and name != "stamp"}
 
 
 class Source(Protocol):
@@ -134,6 +141,16 @@ class HeaderStore:
         return data[8:], struct.unpack("<Q", data[:8])[0]
 
 
+def sample_sha256(path: Path) -> str:
+    """SHA-256 of `SAMPLES` blocks spread evenly over the file: cheap, and no two trainings share it."""
+    sha256, size = hashlib.sha256(), path.stat().st_size
+    with path.open("rb", buffering=0) as file:
+        for number in range(SAMPLES):
+            file.seek(max(size - SAMPLE_BYTES, 0) * number // (SAMPLES - 1))
+            sha256.update(file.read(SAMPLE_BYTES))
+    return sha256.hexdigest()
+
+
 def disk_of(folder: Path) -> int:
     """Device number of `folder`, or of the nearest parent that exists."""
     while not folder.exists():
@@ -180,9 +197,9 @@ class FolderSource:
         self.headers: dict[str, dict[str, TensorInfo]] = {}
         self.facts: dict[str, FileFacts] = {}
         for file in self._files(known):
-            raw, size, stamp = self._header(file, known)
-            self.facts[file] = FileFacts(size, hashlib.sha256(raw).hexdigest(), stamp)
+            raw, size = self._header(file, known)
             self.headers[file] = parse_header(folder / file, raw, size)
+            self.facts[file] = self._facts(file, raw, size, known)
         if (folder / INDEX_FILE).exists():
             self.weight_map = read_index(folder)
         else:
@@ -193,15 +210,22 @@ class FolderSource:
             return [SINGLE_FILE]
         return sorted(set(read_index(self.folder).values()))
 
-    def _header(self, file: str, known: dict[str, FileFacts]) -> tuple[bytes, int, str]:
+    def _header(self, file: str, known: dict[str, FileFacts]) -> tuple[bytes, int]:
         path = self.folder / file
         kept = self._store.load(file) if file in known else None
         if kept is not None and not path.exists():
-            return *kept, known[file].stamp
+            return kept
         raw, size = read_header_bytes(path)
         if self._keep_headers and kept is None:
             self._store.save(file, raw, size)
-        return raw, size, str(path.stat().st_mtime_ns)
+        return raw, size
+
+    def _facts(self, file: str, raw: bytes, size: int, known: dict[str, FileFacts]) -> FileFacts:
+        path = self.folder / file
+        if not path.exists():
+            return known[file]
+        sample, stamp = sample_sha256(path), str(path.stat().st_mtime_ns)
+        return FileFacts(size, hashlib.sha256(raw).hexdigest(), sample, stamp)
 
     def fetch(self, files: Iterable[str], meter: Meter, stop: threading.Event) -> None:
         """Check that `files` are still there."""

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from moebox.errors import CheckpointError, PlanError
-from moebox.offload.checkpoint import TORCH_DTYPES, TensorInfo, open_tensor
+from moebox.offload.checkpoint import TORCH_DTYPES, TensorInfo, map_bytes
 from moebox.quantize.files import drop_cache, drop_mapped, will_need
 from moebox.quantize.int4 import FP8_BLOCK, Int4Matrix, QuantError
 from moebox.quantize.journal import Journal
@@ -166,7 +166,7 @@ class Pipeline:
         result = task.run()
         for info in task.parts:
             if info.nbytes:
-                drop_mapped(open_tensor(info).data_ptr(), info.nbytes)
+                drop_mapped(map_bytes(info).ctypes.data, info.nbytes)
                 drop_cache(info.file, info.offset, info.nbytes)
         self._meter.add(task.source_bytes)
         return result

@@ -265,3 +265,33 @@ def test_a_disk_too_small_is_refused_before_the_first_byte(fp8, tmp_path, monkey
     with pytest.raises(PlanError, match=r"GB needed, 0\.00 GB free"):
         quantize(fp8, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_tensors_at_odd_offsets(fp8, converted, tmp_path):
+    """A header of odd length leaves every tensor unaligned: it is read through a copy."""
+    import struct
+
+    source = make_source(tmp_path / "fp8")
+    for file in source.glob("*.safetensors"):
+        data = file.read_bytes()
+        (length,) = struct.unpack("<Q", data[:8])
+        padding = b" " * (1 + length % 2)
+        file.write_bytes(
+            struct.pack("<Q", length + len(padding)) + data[8 : 8 + length] + padding + data[8 + length :]
+        )
+    quantize(source, tmp_path / "out", shard_bytes=SHARD_BYTES)
+    ours, theirs = contents(tmp_path / "out"), contents(converted[0])
+    ours.pop("moebox.json"), theirs.pop("moebox.json")
+    assert ours == theirs
+
+
+def test_retrained_source_of_the_same_shape_is_noticed(tmp_path):
+    source, dst = make_source(tmp_path / "fp8"), tmp_path / "out"
+    quantize(source, dst)
+    for path in source.iterdir():
+        path.unlink()
+    source.rmdir()
+    make_source(source, seed=1)
+    with pytest.raises(CheckpointError, match="was another file then"):
+        quantize(source, dst)
+    assert quantize(source, dst, resume=False).shards == 1
