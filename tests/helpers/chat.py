@@ -218,7 +218,7 @@ class Terminal(fdspawn):
         self.pid, fd = pty.fork()
         if self.pid == 0:
             os._exit(_child(folder, request, environment))
-        super().__init__(fd, encoding="utf-8", timeout=20)
+        super().__init__(fd, encoding="utf-8", timeout=8)
 
     def exit_code(self) -> int:
         """Wait for the end of the program."""
@@ -231,7 +231,7 @@ class Terminal(fdspawn):
 
 
 def _child(folder: Path, request: dict, environment: dict[str, str]) -> int:
-    os.environ.update({"TERM": "xterm", "COLUMNS": "200", "LINES": "50"} | environment)
+    os.environ.update({"TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"} | environment)
     sys.stdin, sys.stdout, sys.stderr = (os.fdopen(fd, mode) for fd, mode in ((0, "r"), (1, "w"), (2, "w")))
     sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr
     fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", 50, 200, 0, 0))
