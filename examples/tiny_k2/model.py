@@ -167,15 +167,29 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, weights: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
         """The weighted sum of the chosen experts, [T, H], and the tokens of each expert, int64 [E]."""
+        top_k = chosen.shape[1]
         order = chosen.flatten().argsort()
-        tokens = order // chosen.shape[1]
+        place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device))
         load = torch.zeros(len(self.gate_proj), dtype=torch.int64, device=x.device)
         load = load.scatter_add(0, chosen.flatten(), torch.ones_like(order))
-        rows = (x.bfloat16() if x.is_cuda else x).index_select(0, tokens)
-        share = weights.flatten().index_select(0, order)[:, None]
+        rows = x.bfloat16() if x.is_cuda else x
+        rows = Permute.apply(rows[:, None].expand(-1, top_k, -1).flatten(0, 1), order, place)
         inner = F.silu(grouped(rows, self.gate_proj, load)) * grouped(rows, self.up_proj, load)
-        out = grouped(inner, self.down_proj, load) * share.to(rows.dtype)
-        return torch.zeros_like(x).index_add(0, tokens, out.to(x.dtype)), load
+        out = Permute.apply(grouped(inner, self.down_proj, load), place, order)
+        return (out.unflatten(0, (-1, top_k)) * weights[..., None]).sum(1).to(x.dtype), load
+
+
+class Permute(torch.autograd.Function):
+    """rows[order], whose gradient is again a permutation: autograd would scatter with atomics."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return rows[order]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad[ctx.saved_tensors[0]], None, None
 
 
 def grouped(rows: Tensor, weight: Tensor, load: Tensor) -> Tensor:
@@ -210,10 +224,11 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         dense = layer < config.first_k_dense_replace
         self.mlp = MLP(config.hidden_size, config.intermediate_size) if dense else MoE(config)
+        self.dropout = nn.Dropout(getattr(config, "dropout", 0.0))
 
     def forward(self, x: Tensor, rope: Rope, documents: Documents) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rope, documents)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x = x + self.dropout(self.self_attn(self.input_layernorm(x), rope, documents))
+        return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
 
 
 class Backbone(nn.Module):

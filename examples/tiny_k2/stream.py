@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from augment import Augmenter
 from dialogues import ANSWER, NOTHING, Dialogue, Renderer, load_template, read_dialogues
+from exercise import exercise
 from thoughts import thinking_cut, with_system_prompt, without_tools
 from tokenizer import load
 
@@ -16,6 +17,8 @@ Batch = tuple[np.ndarray, np.ndarray, np.ndarray]
 """ids uint16 [T], kinds uint8 [T], starts int32 [documents + 1]."""
 
 MAX_DOCUMENT = 4096
+EXERCISES = 0.15
+"""Share of documents that are a single made-up request."""
 
 
 class Sequences:
@@ -36,6 +39,8 @@ class Sequences:
     def sequence(self, dialogue: Dialogue) -> Sequence:
         """A dialogue as it is, without tools, or up to a turn with a thought."""
         rng = self.rng
+        if rng.random() < EXERCISES:
+            return self.renderer.encode(exercise(self.augmenter, rng))
         if rng.random() < 0.04:
             dialogue = with_system_prompt(dialogue, rng)
         if rng.random() < 0.04:
@@ -46,7 +51,7 @@ class Sequences:
 
     def copying(self) -> Sequence:
         """Random words, then the same words in another order: teaches to look back and copy."""
-        words = [self.numpy.integers(256, 3840, n) for n in self.numpy.integers(2, 9, self.rng.randint(8, 40))]
+        words = [self.numpy.integers(256, 3840, n) for n in self.numpy.integers(2, 9, self.rng.randint(20, 60))]
         again = self.numpy.permutation(len(words))
         ids = np.concatenate([*words, *(words[n] for n in again)]).astype(np.uint16)
         kinds = np.full(len(ids), NOTHING, np.uint8)
@@ -112,9 +117,9 @@ class Workers:
 
 def _work(queue: multiprocessing.Queue, data: Path, assets: Path, tokens: int, warm: int, seed: int) -> None:
     source = Sequences(data, assets, seed)
-    dialogues = iter(source)
-    packed = pack(dialogues, tokens, tokens // 256)
-    mixed = pack((source.copying() if source.rng.random() < 0.75 else one for one in dialogues), tokens, tokens // 128)
+    dialogues, documents = iter(source), tokens // 256
+    packed = pack(dialogues, tokens, documents)
+    mixed = pack((source.copying() if source.rng.random() < 0.6 else one for one in dialogues), tokens, documents)
     for _ in range(warm):
         queue.put(next(mixed))
     while True:

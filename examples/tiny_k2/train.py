@@ -24,8 +24,8 @@ from score import control_marks, score, to_device
 from stream import Batch, Workers, dev_batches
 
 ASSETS = Path(__file__).resolve().parents[2] / "assets" / "tiny-k2"
-WARM_UP, DECAY, ROUNDED, FROZEN = 0.02, 0.45, 0.75, 0.85
-BIAS_STEP = 1e-3
+WARM_UP, DECAY, ROUNDED, FROZEN = 0.02, 0.45, 0.87, 0.92
+BIAS_STEPS = (3e-3, 1e-3)
 
 
 def learning_rate(progress: float) -> float:
@@ -44,19 +44,18 @@ def loss_of(model: Model, batch: Batch, device: str) -> torch.Tensor:
 
 
 @torch.no_grad()
-def balance(model: Model, frozen: bool) -> torch.Tensor:
+def balance(model: Model, step: float) -> torch.Tensor:
     """DeepSeek-V3's balancing without a loss: raise the bias of idle experts. Returns max load / mean load."""
     worst = []
     for layer in model.moe_layers():
         load = layer.load.float()
         worst.append(load.max() / load.mean())
-        if not frozen:
-            layer.gate.e_score_correction_bias += BIAS_STEP * torch.sign(load.mean() - load)
+        layer.gate.e_score_correction_bias += step * torch.sign(load.mean() - load)
         layer.load.zero_()
     return torch.stack(worst)
 
 
-def train(model: Model, batches: Workers, seconds: float, steps: int, device: str, log: Path, args) -> None:
+def train(model: Model, batches: Workers, seconds: float, steps: int, device: str, dev, marks, args) -> None:
     """Train until `seconds` or `steps` are over, whichever comes first."""
     both = optimizers(model, args.muon_lr, args.adam_lr)
     run = torch.compile(model) if args.compile else model
@@ -79,16 +78,17 @@ def train(model: Model, batches: Workers, seconds: float, steps: int, device: st
                 group["lr"] = group["peak"] * learning_rate(progress)
             optimizer.step()
             optimizer.zero_grad(set_to_none=False)
-        worst = balance(model, progress >= FROZEN)
+        worst = balance(model, 0.0 if progress >= FROZEN else BIAS_STEPS[progress > DECAY])
         tokens += len(batch[0])
         if step % args.every == 0:
-            now = time.monotonic() - begin
-            row = {"step": step, "progress": round(progress, 4), "loss": round(loss.item(), 4), "s": round(now, 1),
-                   "tokens": tokens, "load": [round(x, 2) for x in worst.tolist()],
-                   "queue": batches.queue.qsize()}  # fmt: skip
-            with log.open("a") as file:
-                print(json.dumps(row), file=file)
+            row = {"step": step, "progress": round(progress, 4), "loss": round(loss.item(), 4),
+                   "s": round(time.monotonic() - begin, 1), "tokens": tokens, "queue": batches.queue.qsize(),
+                   "load": [round(x, 1) for x in worst.tolist()]}  # fmt: skip
             print(json.dumps(row), flush=True)
+        if step and step % (20 * args.every) == 0:
+            row = score(model, dev, marks, device)
+            print(json.dumps({"step": step} | row), flush=True)
+            save_parts(model, args.out)
 
 
 def main() -> None:
@@ -101,8 +101,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1_000_000)
     parser.add_argument("--tokens", type=int, default=131_072, help="per step")
     parser.add_argument("--workers", type=int, default=14)
-    parser.add_argument("--muon-lr", type=float, default=0.02)
-    parser.add_argument("--adam-lr", type=float, default=0.003)
+    parser.add_argument("--muon-lr", type=float, default=0.03)
+    parser.add_argument("--adam-lr", type=float, default=0.005)
+    parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--warm", type=int, default=12, help="batches per worker with copying exercises")
     parser.add_argument("--every", type=int, default=50)
     parser.add_argument("--dev-limit", type=int)
@@ -113,11 +114,11 @@ def main() -> None:
     torch.manual_seed(0)
     workers = Workers(args.workers, args.data, args.assets, args.tokens, warm=args.warm)
     dev = dev_batches(args.dev, args.assets, args.tokens, args.dev_limit)
-    model = Model(read_config(args.assets / "config.json")).to(device)
-    train(model, workers, args.minutes * 60, args.steps, device, args.out / "log.jsonl", args)
+    model = Model(read_config(args.assets / "config.json", dropout=args.dropout)).to(device)
+    marks = control_marks(args.assets)
+    train(model, workers, args.minutes * 60, args.steps, device, dev[: max(1, len(dev) // 8)], marks, args)
     workers.stop()
     save_parts(model, args.out)
-    marks = control_marks(args.assets)
     print(json.dumps({"as trained": score(model, dev, marks, device)}))
     for name, int4 in {"fp8": False, "int4": True}.items():
         with quantized(model, int4):
