@@ -1,0 +1,120 @@
+"""The command line as a user meets it: real processes, exit codes, what goes to which stream."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from moebox.cli import ByteSize, main_group
+from moebox.quantize.synth import synth
+
+ROOT = Path(__file__).parents[1]
+
+
+def moebox(*arguments, **environment):
+    command = [sys.executable, "-c", "from moebox.cli import main; main()", *map(str, arguments)]
+    return subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | environment, check=False, timeout=120
+    )
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli") / "source"
+    synth(folder, "tiny")
+    return folder
+
+
+def test_the_reference_is_what_the_commands_say():
+    check = subprocess.run(
+        [sys.executable, ROOT / "docs" / "generate_cli.py", "--check"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert check.returncode == 0, check.stderr
+
+
+def test_every_option_is_explained():
+    for name, command in main_group.commands.items():
+        assert command.help, name
+        for parameter in command.params:
+            if isinstance(parameter, click.Option):
+                assert parameter.help, f"{name} {parameter.name}"
+
+
+def test_quantize_and_inspect(source, tmp_path):
+    done = moebox("quantize", source, tmp_path / "out", "--json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["folder"] == str(tmp_path / "out")
+    assert "GB/s" in done.stderr
+    report = json.loads(moebox("inspect", tmp_path / "out", "--verify", "--json").stdout)
+    assert report["verified"] is True
+    people = moebox("inspect", tmp_path / "out")
+    assert "kimi_k2" in people.stdout
+
+
+def test_dry_run_writes_nothing(source, tmp_path):
+    done = moebox("quantize", source, tmp_path / "out", "--dry-run")
+    assert done.returncode == 0
+    assert "left in bf16" in done.stdout
+    assert not (tmp_path / "out").exists()
+
+
+def test_options_come_from_the_environment_too(source, tmp_path):
+    done = moebox("quantize", source, tmp_path / "out", MOEBOX_QUANTIZE_DRY_RUN="1")
+    assert done.returncode == 0
+    assert not (tmp_path / "out").exists()
+
+
+def test_synth_reports_what_it_wrote(tmp_path):
+    done = moebox("synth", tmp_path / "s", "--shape", "tiny", "--format", "int4", "--json")
+    assert json.loads(done.stdout)["tensors"] > 0
+    assert (tmp_path / "s" / "config.json").exists()
+
+
+def test_an_error_is_one_message_with_its_fix_and_exit_code_1(tmp_path):
+    done = moebox("inspect", tmp_path / "nowhere")
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert "nowhere" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_an_unquantized_model_says_which_command_to_run(source):
+    done = moebox("run", source, "hello")
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["nonsense"], ["quantize"], ["run", ".", "x", "--top-p", "7"]])
+def test_wrong_usage_is_exit_code_2(arguments):
+    done = moebox(*arguments)
+    assert done.returncode == 2
+    assert "Usage" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("60GiB", 60 << 30), ("64gb", 64 * 10**9), ("1.5 MiB", 3 << 19), ("1000000", 10**6), ("2TiB", 2 << 40)],
+)
+def test_sizes(text, size):
+    assert ByteSize().convert(text, None, None) == size
+
+
+def test_a_size_that_is_none_is_wrong_usage():
+    result = CliRunner().invoke(main_group, ["run", "model", "hi", "--ram", "lots"])
+    assert result.exit_code == 2
+    assert "60GiB" in result.output
+
+
+def test_a_closed_pipe_is_no_traceback(source):
+    script = f"{sys.executable} -c 'from moebox.cli import main; main()' inspect {source} | true"
+    done = subprocess.run(script, shell=True, capture_output=True, text=True, check=False, timeout=120)
+    assert "Traceback" not in done.stderr
