@@ -183,12 +183,12 @@ class _Run:
         self._journal = Journal(self._dst)
 
     def has_begun(self) -> bool:
-        """Whether there is anything to resume or to keep."""
-        return self._journal.path.exists() or (self._dst / MANIFEST_FILE).exists()
+        """Whether there is anything to resume."""
+        return self._journal.path.exists()
 
     def leave_no_trace(self) -> None:
         """Remove what a source that was then refused had put here."""
-        if self._is_hub():
+        if self._is_hub() and not (self._dst / MANIFEST_FILE).exists():
             hub.remove_fetched(self._dst)
 
     def _is_hub(self) -> bool:

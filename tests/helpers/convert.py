@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
 import os
 import signal
 import socket
-import subprocess
 import sys
-import textwrap
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -17,6 +17,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from moebox.errors import MoeboxError
+from moebox.quantize.convert import quantize
 from moebox.quantize.synth import synth
 
 SHARD_BYTES = 60_000
@@ -50,48 +52,71 @@ def weights_map(folder: Path) -> dict[str, str]:
     return json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
 
 
-def start(src: Path | str, dst: Path, *, delay_s: float = 0.0, setup: str = "", env=None, **options):
-    """`quantize` in a process of its own; every progress report takes `delay_s`."""
-    script = textwrap.dedent(
-        f"""
-        import sys, time
-        from moebox.errors import MoeboxError
-        from moebox.quantize.convert import quantize
-        def progress(report):
-            time.sleep({delay_s})
-        """
-    )
+_FORKS = multiprocessing.get_context("forkserver")  # imports torch once, not once per child
+_FORKS.set_forkserver_preload(["moebox.quantize.convert"])
+
+
+class Child:
+    """A `quantize` in a process of its own."""
+
+    def __init__(self, process, errors: Path) -> None:
+        self._process, self._errors = process, errors
+        self.pid = process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def wait(self, timeout_s: float = 60) -> str:
+        """Wait for its end; what it wrote to stderr."""
+        self._process.join(timeout_s)
+        if self._process.exitcode is None:
+            self._process.kill()
+            raise TimeoutError("the child did not end")
+        text = self._errors.read_text()
+        self._errors.unlink()
+        return text
+
+
+def start(src: Path | str, dst: Path, *, delay_s: float = 0.0, setup: str = "", **options) -> Child:
+    """`quantize` in a child; every progress report takes `delay_s`, `setup` is run before."""
+    descriptor, errors = tempfile.mkstemp(suffix=".stderr")
+    os.close(descriptor)
     options = {"shard_bytes": SHARD_BYTES} | options
-    script += textwrap.dedent(setup)
-    script += textwrap.dedent(
-        f"""
+    process = _FORKS.Process(target=_child, args=(str(src), str(dst), delay_s, setup, errors, options))
+    process.start()
+    return Child(process, Path(errors))
+
+
+def _child(src: str, dst: str, delay_s: float, setup: str, errors: str, options: dict) -> None:
+    with Path(errors).open("w") as file:
+        os.dup2(file.fileno(), 2)
+        exec(setup, {})
         try:
-            quantize({str(src)!r}, {str(dst)!r}, progress=progress, **{options!r})
+            quantize(src, dst, progress=lambda _: time.sleep(delay_s), **options)
         except MoeboxError as error:
-            sys.exit(f"{{type(error).__name__}}: {{error}}")
-        """
-    )
-    return subprocess.Popen(
-        [sys.executable, "-c", script],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | (env or {}),
-    )
+            sys.exit(f"{type(error).__name__}: {error}")
 
 
-def kill_when(process: subprocess.Popen, condition: Callable[[], bool], timeout_s: float = 60) -> bool:
-    """SIGKILL `process` as soon as `condition` holds; False if it ended by itself before."""
+def kill_when(child: Child, condition: Callable[[], bool], timeout_s: float = 60) -> bool:
+    """SIGKILL `child` as soon as `condition` holds; False if it ended by itself before."""
     deadline = time.monotonic() + timeout_s
-    while process.poll() is None:
+    while child.poll() is None:
         if condition():
-            process.send_signal(signal.SIGKILL)
-            process.communicate()
+            child.send_signal(signal.SIGKILL)
+            child.wait()
             return True
         if time.monotonic() > deadline:
-            process.kill()
+            child.send_signal(signal.SIGKILL)
             raise TimeoutError("the condition was never met")
         time.sleep(0.001)
+    child.wait()
     return False
 
 

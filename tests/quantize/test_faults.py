@@ -199,7 +199,7 @@ def test_file_size_limit_keeps_finished_shards(source, tmp_path):
     dst = tmp_path / "out"
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))"
     child = start(source, dst, setup=limit)
-    _, errors = child.communicate(timeout=60)
+    errors = child.wait()
     assert child.returncode == 1
     assert "PlanError" in errors
     assert "disk full or file size limit reached" in errors

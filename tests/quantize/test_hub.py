@@ -101,22 +101,26 @@ def test_killed_while_fetching_resumes_the_partial_file_at_the_pinned_commit(sou
     hub = Hub(source, REPO)
     hub.bytes_per_s = 800_000
     dst = tmp_path / "out"
-    env = {"HF_ENDPOINT": hub.url, "HF_HUB_CACHE": str(tmp_path / "cache")}
+    setup = "import huggingface_hub.constants as c"
+    setup += f"; c.ENDPOINT = {hub.url!r}; c.HF_HUB_CACHE = {str(tmp_path / 'cache')!r}"
+    setup += (
+        f"; c.HUGGINGFACE_CO_URL_TEMPLATE = {hub.url!r} + '/{{repo_id}}/resolve/{{revision}}/{{filename}}'"
+    )
+    setup += "; c.DOWNLOAD_CHUNK_SIZE = 8192"
 
     def far_enough() -> bool:
         parts = list((dst / "source").glob("*.part"))
         done = list((dst / "source").glob("*.safetensors"))
         return bool(done) and any(part.stat().st_size > 60_000 for part in parts)
 
-    small_chunks = "import huggingface_hub.constants as c; c.DOWNLOAD_CHUNK_SIZE = 8192"
-    assert kill_when(start(REPO, dst, env=env, setup=small_chunks), far_enough)
+    assert kill_when(start(REPO, dst, setup=setup), far_enough)
     parts = {p.name.removesuffix(".part"): p.stat().st_size for p in (dst / "source").glob("*.part")}
     complete = {path.name for path in (dst / "source").glob("*.safetensors")}
     hub.requests.clear()
     hub.bytes_per_s = None
     hub.info = None  # nobody may ask what the branch is now
-    child = start(REPO, dst, env=env)
-    _, errors = child.communicate(timeout=60)
+    child = start(REPO, dst, setup=setup)
+    errors = child.wait()
     assert child.returncode == 0, errors
     assert output_of(dst) == expected
     bodies = [(path.rpartition("/")[2], r) for method, path, r in hub.requests if method == "GET"]

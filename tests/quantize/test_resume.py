@@ -96,7 +96,7 @@ def test_interrupts_leave_a_state_to_resume_from(source, expected, tmp_path, nam
         assert child.poll() is None
         time.sleep(0.005)
     child.send_signal(getattr(signal, name))
-    _, errors = child.communicate(timeout=30)
+    errors = child.wait()
     assert child.returncode in (-signal.SIGINT, 1, 128 + signal.SIGTERM)
     assert ("KeyboardInterrupt" in errors) == (name == "SIGINT")
     assert not list((dst / ".moebox").glob("*.partial"))
@@ -112,8 +112,8 @@ def test_two_runs_exclude_each_other_and_a_dead_one_does_not(source, expected, t
         time.sleep(0.005)
     with pytest.raises(BusyError, match=f"process {child.pid} is writing it"):
         quantize(source, dst, shard_bytes=SHARD_BYTES)
-    child.kill()
-    child.communicate()
+    child.send_signal(signal.SIGKILL)
+    child.wait()
     quantize(source, dst, shard_bytes=SHARD_BYTES)
     assert contents(dst) == expected
 
