@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from math import ceil
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -37,7 +37,6 @@ PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 PARTS = ("weight", "weight_scale_inv", "weight_packed", "weight_scale", "weight_shape")
 
 _EXPERT = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(\d+)\.(gate_proj|up_proj|down_proj)\.(\w+)")
-_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _NEXT_TOKEN_MARK = ".eh_proj."
 _REFUSED_PARTS = {
     "weight_zero_point": "asymmetric INT4 (a zero point)",
@@ -52,8 +51,7 @@ _REFUSED_PARTS = {
 _READABLE = "moebox reads FP8 with 128x128 blocks, BF16, F16, F32 and symmetric INT4 with groups of 32."
 
 
-@dataclass(frozen=True)
-class TensorRole:
+class TensorRole(NamedTuple):
     """What a checkpoint's tensor is for.
 
     `name` is what it belongs to in the output, without the `language_model.` prefix and ending in
@@ -82,14 +80,13 @@ def classify(name: str, config: ModelConfig) -> TensorRole:
         if not name.startswith(config.prefix):
             raise _unknown(name)
     bare = name.removeprefix(config.prefix)
-    if bare.endswith(".rotary_emb.inv_freq"):
-        return TensorRole("left_out", "*.rotary_emb.inv_freq")
-    layer = _LAYER.match(bare)
-    if layer is not None and int(layer[1]) == config.num_hidden_layers:
-        return TensorRole("left_out", f"model.layers.{config.num_hidden_layers}.*")
     expert = _EXPERT.fullmatch(bare)
+    if bare.startswith(f"model.layers.{config.num_hidden_layers}."):
+        return TensorRole("left_out", f"model.layers.{config.num_hidden_layers}.*")
     if expert is not None:
         return _classify_expert(name, expert, config)
+    if bare.endswith(".rotary_emb.inv_freq"):
+        return TensorRole("left_out", "*.rotary_emb.inv_freq")
     return _classify_backbone(name, bare, config)
 
 
