@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MAX_SEED = 2**63 - 1
+_FIRST_CANDIDATES = 256
 
 
 @dataclass(frozen=True)
@@ -153,70 +154,68 @@ class Sampler:
         return logits.index_copy(0, seen, torch.where(scores > 0, scores / penalty, scores * penalty))
 
     def _draw(self, logits: Tensor) -> int:
-        """One token by inversion: the first whose cumulative probability exceeds a uniform number."""
+        """One token by inversion: the first whose cumulative weight exceeds a uniform share of all."""
         import torch
 
-        probabilities, tokens = candidates(logits, self.options)
-        cumulative = probabilities.cumsum(0)
-        uniform = torch.rand((), generator=self._generator, dtype=torch.float64) * cumulative[-1]
-        index = int(torch.searchsorted(cumulative, uniform, right=True))
+        uniform = float(torch.rand((), generator=self._generator, dtype=torch.float64))
+        weights, tokens, total = candidates(logits, self.options, uniform)
+        index = int(torch.searchsorted(weights.cumsum(0), uniform * total, right=True))
         return int(tokens[min(index, len(tokens) - 1)])
 
 
-def candidates(logits: Tensor, options: SamplingOptions) -> tuple[Tensor, Tensor]:
-    """Tokens that may be drawn and their probabilities, unnormalised: float64 [n], int64 [n].
+def candidates(logits: Tensor, options: SamplingOptions, share: float = 1.0) -> tuple[Tensor, Tensor, float]:
+    """Tokens that may be drawn, most probable first.
 
-    The order is temperature, top-k, top-p, min-p, as in transformers; probabilities descend unless no
-    filter is on. Of tokens with equal probability the one with the smaller id comes first.
+    The order of the filters is temperature, top-k, top-p, min-p, as in transformers. Of tokens with
+    equal probability the one with the smaller id comes first.
+
+    Args:
+        logits: [vocab], float32 or float64.
+        options: temperature above 0, and the filters.
+        share: without a filter, how much of all probability the result has to cover.
+
+    Returns:
+        Weights (float64 [n], the best token has 1), token ids (int64 [n]), and the weight of everything
+        that may be drawn: of these tokens after a filter, of the whole vocabulary without one.
     """
-    import torch
-
-    scaled = logits.double() / options.temperature
-    probabilities = torch.softmax(scaled, dim=0)
-    filters = bool(options.top_k) or options.top_p < 1 or options.min_p > 0
-    if not filters:
-        return probabilities, torch.arange(len(probabilities))
-    probabilities, tokens = _leading(probabilities, options)
+    relative = (logits - logits.max()) / options.temperature
+    whole = float(relative.exp().sum().double())
+    weights, tokens = _leading(relative, options, whole, share)
+    if options.top_k:
+        whole = float(weights.sum())
     if options.top_p < 1:
-        # A token stays while the mass before it is below top_p; the first one always stays.
-        before = probabilities.cumsum(0) - probabilities
-        keep = int((before < options.top_p * _mass(probabilities, options)).sum())
-        probabilities, tokens = probabilities[: max(keep, 1)], tokens[: max(keep, 1)]
+        # A token stays while the weight before it is below top_p; the first one always stays.
+        before = weights.cumsum(0) - weights
+        keep = max(int((before < options.top_p * whole).sum()), 1)
+        weights, tokens = weights[:keep], tokens[:keep]
     if options.min_p > 0:
-        keep = int((probabilities >= options.min_p * probabilities[0]).sum())
-        probabilities, tokens = probabilities[:keep], tokens[:keep]
-    return probabilities, tokens
+        keep = int((weights >= options.min_p).sum())
+        weights, tokens = weights[:keep], tokens[:keep]
+    filtered = bool(options.top_k) or options.top_p < 1 or options.min_p > 0
+    return weights, tokens, float(weights.sum()) if filtered else whole
 
 
-def _mass(probabilities: Tensor, options: SamplingOptions) -> float:
-    """What top-p counts as everything: the top-k tokens' mass, or 1."""
-    return float(probabilities.sum()) if options.top_k else 1.0
+def _leading(relative: Tensor, options: SamplingOptions, whole: float, share: float) -> tuple[Tensor, Tensor]:
+    """The most probable tokens, best first: as many as the filters or the draw could reach.
 
-
-def _leading(probabilities: Tensor, options: SamplingOptions) -> tuple[Tensor, Tensor]:
-    """The most probable tokens, best first: as many as the filters could keep.
-
-    Sorting the whole vocabulary of 163,840 for each token costs more than the head's matrix product at
-    small sizes, so the selection grows only until top-p's mass or min-p's threshold is inside it.
+    Sorting the whole vocabulary of 163,840 costs over 10 ms a token; nearly always the first 256 do, so
+    the selection grows only until what is asked for lies inside it.
     """
-    import torch
-
-    total = len(probabilities)
-    size = min(options.top_k or 256, total)
+    size = min(options.top_k or _FIRST_CANDIDATES, len(relative))
     while True:
-        values, tokens = probabilities.topk(size)
-        enough = bool(options.top_k)
-        if options.top_p < 1:
-            enough |= float(values.sum()) >= options.top_p
+        values, tokens = relative.topk(size)
+        weights = values.double().exp()
+        covered = float(weights.sum())
+        enough = bool(options.top_k) or covered >= min(share, options.top_p) * whole
         if options.min_p > 0:
-            enough |= float(values[-1]) < options.min_p * float(values[0])
-        if enough or size == total:
+            enough |= float(weights[-1]) < options.min_p
+        if enough or size == len(relative):
             break
-        size = min(size * 8, total)
-    order = torch.argsort(tokens)
-    values, tokens = values[order], tokens[order]
-    order = torch.argsort(values, descending=True, stable=True)
-    return values[order], tokens[order]
+        size = min(size * 8, len(relative))
+    order = tokens.argsort()
+    weights, tokens = weights[order], tokens[order]
+    order = weights.argsort(descending=True, stable=True)
+    return weights[order], tokens[order]
 
 
 class StopStrings:

@@ -15,9 +15,8 @@ LOGITS = torch.tensor([1.0, 3.0, 2.0, -1.0, 0.5])
 
 def kept(logits, **options):
     """token -> normalised probability of what may be drawn."""
-    probabilities, tokens = candidates(logits, SamplingOptions(temperature=1.0).with_(**options))
-    probabilities = probabilities / probabilities.sum()
-    return dict(zip(tokens.tolist(), probabilities.tolist(), strict=True))
+    weights, tokens, total = candidates(logits, SamplingOptions(temperature=1.0).with_(**options))
+    return dict(zip(tokens.tolist(), (weights / total).tolist(), strict=True))
 
 
 def reference(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
@@ -54,6 +53,19 @@ def test_flat_logits_need_the_whole_vocabulary():
     assert len(nucleus) in (1500, 1501)  # the sum of 1500 times 1/2000 may round to either side of 0.75
     assert sorted(nucleus) == list(range(len(nucleus)))
     assert len(kept(flat, min_p=0.5)) == 2000
+
+
+def test_a_draw_looks_only_as_far_as_it_must_and_stays_exact():
+    logits = torch.randn(20_000, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    options = SamplingOptions(temperature=1.0)
+    everything, tokens, total = candidates(logits, options)
+    assert len(tokens) == 20_000
+    assert math.isclose(float(everything.sum()), total, rel_tol=1e-12)
+    for share in (0.0, 0.01, 0.2, 0.999):
+        weights, some, whole = candidates(logits, options, share)
+        assert len(some) < 20_000 or share > 0.9
+        assert torch.equal(some, tokens[: len(some)])
+        assert float(weights.sum()) >= share * whole == share * total
 
 
 def test_edges_of_the_filters():
