@@ -13,7 +13,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
@@ -139,10 +139,8 @@ def quantize(
             return run.convert(lock, workers, progress)
     finally:
         if not run.has_begun():
-            run.leave_no_trace()
             lock.release_and_remove()
-            if state == "absent":
-                dst.rmdir()
+            run.remove_traces(folder_too=state == "absent")
         lock.release()
 
 
@@ -186,10 +184,15 @@ class _Run:
         """Whether there is anything to resume."""
         return self._journal.path.exists()
 
-    def leave_no_trace(self) -> None:
-        """Remove what a source that was then refused had put here."""
-        if self._is_hub() and not (self._dst / MANIFEST_FILE).exists():
+    def remove_traces(self, *, folder_too: bool) -> None:
+        """Remove what a source that was then refused had put here; a complete output is left alone."""
+        if (self._dst / MANIFEST_FILE).exists():
+            return
+        if self._is_hub():
             hub.remove_fetched(self._dst)
+        if folder_too:
+            with suppress(OSError):  # another process may have taken it meanwhile
+                self._dst.rmdir()
 
     def _is_hub(self) -> bool:
         return not Path(self._src).exists() and parse_hub_id(str(self._src)) is not None
