@@ -30,6 +30,9 @@ from moebox.quantize.writer import ShardWriter
 PIECE_BYTES = 32 << 20
 """Source bytes of a backbone tensor that one thread converts at a time."""
 
+HINTED_BYTES = 64 << 10
+"""Smaller tensors are not read ahead or given back: the calls would cost more than they save."""
+
 _WEIGHT_SHAPE = ".weight_shape"
 Infos = Mapping[str, TensorInfo]
 
@@ -161,13 +164,12 @@ class Pipeline:
     def _do(self, task: _Task, ahead: list[TensorInfo]) -> QuantError | None:
         if self._stop.is_set():
             return None
-        for info in ahead:
+        for info in _large(ahead):
             will_need(info.file, info.offset, info.nbytes)
         result = task.run()
-        for info in task.parts:
-            if info.nbytes:
-                drop_mapped(map_bytes(info).ctypes.data, info.nbytes)
-                drop_cache(info.file, info.offset, info.nbytes)
+        for info in _large(task.parts):
+            drop_mapped(map_bytes(info).ctypes.data, info.nbytes)
+            drop_cache(info.file, info.offset, info.nbytes)
         self._meter.add(task.source_bytes)
         return result
 
@@ -245,6 +247,10 @@ class Pipeline:
             finished = file in self._waiting and not self._waiting[file]
             if finished or (also_unused and file not in self._waiting):
                 self._model.source.discard(file)
+
+
+def _large(infos: list[TensorInfo]) -> list[TensorInfo]:
+    return [info for info in infos if info.nbytes >= HINTED_BYTES]
 
 
 def _tensors(matrix: Int4Matrix) -> tuple[torch.Tensor, torch.Tensor]:
