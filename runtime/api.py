@@ -134,6 +134,9 @@ class Model:
     ) -> Completion:
         """A whole answer: the continuation of a text (no template), or the reply to messages.
 
+        The same seed gives the same text: with `seed` the prompt is computed afresh, since tokens that the
+        cache holds were rounded in other batches.
+
         Args:
             prompt: a text, or chat messages.
             tools, thinking: as for `chat`; for messages only.
@@ -143,6 +146,8 @@ class Model:
         Raises:
             RequestError: an option, a message, or a prompt that does not fit the context.
         """
+        if sampling.get("seed") is not None:
+            self._session = None
         if isinstance(prompt, str):
             tokens = self.tokenizer.encode(prompt)
             if not tokens:
@@ -165,7 +170,7 @@ class Model:
         """The reply to a conversation, streamed: text, reasoning and tool calls, then one stats piece.
 
         Only tokens after the longest common prefix with the last call are computed. Text never ends
-        inside a character.
+        inside a character. The same seed gives the same text for the same calls since loading.
 
         Args:
             messages: the whole conversation, as in the OpenAI chat format.
