@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -133,6 +134,7 @@ def quantize(
     try:
         with _terminable():
             if not resume:
+                run.check_source()
                 run.wipe()
             elif destination_state(dst) == "complete":
                 return run.already_complete(lock)
@@ -165,6 +167,16 @@ class _Run:
         self._work = dst / WORK_FOLDER
         self._journal = Journal(dst)
         self._start = time.monotonic()
+
+    def check_source(self) -> None:
+        """Refuse a bad source before anything of an earlier run is thrown away."""
+        with tempfile.TemporaryDirectory() as scratch:
+            work = Path(scratch) / WORK_FOLDER
+            source = open_source(self._src, work, None, keep_headers=False)
+            try:
+                load_model(source, self._shard_bytes)
+            finally:
+                source.close()
 
     def wipe(self) -> None:
         """Remove what an earlier run left, and nothing else."""
@@ -206,8 +218,7 @@ class _Run:
                 f"{self._dst}: is complete, but made from something else: {difference}",
                 "Give another destination, or --no-resume to replace it.",
             )
-        with writing(self._dst):
-            lock.release_and_remove()
+        self._clean_up(lock)
         output_bytes = sum(shard["size"] for shard in manifest.shards.values())
         return self._result(manifest, len(manifest.shards), 0, output_bytes)
 
@@ -219,17 +230,18 @@ class _Run:
             remove_partials(self._dst)
         self._journal.load()
         source = open_source(self._src, self._work, self._journal.header, keep_headers=self._delete_source)
-        complete = False
         try:
             result = self._convert(source, workers, progress)
-            complete = True
         finally:
-            source.close(complete=complete)
-        with writing(self._dst):
-            lock.release_and_remove()
-            if self._delete_source and not source.is_local:
-                hub.remove_fetched(self._dst)
+            source.close()
+        self._clean_up(lock)
         return result
+
+    def _clean_up(self, lock: DestinationLock) -> None:
+        with writing(self._dst):
+            if self._delete_source and self._is_hub():
+                hub.remove_fetched(self._dst)
+            lock.release_and_remove()
 
     def _convert(
         self, source: Source, workers: int | None, progress: ProgressCallback | None

@@ -138,7 +138,7 @@ def plan(
                 delete_source=delete_source,
             )
         finally:
-            source.close(complete=True)
+            source.close()
 
 
 def _report(

@@ -317,7 +317,7 @@ class HubSource:
         """Tokenizer, template, generation and licence files."""
         return {name: self.folder / name for name in sorted(self._small) if is_copied(name)}
 
-    def close(self, *, complete: bool) -> None:
+    def close(self) -> None:
         """Stop downloads; what has come down of a shard stays for the next run."""
         self._stop.set()
         self._pool.shutdown(wait=True, cancel_futures=True)

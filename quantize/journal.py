@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from moebox.errors import BusyError, CheckpointError
-from moebox.quantize.files import sync_folder
+from moebox.quantize.files import sync_folder, writing
 
 WORK_FOLDER = ".moebox"
 _JOURNAL_FILE = "journal.jsonl"
@@ -136,7 +136,7 @@ class Journal:
 
     def _append(self, entry: dict[str, Any]) -> None:
         line = json.dumps(entry, separators=(",", ":")).encode() + b"\n"
-        with self.path.open("ab") as file:
+        with writing(self.path), self.path.open("ab") as file:
             os.ftruncate(file.fileno(), self._good_bytes)  # drops a torn line
             file.write(line)
             file.flush()

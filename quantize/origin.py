@@ -113,7 +113,7 @@ class Source(Protocol):
     def extra_files(self) -> dict[str, Path]:
         """Tokenizer, template, generation and licence files: name -> path."""
 
-    def close(self, *, complete: bool) -> None:
+    def close(self) -> None:
         """Stop what runs in the background."""
 
 
@@ -143,11 +143,15 @@ class HeaderStore:
 
 def sample_sha256(path: Path) -> str:
     """SHA-256 of `SAMPLES` blocks spread evenly over the file: cheap, and no two trainings share it."""
-    sha256, size = hashlib.sha256(), path.stat().st_size
-    with path.open("rb", buffering=0) as file:
-        for number in range(SAMPLES):
-            file.seek(max(size - SAMPLE_BYTES, 0) * number // (SAMPLES - 1))
-            sha256.update(file.read(SAMPLE_BYTES))
+    sha256 = hashlib.sha256()
+    try:
+        size = path.stat().st_size
+        with path.open("rb", buffering=0) as file:
+            for number in range(SAMPLES):
+                file.seek(max(size - SAMPLE_BYTES, 0) * number // (SAMPLES - 1))
+                sha256.update(file.read(SAMPLE_BYTES))
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
     return sha256.hexdigest()
 
 
@@ -265,5 +269,5 @@ class FolderSource:
             if path.is_file() and is_copied(path.name) and path.stat().st_size <= COPIED_LIMIT_BYTES
         }
 
-    def close(self, *, complete: bool) -> None:
+    def close(self) -> None:
         """Nothing runs in the background."""

@@ -167,6 +167,16 @@ def test_config_that_is_no_json(source, tmp_path):
     refused(source, tmp_path / "out", r"config\.json: cannot be read as JSON", ConfigError)
 
 
+def test_a_bad_source_costs_no_finished_output(source, tmp_path):
+    dst = tmp_path / "out"
+    quantize(source, dst)
+    before = contents(dst)
+    home(source, EXPERT).unlink()
+    with pytest.raises(CheckpointError, match="no such file"):
+        quantize(source, dst, resume=False)
+    assert contents(dst) == before
+
+
 def test_foreign_destination_is_left_alone(source, tmp_path):
     dst = tmp_path / "mine"
     dst.mkdir()
