@@ -73,7 +73,7 @@ class Child:
     def send_signal(self, number: int) -> None:
         os.kill(self.pid, number)
 
-    def wait(self, timeout_s: float = 60) -> str:
+    def wait(self, timeout_s: float = 180) -> str:
         """Wait for its end; what it wrote to stderr."""
         self._process.join(timeout_s)
         if self._process.exitcode is None:
@@ -104,7 +104,7 @@ def _child(src: str, dst: str, delay_s: float, setup: str, errors: str, options:
             sys.exit(f"{type(error).__name__}: {error}")
 
 
-def kill_when(child: Child, condition: Callable[[], bool], timeout_s: float = 60) -> bool:
+def kill_when(child: Child, condition: Callable[[], bool], timeout_s: float = 180) -> bool:
     """SIGKILL `child` as soon as `condition` holds; False if it ended by itself before."""
     deadline = time.monotonic() + timeout_s
     while child.poll() is None:
