@@ -80,14 +80,15 @@ class Template:
         self.source = source
         self.name = name
         self.tokenizer = tokenizer
-        self.has_thinking = "thinking" in source
-        """Whether the template reads the `thinking` switch."""
         names = sorted(tokenizer.specials, key=len, reverse=True)
         self._leads = "".join(sorted({special[0] for special in names}))
         # The lookahead keeps the search from trying 256 names at every character.
         lookahead = f"(?=[{re.escape(self._leads)}])"
         self._specials = re.compile(lookahead + "(?:" + "|".join(map(re.escape, names)) + ")")
-        self._compiled = _compile(source, name)
+        self._compiled, variables = _compile(source, name)
+        self.has_thinking = "thinking" in variables
+        """Whether the template reads the `thinking` switch."""
+        self._wants_typescript = "tools_ts_str" in variables
 
     @classmethod
     def load(cls, folder: Path, tokenizer: Tokenizer) -> Template:
@@ -167,7 +168,7 @@ class Template:
 
     def _variables(self, messages: list[Message], tools: list[Tool]) -> dict[str, Any]:
         variables: dict[str, Any] = {"messages": messages, "tools": tools or None}
-        if tools and "tools_ts_str" in self.source:
+        if tools and self._wants_typescript:
             try:
                 variables["tools_ts_str"] = typescript_declarations(tools)
             except UnsupportedSchema as error:
@@ -220,9 +221,13 @@ def _template_of_config(path: Path) -> str | None:
     return value
 
 
-def _compile(source: str, name: str) -> jinja2.Template:
-    """Compile in jinja2's sandbox, with the settings and helpers that transformers gives templates."""
+def _compile(source: str, name: str) -> tuple[jinja2.Template, set[str]]:
+    """The template and the variables it reads.
+
+    Compiled in jinja2's sandbox, with the settings and helpers that transformers gives templates.
+    """
     import jinja2
+    from jinja2 import meta
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     environment = ImmutableSandboxedEnvironment(
@@ -232,7 +237,7 @@ def _compile(source: str, name: str) -> jinja2.Template:
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now
     try:
-        return environment.from_string(source)
+        return environment.from_string(source), meta.find_undeclared_variables(environment.parse(source))
     except jinja2.TemplateSyntaxError as error:
         raise TokenizerError(f"{name}:{error.lineno}: no valid chat template: {error.message}") from None
 

@@ -80,13 +80,14 @@ def test_the_fallback_renders_as_k2_does(k2, fallback):
             assert fallback.render_text(messages, tools) == expected
 
 
-def test_k25_opens_and_closes_the_think_block(k25):
+def test_k25_opens_and_closes_the_think_block(k2, k25):
     messages = [{"role": "user", "content": "hi"}]
     head = DEFAULT + "<|im_user|>user<|im_middle|>hi<|im_end|>" + PROMPT
     assert k25.render_text(messages) == head + "<think>"
     assert k25.render_text(messages, thinking=False) == head + "<think></think>"
     assert k25.render_text(messages, add_generation_prompt=False) == head.removesuffix(PROMPT)
     assert k25.has_thinking
+    assert not k2.has_thinking  # a comment that mentions thinking is no switch
 
 
 def test_k25_keeps_the_reasoning_of_the_turn_in_progress_only(k25):
