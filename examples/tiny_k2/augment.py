@@ -22,13 +22,14 @@ RELATIVE = re.compile(
     r"|week|weekend|now|(mon|tues|wednes|thurs|fri|satur|sun)day)\b",
     re.IGNORECASE,
 )
-MONTHS = "January February March April May June July August September October November December".split()
-SYLLABLES = (
-    "ba be bi bo bra bre cal can car cha che cor da del den do dor el en fa fer fin flo ga gar gil go gra hal "
-    "har hel hol in ja jo ka kel kin la lan len li lo lu ma mar mel min mo mon na nel ni no o or pa pel pi po "
-    "ra ren ri ro ru sa san sel shi so sta ta tam tel ti to tor tra u va ven vi wal wen wil ya yo za zu"
-).split()
-ENDINGS = "n s r t l d ck ston ville ford ham ton er ia ski man land berg wood ez ley x m th".split()
+WORD = re.compile(r"\w+")
+MONTHS = WORD.findall("January February March April May June July August September October November December")
+SYLLABLES = WORD.findall("""
+    ba be bi bo bra bre cal can car cha che cor da del den do dor el en fa fer fin flo ga gar gil go gra hal
+    har hel hol in ja jo ka kel kin la lan len li lo lu ma mar mel min mo mon na nel ni no o or pa pel pi po
+    ra ren ri ro ru sa san sel shi so sta ta tam tel ti to tor tra u va ven vi wal wen wil ya yo za zu
+""")
+ENDINGS = WORD.findall("n s r t l d ck ston ville ford ham ton er ia ski man land berg wood ez ley x m th")
 
 SYNONYMS = {
     "city": "town place location area", "location": "place city spot area", "place": "location spot site",
@@ -123,7 +124,7 @@ class Augmenter:
             tools = [tool for tool in tools if tool["function"]["name"] in used] or tools
         if rng.random() < 0.25:
             names = {tool["function"]["name"] for tool in tools}
-            others = rng.sample(self.tools, rng.randint(1, 2))
+            others = rng.sample(self.tools, min(rng.randint(1, 2), len(self.tools)))
             tools = tools + [tool for tool in others if tool["function"]["name"] not in names]
         dialogue["tools"] = rng.sample(tools, len(tools))
 
@@ -182,7 +183,9 @@ def _map_strings(dialogue: Dialogue, change: Callable[[str], str]) -> None:
 
 def _replace(dialogue: Dialogue, swaps: dict[str, str]) -> None:
     """Replace whole words, longest value first; short single words only in their own case."""
-    swaps |= {f"{int(old):,}": f"{int(new):,}" for old, new in swaps.items() if old.isdigit() and int(old) > 999}
+    swaps |= {
+        f"{int(old):,}": f"{int(new):,}" for old, new in swaps.items() if old.isdigit() and int(old) > 999
+    }
     if not swaps:
         return
     by_lower = {old.lower(): (old, new) for old, new in swaps.items()}
@@ -208,7 +211,11 @@ def _move_dates(dialogue: Dialogue, rng: random.Random) -> None:
     """Move all dates by the same number of days within a month, perhaps another one than March."""
     said = " ".join(m["content"] for m in dialogue["messages"] if m["role"] in ("user", "assistant"))
     days = {int(match) for _, value in _values(dialogue) for match in DATE.findall(value)}
-    if not days or RELATIVE.search(said) or not all(re.search(rf"\b{day}(st|nd|rd|th)?\b", said) for day in days):
+    if (
+        not days
+        or RELATIVE.search(said)
+        or not all(re.search(rf"\b{day}(st|nd|rd|th)?\b", said) for day in days)
+    ):
         return
     shift = rng.randint(1 - min(days), 28 - max(days)) if max(days) < 28 else 0
     month = 3 if "this month" in said or "the month" in said else rng.randint(1, 12)
@@ -261,7 +268,9 @@ def _rename_messages(dialogue: Dialogue, renamed: Callable[[str], str]) -> None:
 
 def _renamed_keys(values: dict[str, str], renamed: Callable[[str], str]) -> str:
     """The object as JSON under its new keys, which are sorted as they were before."""
-    return json.dumps({renamed(key): value for key, value in values.items()}, ensure_ascii=False, sort_keys=True)
+    return json.dumps(
+        {renamed(key): value for key, value in values.items()}, ensure_ascii=False, sort_keys=True
+    )
 
 
 def _snake(words: list[str]) -> str:

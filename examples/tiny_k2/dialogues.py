@@ -65,7 +65,11 @@ class Renderer:
     def _kinds(self, ids: list[int], declared: bool) -> np.ndarray:
         """What each token is a part of, read off the marks around turns and calls."""
         token = self.encoding.encode_single_token
-        roles = {token("<|im_user|>"): USER, token("<|im_assistant|>"): ANSWER, token("<|im_system|>"): RESULTS}
+        roles = {
+            token("<|im_user|>"): USER,
+            token("<|im_assistant|>"): ANSWER,
+            token("<|im_system|>"): RESULTS,
+        }
         middle, call = token("<|im_middle|>"), token("<|tool_calls_section_begin|>")
         stops = {token("<|im_end|>"): NOTHING, token("<|tool_calls_section_end|>"): ANSWER}
         kinds = np.full(len(ids), NOTHING, np.uint8)

@@ -13,12 +13,12 @@ from dialogues import Dialogue
 
 OPENINGS = ("I need", "Please find", "Can you look for", "I want", "Help me with", "I'd like", "Get me", "Do")
 JOINTS = (", ", ", ", " and ", ". ", ", also ")
-NUMBERS = "one two three four five six seven eight nine ten".split()
+NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 
 
 def exercise(augmenter: Augmenter, rng: random.Random) -> Dialogue:
     """One request with its call; sometimes the values come in several turns."""
-    tools = copy.deepcopy(rng.sample(augmenter.tools, rng.randint(1, 3)))
+    tools = copy.deepcopy(rng.sample(augmenter.tools, min(rng.randint(1, 3), len(augmenter.tools))))
     function = tools[0]["function"]
     chosen = _chosen_parameters(function["parameters"], rng)
     arguments, said = {}, []
@@ -31,7 +31,11 @@ def exercise(augmenter: Augmenter, rng: random.Random) -> Dialogue:
     dialogue = {"tools": rng.sample(tools, len(tools)), "messages": _turns(opening, said, rng)}
     call = {"name": function["name"], "arguments": json.dumps(arguments, ensure_ascii=False, sort_keys=True)}
     dialogue["messages"].append(
-        {"role": "assistant", "content": "", "tool_calls": [{"id": f"functions.{function['name']}:0", "function": call}]}
+        {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [{"id": f"functions.{function['name']}:0", "function": call}],
+        }
     )
     if rng.random() < 0.5:
         _rename(dialogue, rng)
@@ -40,7 +44,9 @@ def exercise(augmenter: Augmenter, rng: random.Random) -> Dialogue:
 
 def _chosen_parameters(parameters: dict, rng: random.Random) -> list[str]:
     """All required ones and some of the others, in any order."""
-    names = [name for name in parameters["properties"] if name in parameters["required"] or rng.random() < 0.3]
+    names = [
+        name for name in parameters["properties"] if name in parameters["required"] or rng.random() < 0.3
+    ]
     return rng.sample(names, len(names))
 
 
@@ -89,7 +95,9 @@ def _as_word(value: str, rng: random.Random) -> str:
 def _date(rng: random.Random) -> tuple[str, str]:
     month, day = 3 if rng.random() < 0.5 else rng.randint(1, 12), rng.randint(1, 30)
     if month == 3 and rng.random() < 0.4:
-        words = rng.choice([f"the {_ordinal(day)}", f"{_ordinal(day)} of this month", f"the {_ordinal(day)} of March"])
+        words = rng.choice(
+            [f"the {_ordinal(day)}", f"{_ordinal(day)} of this month", f"the {_ordinal(day)} of March"]
+        )
     else:
         name = MONTHS[month - 1]
         words = rng.choice([f"{name} {_ordinal(day)}", f"{name} {day}", f"{_ordinal(day)} of {name}"])

@@ -1,17 +1,17 @@
 """Trained parts -> a checkpoint in K2-Instruct's FP8 format: 128x128 blocks with `weight_scale_inv`.
 
-    python export.py run ../../assets/tiny-k2
+    python export.py run ../../assets/tiny-k2 --sharpness 0.5
 
 One file per layer, named as Moonshot names them. Experts are put on their INT4 grid first, since they
-were trained on it: quantizing the FP8 checkpoint to INT4 then finds the same grid again.
+were trained on it: quantizing the FP8 checkpoint to INT4 then finds the same grid again. `--sharpness` scales
+the final norm, and with it all logits (Guo et al. 2017): greedy answers stay, overconfidence goes.
 """
 
+import argparse
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
 from quant import KEPT, round_int4, to_fp8
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -22,10 +22,9 @@ PART_BYTES = 15 << 20
 def save_parts(model: nn.Module, folder: Path) -> None:
     """All weights in bf16 (correction biases in float32), in files of at most 15 MiB."""
     parts: list[dict[str, Tensor]] = [{}]
-    for name, weight in model.state_dict().items():
-        weight = weight.detach().cpu()
-        weight = weight if name.endswith("bias") else weight.bfloat16()
-        used = sum(tensor.nbytes for tensor in parts[-1].values())
+    for name, tensor in model.state_dict().items():
+        weight = tensor.cpu() if name.endswith("bias") else tensor.bfloat16().cpu()
+        used = sum(other.nbytes for other in parts[-1].values())
         if used + weight.nbytes > PART_BYTES:
             parts.append({})
         parts[-1][name] = weight.contiguous()
@@ -66,14 +65,28 @@ def write(weights: dict[str, Tensor], folder: Path, layers: int) -> None:
     weight_map: dict[str, str] = {}
     for n, shard in enumerate(shards, 1):
         file = f"model-{n}-of-{layers}.safetensors"
-        save_file({name: tensor.contiguous() for name, tensor in shard.items()}, folder / file, {"format": "pt"})
+        save_file(
+            {name: tensor.contiguous() for name, tensor in shard.items()}, folder / file, {"format": "pt"}
+        )
         weight_map |= dict.fromkeys(shard, file)
     total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=0) + "\n")
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("source", type=Path, help="folder that train.py wrote")
+    parser.add_argument("folder", type=Path, help="holds config.json; gets the weights")
+    parser.add_argument("--sharpness", type=float, default=1.0)
+    args = parser.parse_args()
+    config = json.loads((args.folder / "config.json").read_text())
+    weights = load_parts(args.source)
+    weights["model.norm.weight"] *= args.sharpness
+    write(weights, args.folder, config["num_hidden_layers"])
+
+
 if __name__ == "__main__":
-    source, folder = map(Path, sys.argv[1:])
-    config = json.loads((folder / "config.json").read_text())
-    write(load_parts(source), folder, config["num_hidden_layers"])
+    main()

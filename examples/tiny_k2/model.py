@@ -207,7 +207,9 @@ class MoE(nn.Module):
         self.gate = Router(config)
         self.experts = Experts(config)
         self.shared_experts = MLP(config.hidden_size, config.moe_intermediate_size * config.n_shared_experts)
-        self.register_buffer("load", torch.zeros(config.n_routed_experts, dtype=torch.int64), persistent=False)
+        self.register_buffer(
+            "load", torch.zeros(config.n_routed_experts, dtype=torch.int64), persistent=False
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         out, load = self.experts(x, *self.gate(x))

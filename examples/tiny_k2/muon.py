@@ -12,7 +12,7 @@ MUON_NOT = ("embed_tokens", "lm_head", "mlp.gate.", "norm")
 def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
     """Newton-Schulz on a batch [n, rows, columns]: singular values towards 1."""
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = matrices.bfloat16()
+    x = matrices.bfloat16() if matrices.is_cuda else matrices
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)

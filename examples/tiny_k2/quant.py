@@ -33,7 +33,7 @@ def _spread(scale: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def round_int4(weight: Tensor) -> Tensor:
-    """[..., in] -> float32 on the grid q * scale, q in -8..7, one bf16 scale per 32 inputs, by least squares."""
+    """[..., in] -> float32 nearest values q * scale, q in -8..7, one bf16 scale per 32 inputs."""
     groups = weight.float().unflatten(-1, (-1, GROUP))
     largest = groups.abs().amax(-1, keepdim=True).clamp(min=1e-12) / 7
     best, error = torch.zeros_like(groups), torch.full_like(largest, torch.inf)

@@ -18,8 +18,9 @@ from torch import Tensor
 
 def to_device(batch: Batch, device: str) -> tuple[Tensor, Tensor, Documents]:
     """ids int64 [T], kinds int64 [T] and the documents, on the device."""
+    types = (np.int64, np.int64, np.int32)
     ids, kinds, starts = (torch.from_numpy(part.astype(kind)).to(device, non_blocking=True)
-                          for part, kind in zip(batch, (np.int64, np.int64, np.int32), strict=True))  # fmt: skip
+                          for part, kind in zip(batch, types, strict=True))  # fmt: skip
     return ids, kinds, Documents.of(starts, MAX_DOCUMENT, len(ids))
 
 
@@ -44,13 +45,17 @@ def score(model: Model, batches: list[Batch], marks: dict[str, int], device: str
         _count_calls(totals, batch[0], batch[1], best, marks)
     model.train()
     calls, turns = totals["calls"], totals["turns"]
-    rates = {name: totals[name] / calls for name in ("called", "right_name", "exact_arguments", "exact_given_name")}
+    rates = {
+        name: totals[name] / calls for name in ("called", "right_name", "exact_arguments", "exact_given_name")
+    }
     rates["exact_given_name"] = totals["exact_given_name"] / calls
     return {"loss": totals["loss"] / totals["tokens"], **rates, "calls": calls,
             "false_calls": totals["false_calls"] / max(turns, 1), "turns": turns}  # fmt: skip
 
 
-def _count_calls(totals: Counter[str], ids: np.ndarray, kinds: np.ndarray, best: np.ndarray, marks: dict) -> None:
+def _count_calls(
+    totals: Counter[str], ids: np.ndarray, kinds: np.ndarray, best: np.ndarray, marks: dict
+) -> None:
     right = ids == best
     begins = np.flatnonzero(ids == marks["<|tool_calls_section_begin|>"])
     for begin in begins:

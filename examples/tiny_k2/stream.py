@@ -51,7 +51,9 @@ class Sequences:
 
     def copying(self) -> Sequence:
         """Random words, then the same words in another order: teaches to look back and copy."""
-        words = [self.numpy.integers(256, 3840, n) for n in self.numpy.integers(2, 9, self.rng.randint(20, 60))]
+        words = [
+            self.numpy.integers(256, 3840, n) for n in self.numpy.integers(2, 9, self.rng.randint(20, 60))
+        ]
         again = self.numpy.permutation(len(words))
         ids = np.concatenate([*words, *(words[n] for n in again)]).astype(np.uint16)
         kinds = np.full(len(ids), NOTHING, np.uint8)
@@ -97,7 +99,9 @@ def _joined(sequences: list[Sequence]) -> Batch:
 class Workers:
     """Processes that fill a queue with batches; the first `warm` of each are half copying exercises."""
 
-    def __init__(self, processes: int, data: Path, assets: Path, tokens: int, seed: int = 0, warm: int = 0) -> None:
+    def __init__(
+        self, processes: int, data: Path, assets: Path, tokens: int, seed: int = 0, warm: int = 0
+    ) -> None:
         context = multiprocessing.get_context("spawn")
         self.queue = context.Queue(4 * processes)
         arguments = (self.queue, data, assets, tokens, warm)
@@ -119,7 +123,9 @@ def _work(queue: multiprocessing.Queue, data: Path, assets: Path, tokens: int, w
     source = Sequences(data, assets, seed)
     dialogues, documents = iter(source), tokens // 256
     packed = pack(dialogues, tokens, documents)
-    mixed = pack((source.copying() if source.rng.random() < 0.6 else one for one in dialogues), tokens, documents)
+    mixed = pack(
+        (source.copying() if source.rng.random() < 0.6 else one for one in dialogues), tokens, documents
+    )
     for _ in range(warm):
         queue.put(next(mixed))
     while True:

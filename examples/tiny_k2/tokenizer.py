@@ -12,6 +12,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import tiktoken
@@ -66,7 +67,7 @@ def train(texts: list[str]) -> list[bytes]:
                               mergeable_ranks={token: rank for rank, token in enumerate(tokens)})  # fmt: skip
     starts: Counter[bytes] = Counter()
     for ids in words.encode_ordinary_batch(texts):
-        starts.update(tokens[b] for a, b in zip(ids, ids[1:], strict=False) if tokens[a] == b" ")
+        starts.update(tokens[b] for a, b in pairwise(ids) if tokens[a] == b" ")
     known = set(tokens)
     twins = [b" " + start for start, _ in starts.most_common() if b" " + start not in known]
     return tokens + twins[: RANKS - len(tokens)]

@@ -2,16 +2,19 @@
 
     python train.py --data train.jsonl.xz --dev dev.jsonl.xz --out run --minutes 8
 
-writes `run/log.jsonl` and the weights as `run/part-N.safetensors`, which export.py turns into a
+logs JSON lines and writes the weights as `run/part-N.safetensors`, which export.py turns into a
 checkpoint. Everything follows one clock, `progress` from 0 to 1, so a run fits the time it is given:
-the learning rate rises for 2 %, holds, and falls from 45 % on; the correction bias is frozen at 85 %;
-from 75 % on the weights are rounded as they will run (INT4 experts, FP8 for the rest).
+the learning rate rises for 2 %, holds, and falls from 45 % on; from 87 % on the weights are rounded as
+they will run (INT4 experts, FP8 for the rest); at 92 % the correction bias is frozen.
 """
 
 import argparse
 import json
 import time
+from collections.abc import Iterable
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +48,7 @@ def loss_of(model: Model, batch: Batch, device: str) -> torch.Tensor:
 
 @torch.no_grad()
 def balance(model: Model, step: float) -> torch.Tensor:
-    """DeepSeek-V3's balancing without a loss: raise the bias of idle experts. Returns max load / mean load."""
+    """DeepSeek-V3's balancing without a loss: raise the bias of idle experts. Returns max / mean load."""
     worst = []
     for layer in model.moe_layers():
         load = layer.load.float()
@@ -55,22 +58,21 @@ def balance(model: Model, step: float) -> torch.Tensor:
     return torch.stack(worst)
 
 
-def train(model: Model, batches: Workers, seconds: float, steps: int, device: str, dev, marks, args) -> None:
-    """Train until `seconds` or `steps` are over, whichever comes first."""
-    both = optimizers(model, args.muon_lr, args.adam_lr)
-    run = torch.compile(model) if args.compile else model
-    begin, tokens = time.monotonic(), 0
+def train(model: Model, batches: Iterable[Batch], dev: list[Batch], options: argparse.Namespace) -> None:
+    """Train until `options.minutes` or `options.steps` are over, whichever comes first."""
+    device = next(model.parameters()).device.type
+    both = optimizers(model, options.muon_lr, options.adam_lr)
+    run = torch.compile(model) if options.compile else model
+    marks = control_marks(options.assets)
+    begin = time.monotonic()
     for step, batch in enumerate(batches):
         if step == 1:  # compilation and the workers' start do not count
             begin = time.monotonic()
-        progress = max((time.monotonic() - begin) / seconds, step / steps) if step else 0.0
+        spent = (time.monotonic() - begin) / 60 / options.minutes
+        progress = max(spent, step / options.steps) if step else 0.0
         if progress >= 1:
             return
-        if progress >= ROUNDED:
-            with quantized(model):
-                loss = loss_of(run, batch, device)
-                loss.backward()
-        else:
+        with quantized(model) if progress >= ROUNDED else nullcontext():
             loss = loss_of(run, batch, device)
             loss.backward()
         for optimizer in both:
@@ -79,20 +81,23 @@ def train(model: Model, batches: Workers, seconds: float, steps: int, device: st
             optimizer.step()
             optimizer.zero_grad(set_to_none=False)
         worst = balance(model, 0.0 if progress >= FROZEN else BIAS_STEPS[progress > DECAY])
-        tokens += len(batch[0])
-        if step % args.every == 0:
-            row = {"step": step, "progress": round(progress, 4), "loss": round(loss.item(), 4),
-                   "s": round(time.monotonic() - begin, 1), "tokens": tokens, "queue": batches.queue.qsize(),
-                   "load": [round(x, 1) for x in worst.tolist()]}  # fmt: skip
-            print(json.dumps(row), flush=True)
-        if step and step % (20 * args.every) == 0:
-            row = score(model, dev, marks, device)
-            print(json.dumps({"step": step} | row), flush=True)
-            save_parts(model, args.out)
+        if step % options.every == 0:
+            log(step=step, progress=progress, loss=loss.item(), seconds=time.monotonic() - begin,
+                load=[round(x, 1) for x in worst.tolist()])  # fmt: skip
+        if step and step % (20 * options.every) == 0:
+            log(step=step, **score(model, dev, marks, device))
+            save_parts(model, options.out)
+
+
+def log(**row: Any) -> None:
+    """One JSON object on a line of its own."""
+    print(json.dumps({key: round(x, 4) if isinstance(x, float) else x for key, x in row.items()}), flush=True)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--dev", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
@@ -115,14 +120,14 @@ def main() -> None:
     workers = Workers(args.workers, args.data, args.assets, args.tokens, warm=args.warm)
     dev = dev_batches(args.dev, args.assets, args.tokens, args.dev_limit)
     model = Model(read_config(args.assets / "config.json", dropout=args.dropout)).to(device)
-    marks = control_marks(args.assets)
-    train(model, workers, args.minutes * 60, args.steps, device, dev[: max(1, len(dev) // 8)], marks, args)
+    train(model, workers, dev[: max(1, len(dev) // 8)], args)
     workers.stop()
     save_parts(model, args.out)
-    print(json.dumps({"as trained": score(model, dev, marks, device)}))
+    marks = control_marks(args.assets)
+    log(weights="as trained", **score(model, dev, marks, device))
     for name, int4 in {"fp8": False, "int4": True}.items():
         with quantized(model, int4):
-            print(json.dumps({name: score(model, dev, marks, device)}), flush=True)
+            log(weights=name, **score(model, dev, marks, device))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+
 from helpers.tiny_k2 import MICRO, micro_config
 
 
@@ -55,7 +56,9 @@ def test_gradients_reach_every_weight(model):
     from model import Documents
 
     tokens = torch.randint(0, MICRO["vocab_size"], (64,))
-    model(tokens, Documents.of(torch.tensor([0, 64], dtype=torch.int32))).float().logsumexp(-1).sum().backward()
+    model(tokens, Documents.of(torch.tensor([0, 64], dtype=torch.int32))).float().logsumexp(
+        -1
+    ).sum().backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
 
