@@ -97,11 +97,14 @@ def group_by_expert(
         The n distinct experts, ascending; offsets int32 [n + 1] and tokens int32 [T * k], so that the
         i-th expert gets `tokens[offsets[i]:offsets[i + 1]]`; the permutation [T * k] that sorts the flat ids.
     """
+    count, top_k = expert_ids.shape
     flat = expert_ids.reshape(-1)
     order = np.argsort(flat, kind="stable")
+    if count == 1:  # decoding: every expert has the one token
+        return flat[order].tolist(), np.arange(top_k + 1, dtype=np.int32), np.zeros(top_k, np.int32), order
     in_order = flat[order]
     bounds = [0, *(np.flatnonzero(in_order[1:] != in_order[:-1]) + 1).tolist(), flat.size]
-    tokens = (order // expert_ids.shape[1]).astype(np.int32)
+    tokens = (order // top_k).astype(np.int32)
     return in_order[bounds[:-1]].tolist(), np.array(bounds, np.int32), tokens, order
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from moebox.config import ModelConfig
 from moebox.runtime.kv_cache import KVCache
-from moebox.runtime.linear import Linear, matmul, widen
+from moebox.runtime.linear import Linear, bmm, widen
 from moebox.runtime.norm import LATENT_EPS, RMSNorm
 from moebox.runtime.rope import rotate
 
@@ -25,6 +25,9 @@ class Attention(nn.Module):
     absorbed (queries are carried into the latent space: no work per cached token) for few new tokens,
     expanded (`kv_b_proj` turns latents into keys and values: 3.4 times less work per pair of tokens at K2's
     widths) for the chunks of a prefill.
+
+    `q_kv_a_proj` holds the rows of `q_a_proj` (without a query rank, of `q_proj`), then those of
+    `kv_a_proj_with_mqa`.
     """
 
     def __init__(self, config: ModelConfig, layer: int, dtype: torch.dtype) -> None:
@@ -32,13 +35,11 @@ class Attention(nn.Module):
         heads, hidden = config.num_attention_heads, config.hidden_size
         self.config = config
         self.layer = layer
-        if config.q_lora_rank is None:
-            self.q_proj = Linear(hidden, heads * config.qk_head_dim)
-        else:
-            self.q_a_proj = Linear(hidden, config.q_lora_rank)
+        self.query_rows = config.q_lora_rank or heads * config.qk_head_dim
+        self.q_kv_a_proj = Linear(hidden, self.query_rows + config.kv_lora_rank + config.qk_rope_head_dim)
+        if config.q_lora_rank is not None:
             self.q_a_layernorm = RMSNorm(config.q_lora_rank, LATENT_EPS, dtype)
             self.q_b_proj = Linear(config.q_lora_rank, heads * config.qk_head_dim)
-        self.kv_a_proj_with_mqa = Linear(hidden, config.kv_lora_rank + config.qk_rope_head_dim)
         self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, LATENT_EPS, dtype)
         self.kv_b_proj = Linear(config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim))
         self.o_proj = Linear(heads * config.v_head_dim, hidden)
@@ -49,21 +50,20 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rotations: Tensor, cache: KVCache) -> Tensor:
         """`x [T, H] -> [T, H]`; appends the new tokens' latents to the cache."""
         rank, nope = self.config.kv_lora_rank, self.config.qk_nope_head_dim
-        query, compressed = self._query(x), self.kv_a_proj_with_mqa(x)
+        both = self.q_kv_a_proj(x)
+        query, compressed = self._query(both[:, : self.query_rows]), both[:, self.query_rows :]
         positional = rotate(torch.cat([query[..., nope:], compressed[:, None, rank:]], dim=1), rotations)
         entry = torch.cat([self.kv_a_layernorm(compressed[:, :rank]), positional[:, -1]], dim=-1)
         latent = cache.append(self.layer, entry)
         attend = self._absorbed if x.shape[0] < self.expand_from else self._expanded
         mixed = attend(query[..., :nope].transpose(0, 1), positional[:, :-1].transpose(0, 1), latent)
-        return self.o_proj(mixed.transpose(0, 1).type(x.dtype).flatten(1))  # type: ignore[no-any-return]
+        return self.o_proj(mixed.transpose(0, 1).type(x.dtype).flatten(1))
 
-    def _query(self, x: Tensor) -> Tensor:
-        """[T, A, nope + rope], not yet rotated."""
-        if self.config.q_lora_rank is None:
-            flat = self.q_proj(x)
-        else:
-            flat = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
-        return flat.view(x.shape[0], self.config.num_attention_heads, -1)  # type: ignore[no-any-return]
+    def _query(self, projected: Tensor) -> Tensor:
+        """From what the first projection made of it: [T, A, nope + rope], not yet rotated."""
+        if self.config.q_lora_rank is not None:
+            projected = self.q_b_proj(self.q_a_layernorm(projected))
+        return projected.reshape(len(projected), self.config.num_attention_heads, -1)
 
     def _per_head(self) -> Tensor:
         """`kv_b_proj` as [A, nope + v, R]: per head the rows to its keys, then those to its values."""
@@ -76,9 +76,9 @@ class Attention(nn.Module):
         """
         nope, rank = self.config.qk_nope_head_dim, self.config.kv_lora_rank
         per_head = self._per_head()
-        query = torch.cat([matmul(query, per_head[:, :nope]), position], dim=-1)
+        query = torch.cat([bmm(query, per_head[:, :nope]), position], dim=-1)
         latent = widen(query.shape[0] * query.shape[1], latent)
-        return matmul(self._mix(query, latent, latent[:, :rank]), per_head[:, nope:].transpose(1, 2))
+        return bmm(self._mix(query, latent, latent[:, :rank]), per_head[:, nope:].transpose(1, 2))
 
     def _expanded(self, query: Tensor, position: Tensor, latent: Tensor) -> Tensor:
         """The same with keys and values of each head's own, a few heads at a time."""
@@ -88,7 +88,8 @@ class Attention(nn.Module):
         query, latent = torch.cat([query, position], dim=-1), widen(count, latent)
         mixed = []
         for group in (slice(start, start + size) for start in range(0, heads, size)):
-            both = matmul(latent[:, :rank], self._per_head()[group].transpose(1, 2))
+            per_head = widen(count, self._per_head()[group])
+            both = latent[:, :rank].type(per_head.dtype) @ per_head.transpose(1, 2)
             shared = latent[:, rank:].expand(both.shape[0], -1, -1)
             keys = torch.cat([both[..., :nope], shared.type(both.dtype)], dim=-1)
             mixed.append(self._mix(query[group], keys, both[..., nope:]))

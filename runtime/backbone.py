@@ -28,8 +28,8 @@ NF4_BYTES_PER_WEIGHT = 0.5 + 1 / 64 + 4 / (64 * 256)
 
 _QUANTIZED = re.compile(
     r"lm_head$"
-    r"|self_attn\.(q_proj|q_a_proj|q_b_proj|kv_a_proj_with_mqa|o_proj)$"
-    r"|mlp\.(shared_experts\.)?(gate_proj|up_proj|down_proj)$"
+    r"|self_attn\.(q_kv_a_proj|q_proj|q_a_proj|q_b_proj|kv_a_proj_with_mqa|o_proj)$"
+    r"|mlp\.(shared_experts\.)?(gate_up_proj|gate_proj|up_proj|down_proj)$"
 )
 
 

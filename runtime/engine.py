@@ -17,6 +17,7 @@ from moebox.offload.checkpoint import Checkpoint
 from moebox.offload.experts import open_experts, prefault
 from moebox.runtime import backbone as precision
 from moebox.runtime.kv_cache import KVCache, bytes_per_token
+from moebox.runtime.linear import native_bf16
 from moebox.runtime.loader import Progress, check_names, check_quantized, load_backbone, stored_bytes
 from moebox.runtime.memory import MemoryPlan, plan_memory
 from moebox.runtime.model import KimiK2
@@ -25,6 +26,10 @@ log = logging.getLogger("moebox")
 
 CHUNK_TOKENS = 1024
 """Tokens of a prompt that go through the model at once: bounds memory, and how much an interrupt loses."""
+
+MULTITHREADED_FROM = 1 << 22
+"""Tokens times hidden_size squared from which torch uses all threads; the experts' own pool always does."""
+SMALL_BACKBONE_BYTES = 64 << 20
 
 Cancel = Event | Callable[[], bool]
 """Set, or returning True, when a prefill should stop."""
@@ -89,7 +94,8 @@ class Engine:
             vram: bytes of GPU memory to use; this version computes on the CPU and takes none.
             ram: bytes that experts, backbone and cache may take together; None: what is free.
             backbone: "bf16", "int8" or "nf4".
-            dtype: `torch.bfloat16` (default) or `torch.float32`.
+            dtype: `torch.bfloat16` or `torch.float32`; None: bf16, but fp32 for a backbone of up to 64 MiB on
+                a CPU without bf16 instructions, where that is faster.
             context: tokens a session can hold; None: `max_position_embeddings`, or what memory allows.
             threads: cores to compute on; None: all that this process may use.
             progress: called with ("backbone" | "experts", bytes done, bytes in all).
@@ -101,13 +107,11 @@ class Engine:
         """
         _check_device(device, vram, threads)
         precision.check_precision(backbone)
-        dtype = dtype or torch.bfloat16
         checkpoint = Checkpoint.open(Path(path))
         check_quantized(checkpoint)
         check_names(checkpoint)
+        dtype = dtype or default_dtype(checkpoint.config, backbone)
         plan = plan_memory(checkpoint.config, dtype, backbone, ram, context)
-        threads = threads or cpu.allowed_cpus()
-        torch.set_num_threads(threads)
         pool = cpu.ThreadPool(threads)
         experts = open_experts(checkpoint, pool)
         model = load_backbone(checkpoint, experts, dtype, backbone, progress)
@@ -124,9 +128,7 @@ class Engine:
         """
         self._check_tokens(token_ids, self.context)
         cache = KVCache(self.config, self.dtype, len(token_ids))
-        return torch.cat(
-            [self._model.logits(self._model(chunk, cache)) for chunk in _chunks(token_ids, CHUNK_TOKENS)]
-        )
+        return torch.cat([self._forward(chunk, cache) for chunk in _chunks(token_ids, CHUNK_TOKENS)])
 
     def session(self, context: int | None = None) -> Session:
         """A conversation with a cache of its own, for up to `context` tokens.
@@ -139,6 +141,21 @@ class Engine:
                 f"context of {context} tokens; this model and memory allow 1 to {self.context}"
             )
         return Session(self, context or self.context)
+
+    def _forward(
+        self,
+        token_ids: list[int],
+        cache: KVCache,
+        *,
+        last_only: bool = False,
+        between_layers: Callable[[], None] | None = None,
+    ) -> Tensor:
+        """Run tokens that follow the cache: logits fp32 [T, vocab_size], or [1, vocab_size] of the last."""
+        # Waking torch's threads for a small product takes longer than the product.
+        large = len(token_ids) * self.config.hidden_size**2 >= MULTITHREADED_FROM
+        torch.set_num_threads(self._pool.threads if large else 1)
+        hidden = self._model(token_ids, cache, between_layers)
+        return self._model.logits(hidden[-1:] if last_only else hidden)
 
     def _check_tokens(self, token_ids: list[int], context: int) -> None:
         if not token_ids:
@@ -215,11 +232,11 @@ class Session:
         if on_progress is not None:
             on_progress(0, len(rest))
         for chunk in _chunks(rest, CHUNK_TOKENS):
-            hidden = self.engine._model(chunk, self._cache, _checker(cancel))
+            logits = self.engine._forward(chunk, self._cache, last_only=True, between_layers=_checker(cancel))
             self.computed += len(chunk)
             if on_progress is not None:
                 on_progress(self.computed, len(rest))
-        return self.engine._model.logits(hidden[-1:])[0]
+        return logits[0]
 
     @torch.inference_mode()
     def decode(self, token: int) -> Tensor:
@@ -235,8 +252,13 @@ class Session:
                 "Start a new conversation, or load the model with a larger context.",
             )
         self.engine._check_tokens([token], self.context)
-        model = self.engine._model
-        return model.logits(model([token], self._cache))[0]
+        return self.engine._forward([token], self._cache)[0]
+
+
+def default_dtype(config: ModelConfig, backbone: str) -> torch.dtype:
+    """bf16; fp32 for a small backbone on a CPU without bf16 instructions: it has no values to convert."""
+    small = precision.planned_bytes(config.backbone_shapes(), torch.float32, "bf16") <= SMALL_BACKBONE_BYTES
+    return torch.float32 if small and backbone == "bf16" and not native_bf16() else torch.bfloat16
 
 
 def common_prefix(a: list[int], b: list[int]) -> int:

@@ -36,10 +36,10 @@ def widen(rows: int, operand: Tensor) -> Tensor:
     return operand.float()
 
 
-def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """`a [..., T, K] @ b [..., K, N]`, in b's dtype or wider."""
-    b = widen(a.shape[-2], b)
-    return a.type(b.dtype) @ b
+def bmm(a: Tensor, b: Tensor) -> Tensor:
+    """`a [A, T, K] @ b [A, K, N]`, in b's dtype or wider."""
+    b = widen(a.shape[1], b)
+    return torch.bmm(a.type(b.dtype), b)
 
 
 class Linear(nn.Linear):
@@ -53,6 +53,8 @@ class Linear(nn.Linear):
         if x.shape[0] < WIDE_WEIGHT_FROM_ROWS or x.dtype == torch.float32 or native_bf16():
             return F.linear(x, self.weight)
         return _wide_linear(x.float(), self.weight).to(x.dtype)
+
+    __call__ = forward  # no hooks
 
 
 def _wide_linear(x: Tensor, weight: Tensor) -> Tensor:

@@ -7,11 +7,11 @@ from collections.abc import Callable
 
 import torch
 from accelerate import init_empty_weights
-from torch import Tensor, nn
+from torch import nn
 
 from moebox.config import ModelConfig
 from moebox.errors import CheckpointError
-from moebox.offload.checkpoint import Checkpoint, TensorInfo
+from moebox.offload.checkpoint import Checkpoint, TensorInfo, open_tensor
 from moebox.offload.experts import Experts
 from moebox.runtime import backbone as precision
 from moebox.runtime.model import KimiK2
@@ -99,18 +99,21 @@ def load_backbone(
     """
     with init_empty_weights():  # 23 GB of weights that are replaced at once need no memory first
         model = KimiK2(checkpoint.config, experts, dtype)
-    parameters = dict(model.named_parameters())
-    infos = {name: backbone_info(checkpoint, name, parameter) for name, parameter in parameters.items()}
-    done, total = 0, sum(info.nbytes for info in infos.values())
-    for name, info in infos.items():
-        module_name, _, attribute = name.rpartition(".")
+    shapes = checkpoint.config.backbone_shapes()
+    sources = {
+        parameter: [backbone_info(checkpoint, source, shapes) for source in model.sources(parameter)]
+        for parameter, _ in model.named_parameters()
+    }
+    done, total = 0, sum(info.nbytes for infos in sources.values() for info in infos)
+    for parameter, infos in sources.items():
+        module_name, _, attribute = parameter.rpartition(".")
         wanted = torch.float32 if precision.keeps_fp32(module_name) else dtype
-        weight = checkpoint.read(info.name).to(wanted, copy=True)
+        weight = torch.cat([open_tensor(info).to(wanted) for info in infos])  # copies even a single one
         if precision.is_quantized(module_name, weight.shape[-1], backbone):
             replace(model, module_name, precision.quantize_linear(weight, backbone))
         else:
             setattr(model.get_submodule(module_name), attribute, nn.Parameter(weight, requires_grad=False))
-        done += info.nbytes
+        done += sum(info.nbytes for info in infos)
         if progress is not None:
             progress("backbone", done, total)
     return model.eval()
@@ -122,14 +125,15 @@ def replace(model: nn.Module, module_name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), name, module)
 
 
-def backbone_info(checkpoint: Checkpoint, name: str, parameter: Tensor) -> TensorInfo:
-    """Where a parameter's tensor lies, its shape and type checked."""
-    info = checkpoint.info(f"{checkpoint.config.prefix}{name}")
-    if info.shape != tuple(parameter.shape):
+def backbone_info(checkpoint: Checkpoint, source: str, shapes: dict[str, tuple[int, ...]]) -> TensorInfo:
+    """Where a tensor lies (named without prefix), its shape and type checked."""
+    info = checkpoint.info(f"{checkpoint.config.prefix}{source}")
+    shape = shapes[info.name]
+    if info.shape != shape:
         raise CheckpointError(
-            f"{info.file}: {info.name}: shape {list(info.shape)}, the config implies {list(parameter.shape)}"
+            f"{info.file}: {info.name}: shape {list(info.shape)}, the config implies {list(shape)}"
         )
-    allowed = ("BF16", "F32") if name.endswith("e_score_correction_bias") else ("BF16",)
+    allowed = ("BF16", "F32") if source.endswith("e_score_correction_bias") else ("BF16",)
     if info.dtype not in allowed:
         raise CheckpointError(
             f"{info.file}: {info.name}: dtype {info.dtype}, must be {' or '.join(allowed)}",

@@ -12,17 +12,20 @@ from moebox.runtime.router import Router
 
 
 class MLP(nn.Module):
-    """`down(silu(gate(x)) * up(x))`: the dense layers' MLP and the shared expert."""
+    """`down(silu(gate(x)) * up(x))`: the dense layers' MLP and the shared expert.
+
+    `gate_up_proj` holds the rows of `gate_proj`, then those of `up_proj`.
+    """
 
     def __init__(self, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
-        self.gate_proj = Linear(hidden_size, intermediate_size)
-        self.up_proj = Linear(hidden_size, intermediate_size)
+        self.gate_up_proj = Linear(hidden_size, 2 * intermediate_size)
         self.down_proj = Linear(intermediate_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         """`x [T, H] -> [T, H]`."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # type: ignore[no-any-return]
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate) * up)
 
 
 class MoE(nn.Module):

@@ -20,6 +20,12 @@ from moebox.runtime.mlp import MLP, MoE
 from moebox.runtime.norm import RMSNorm
 from moebox.runtime.rope import Rotary
 
+PACKED: dict[str, tuple[str, ...]] = {
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "q_kv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa"),
+}
+"""Modules whose weight is made of several of the checkpoint's, row after row."""
+
 
 class DecoderLayer(nn.Module):
     """Attention, then the dense MLP or the mixture of experts, each on the residual stream."""
@@ -62,6 +68,7 @@ class KimiK2(nn.Module):
 
     def __init__(self, config: ModelConfig, experts: Experts, dtype: torch.dtype) -> None:
         super().__init__()
+        self.config = config
         self.model = Decoder(config, experts, dtype)
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
 
@@ -88,6 +95,15 @@ class KimiK2(nn.Module):
         cache.commit(token_ids)
         return normed
 
+    def sources(self, parameter: str) -> list[str]:
+        """The checkpoint's tensors (names without prefix) whose rows make up a parameter."""
+        module, _, attribute = parameter.rpartition(".")
+        parent, _, name = module.rpartition(".")
+        parts: tuple[str, ...] = PACKED.get(name, (name,))
+        if self.config.q_lora_rank is None:
+            parts = tuple(part.replace("q_a_proj", "q_proj") for part in parts)
+        return [f"{parent}.{part}.{attribute}".removeprefix(".") for part in parts]
+
     def logits(self, hidden: Tensor) -> Tensor:
         """`hidden [T, H]` -> fp32 [T, vocab]."""
-        return self.lm_head(hidden).float()  # type: ignore[no-any-return]
+        return self.lm_head(hidden).float()

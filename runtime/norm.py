@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 LATENT_EPS = 1e-6
 """Epsilon of `q_a_layernorm` and `kv_a_layernorm`: transformers' class default, not `rms_norm_eps`."""
+_ZERO = torch.zeros(())
 
 
 class RMSNorm(nn.Module):
@@ -17,14 +18,16 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(width, dtype=torch.float32), requires_grad=False)
         self.dtype = dtype
         self.root_width = width**0.5
-        self.root_eps = torch.tensor(eps, device="cpu").sqrt()
+        self.least_norm = torch.tensor((width * eps) ** 0.5, device="cpu")
 
     def forward(self, x: Tensor) -> Tensor:
         """`x [T, width]`, any float dtype -> [T, width].
 
-        sqrt(mean(x^2) + eps) is the hypotenuse of |x| / sqrt(width) and sqrt(eps): half the passes over x,
-        and a fifth of the time, of `F.rms_norm`.
+        sqrt(mean(x^2) + eps) is the hypotenuse of |x| and sqrt(width * eps), over sqrt(width): half the
+        passes over x, and a fifth of the time, of `F.rms_norm`.
         """
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        rms = torch.hypot(norm / self.root_width, self.root_eps)
-        return (x / rms).mul_(self.weight).type(self.dtype)
+        norm = torch.hypot(norm, self.least_norm)
+        return torch.addcdiv(_ZERO, x, norm, value=self.root_width).mul_(self.weight).type(self.dtype)
+
+    __call__ = forward  # no hooks: spares a fifth of a small norm's time

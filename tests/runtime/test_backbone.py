@@ -23,7 +23,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def plain(folder):
-    return Engine.load(folder)
+    return Engine.load(folder, dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize(("backbone", "tolerance"), [("int8", 0.1), ("nf4", 0.7)])
@@ -37,7 +37,7 @@ def test_close_to_bf16(folder, plain, backbone, tolerance, dtype):
 
 @pytest.mark.parametrize(("backbone", "at_least"), [("int8", 0.35), ("nf4", 0.5)])
 def test_saves_what_it_says(folder, plain, backbone, at_least):
-    engine = Engine.load(folder, backbone=backbone)
+    engine = Engine.load(folder, backbone=backbone, dtype=torch.bfloat16)
     assert plain.backbone_saved_bytes == 0
     assert engine.backbone_bytes + engine.backbone_saved_bytes == plain.backbone_bytes
     assert engine.backbone_saved_bytes > at_least * (plain.backbone_bytes - 512 * 192 * 2)
@@ -45,7 +45,7 @@ def test_saves_what_it_says(folder, plain, backbone, at_least):
 
 @pytest.mark.parametrize("backbone", PRECISIONS)
 def test_plan_is_what_loading_takes(folder, backbone):
-    engine = Engine.load(folder, backbone=backbone)
+    engine = Engine.load(folder, backbone=backbone, dtype=torch.bfloat16)
     planned = planned_bytes(engine.config.backbone_shapes(), torch.bfloat16, backbone)
     assert planned == pytest.approx(engine.backbone_bytes, rel=0.02)
 
@@ -54,7 +54,7 @@ def test_narrow_rows_stay_bf16_under_nf4(tmp_path):
     """bitsandbytes 0.50 multiplies nf4 rows that are no multiple of 64 wrongly on the CPU."""
     engine = Engine.load(make_checkpoint(tmp_path / "model"), backbone="nf4")  # hidden_size 160
     layer = engine._model.model.layers[0]
-    assert layer.self_attn.q_a_proj.weight.dtype == torch.bfloat16
+    assert layer.self_attn.q_kv_a_proj.weight.dtype == torch.bfloat16
     assert layer.self_attn.q_b_proj.weight.dtype == torch.uint8
 
 

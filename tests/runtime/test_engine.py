@@ -167,7 +167,7 @@ def test_session_context_is_bounded(engine):
         ({"backbone": "fp4"}, PlanError, "'fp4' is unknown"),
         ({"context": 5000}, PlanError, "5000 tokens.*4096"),
         ({"context": 0}, PlanError, "context of 0"),
-        ({"ram": 1 << 20}, PlanError, r"needs 1\.6 MiB.*RAM budget is 1\.0 MiB"),
+        ({"ram": 1 << 20, "dtype": torch.bfloat16}, PlanError, r"needs 1\.6 MiB.*RAM budget is 1\.0 MiB"),
         ({"ram": 1 << 60}, PlanError, "only .* free"),
         ({"threads": 0}, PlanError, "threads = 0"),
     ],
@@ -214,3 +214,18 @@ def test_common_prefix():
     assert common_prefix([], [1]) == 0
     assert common_prefix([1, 2, 3], [1, 2, 4]) == 2
     assert common_prefix([1, 2], [1, 2, 3]) == 2
+
+
+@pytest.mark.parametrize(
+    ("native", "backbone", "expected"),
+    [
+        (True, "bf16", torch.bfloat16),
+        (False, "bf16", torch.float32),
+        (False, "int8", torch.bfloat16),
+    ],
+)
+def test_default_dtype(engine, monkeypatch, native, backbone, expected):
+    monkeypatch.setattr(engine_module, "native_bf16", lambda: native)
+    assert engine_module.default_dtype(engine.config, backbone) is expected
+    monkeypatch.setattr(engine_module, "SMALL_BACKBONE_BYTES", 1000)
+    assert engine_module.default_dtype(engine.config, backbone) is torch.bfloat16

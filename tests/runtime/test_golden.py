@@ -122,7 +122,7 @@ def test_bf16_stays_close(tmp_path, monkeypatch, native):
     monkeypatch.setattr(linear, "native_bf16", lambda: native)
     folder = make_checkpoint(tmp_path / "model", n_routed_experts=4)
     expected = reference_logits(folder, TOKENS)
-    loaded = Engine.load(folder)
+    loaded = Engine.load(folder, dtype=torch.bfloat16)
     session = loaded.session()
     last = session.prefill(TOKENS[:-1]), session.decode(TOKENS[-1])
     assert (loaded.logits(TOKENS) - expected).norm() <= 2e-2 * expected.norm()

@@ -79,19 +79,24 @@ def test_next_token_layer_is_left_out(tmp_path):
     assert Engine.load(folder).logits([1, 2]).shape == (2, 512)
 
 
-def test_parameters_are_what_the_config_implies(folder):
-    checkpoint = Checkpoint.open(folder)
+@pytest.mark.parametrize("q_lora_rank", [None, 64])
+def test_parameters_are_what_the_config_implies(tmp_path, q_lora_rank):
+    config = Checkpoint.open(make_checkpoint(tmp_path / "model", q_lora_rank=q_lora_rank)).config
     with init_empty_weights():
-        model = KimiK2(checkpoint.config, None, torch.bfloat16)
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    assert shapes == checkpoint.config.backbone_shapes()
+        model = KimiK2(config, None, torch.bfloat16)
+    shapes = config.backbone_shapes()
+    for name, parameter in model.named_parameters():
+        parts = [shapes.pop(source) for source in model.sources(name)]
+        assert tuple(parameter.shape) == (sum(part[0] for part in parts), *parts[0][1:]), name
+    assert not shapes
 
 
 def test_loaded_values_and_types(folder):
     model = load_backbone(Checkpoint.open(folder), None, torch.bfloat16)
     tensors = load_tensors(folder)
     for name, parameter in model.named_parameters():
-        assert torch.equal(parameter.float(), tensors[name].float()), name
+        expected = torch.cat([tensors[source].float() for source in model.sources(name)])
+        assert torch.equal(parameter.float(), expected), name
         wide = "norm" in name or ".mlp.gate." in name
         assert parameter.dtype == (torch.float32 if wide else torch.bfloat16), name
         assert not parameter.requires_grad
