@@ -80,26 +80,27 @@ bool is_type(const nb::dlpack::dtype& given, Type type) {
   return false;
 }
 
-void check(const Array& array, const char* name, std::initializer_list<Type> types,
-           std::initializer_list<Dim> shape) {
+void check_memory(const Array& array, const char* name) {
   const std::string prefix = std::string(name) + ": ";
   if (array.device_type() != nb::device::cpu::value)
     throw nb::type_error((prefix + "the array is on another device, CPU memory is needed").c_str());
-  if (std::ranges::none_of(types, [&](Type type) { return is_type(array.dtype(), type); })) {
-    std::string needed;
-    for (Type type : types) needed += (needed.empty() ? "" : " or ") + std::string(type_name(type));
-    throw nb::type_error(
-        (prefix + "dtype " + given_name(array.dtype()) + " given, " + needed + " needed").c_str());
-  }
-  if (!fits(array, shape))
-    throw nb::value_error(
-        (prefix + "shape " + given_shape(array) + " given, " + needed_shape(shape) + " needed").c_str());
   if (!contiguous(array))
     throw nb::value_error((prefix + "not contiguous (row-major); pass array.contiguous()").c_str());
 }
 
-void check_value(bool good, const std::string& what) {
-  if (!good) throw nb::value_error(what.c_str());
+void check(const Array& array, const char* name, std::initializer_list<Type> types,
+           std::initializer_list<Dim> shape) {
+  const auto fail = [&](const std::string& what, const std::string& needed) {
+    return std::string(name) + ": " + what + " given, " + needed + " needed";
+  };
+  if (std::ranges::none_of(types, [&](Type type) { return is_type(array.dtype(), type); })) {
+    std::string needed;
+    for (Type type : types) needed += (needed.empty() ? "" : " or ") + std::string(type_name(type));
+    throw nb::type_error(fail("dtype " + given_name(array.dtype()), needed).c_str());
+  }
+  if (!fits(array, shape))
+    throw nb::value_error(fail("shape " + given_shape(array), needed_shape(shape)).c_str());
+  check_memory(array, name);
 }
 
 }  // namespace moebox

@@ -31,6 +31,7 @@ bool is_type(const nanobind::dlpack::dtype& given, Type type);
 // Throw TypeError (dtype, device) or ValueError (shape, strides).
 void check(const Array& array, const char* name, std::initializer_list<Type> types,
            std::initializer_list<Dim> shape);
-void check_value(bool good, const std::string& what);
+// Only that it is contiguous CPU memory.
+void check_memory(const Array& array, const char* name);
 
 }  // namespace moebox

@@ -1,4 +1,6 @@
-// Panel and row math with AVX-512 BF16: weights are looked up as bf16, products summed in fp32.
+// Panel math with bf16 operands: weights are looked up as bf16, products summed in fp32.
+//
+// Elements lie in the order "nibble j of words 0..7, for j = 0..3".
 #pragma once
 
 #include "math_isa.h"
@@ -18,49 +20,31 @@ struct Bf16 {
   static Data load(const Elem* at) { return (__m512bh)_mm512_loadu_si512(at); }
   static Acc madd(Data a, Data b, Acc acc) { return _mm512_dpbf16_ps(acc, a, b); }
 
-  // The sixteen values of a group, rounded to bf16, twice: vpermw looks at five bits of each index, and the
-  // fifth is the next nibble's.
+  // The group's sixteen values are made in fp32, rounded to their upper halves, and looked up by words 2u +
+  // 1: each lane of four double words is rotated so that nibble j stands in bits 1 to 4 of its words.
   static void dequantize(const std::uint8_t* packed, float scale, Elem* out) {
-    const __m512 values = _mm512_mul_ps(int4_values(), _mm512_set1_ps(scale));
-    const __m512i table = (__m512i)_mm512_cvtne2ps_pbh(values, values);
-    const __m512i index = _mm512_srlv_epi16(broadcast_group(packed), lane_shifts16());
+    const __m512i lanes = _mm512_setr_epi32(31, 31, 31, 31, 3, 3, 3, 3, 7, 7, 7, 7, 11, 11, 11, 11);
+    const __m512i values = (__m512i)_mm512_mul_ps(int4_values(), _mm512_set1_ps(scale));
+    const __m512i table = _mm512_add_epi32(values, _mm512_set1_epi32(0x8000));
+    const __m512i rotated = _mm512_rorv_epi32(broadcast_group(packed), lanes);
+    const __m512i index = _mm512_or_si512(rotated, _mm512_set1_epi16(1));
     _mm512_store_si512(out, _mm512_permutexvar_epi16(index, table));
   }
 
-  // As row math: unscaled integers, exact in bf16; a group's sum is scaled in fp32.
-  using Nibbles = __m512bh;
-  struct Operand {
-    const Elem* x;
-  };
-  static std::size_t bytes(std::size_t groups) { return groups * kGroup * sizeof(Elem); }
-  static void prepare(const float* in, std::size_t group, std::size_t, std::byte* at) {
-    auto* out = reinterpret_cast<Elem*>(at) + group * kGroup;
-    for (std::size_t i = 0; i < kGroup; ++i) out[position16(i)] = float_to_bf16(in[i]);
+  // A group of activations, in the weights' order.
+  static __m512i regrouped(const void* row, std::size_t group, bool bf16) {
+    const auto* at = static_cast<const std::uint8_t*>(row) + group * kGroup * (bf16 ? 2 : 4);
+    const __m512i bits = bf16 ? _mm512_loadu_si512(at)
+                              : (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(at + 64), _mm512_loadu_ps(at));
+    alignas(64) static constexpr std::uint16_t kOrder[kGroup] = {0,  4,  8,  12, 16, 20, 24, 28, 1,  5,  9,
+                                                                 13, 17, 21, 25, 29, 2,  6,  10, 14, 18, 22,
+                                                                 26, 30, 3,  7,  11, 15, 19, 23, 27, 31};
+    return _mm512_permutexvar_epi16(_mm512_load_si512(kOrder), bits);
   }
-  static Operand operand(const std::byte* at, std::size_t) { return {reinterpret_cast<const Elem*>(at)}; }
-
-  static Nibbles spread(const std::uint8_t* packed) {
-    const __m512 values = int4_values();
-    const __m512i table = (__m512i)_mm512_cvtne2ps_pbh(values, values);
-    const __m512i index = _mm512_srlv_epi16(broadcast_group(packed), lane_shifts16());
-    return (__m512bh)_mm512_permutexvar_epi16(index, table);
-  }
-  static Acc madd(Nibbles q, const Elem* x, float scale, Acc acc) {
-    return _mm512_fmadd_ps(_mm512_dpbf16_ps(zero(), q, load(x)), _mm512_set1_ps(scale), acc);
-  }
-  static Acc scales(const std::uint16_t* weight, const Operand&, std::size_t, std::size_t n, float* out) {
-    for (std::size_t i = 0; i < n; i += 16) {
-      const __mmask16 here = n - i >= 16 ? 0xffff : static_cast<__mmask16>((1u << (n - i)) - 1);
-      const __m512i bits = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(here, weight + i));
-      _mm512_store_si512(out + i, _mm512_slli_epi32(bits, 16));
-    }
-    return zero();
+  static void prepare(const void* row, std::size_t group, bool bf16, Elem* out) {
+    _mm512_storeu_si512(out, regrouped(row, group, bf16));
   }
 };
-
-inline void regroup(const float* in, std::uint16_t* out) {
-  for (std::size_t i = 0; i < kGroup; ++i) out[position16(i)] = float_to_bf16(in[i]);
-}
 
 }  // namespace
 }  // namespace moebox::MOEBOX_ISA

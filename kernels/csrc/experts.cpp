@@ -87,12 +87,10 @@ class Batch {
     memory_ = pool_.scratch(end + worker_bytes_ * pool_.size());
   }
 
-  // A few rows a task where a worker reads weights once, more where it also rereads many tokens.
+  // Long runs of rows, since each starts without prefetched weights, but enough of them to end together.
   std::size_t task_rows(std::size_t rows, std::size_t sharers) const {
-    const bool few = std::ranges::all_of(items_, [](const Item& item) { return item.n <= 8; });
-    const std::size_t most = few ? kRowBlock : kMaxTaskRows;
     const std::size_t even = rows * sharers / (kTasksPerWorker * pool_.size());
-    return std::clamp(even / kRowBlock * kRowBlock, kRowBlock, most);
+    return std::clamp(even / kRowBlock * kRowBlock, kRowBlock, kMaxTaskRows);
   }
 
   template <class Row>

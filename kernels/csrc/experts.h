@@ -40,7 +40,7 @@ struct Engine {
   std::size_t bundle;
   std::size_t (*operand_bytes)(std::size_t groups);
   std::size_t (*scratch_bytes)(std::size_t groups);
-  // rows.n <= bundle; operand is aligned to 64 bytes.
+  // rows.n <= bundle; the operand is aligned to 64 bytes.
   void (*prepare)(const Rows& rows, std::size_t groups, std::byte* operand);
   // c[t * ldc + r] = dot(matrix row first + r, token t), fp32 [n, ldc], for r < rows.
   void (*multiply)(const Matrix& matrix, std::size_t first, std::size_t rows, const std::byte* operands,

@@ -32,18 +32,23 @@ void silu_mul(const float* gate, const float* up, float* h, std::size_t n) {
 }
 
 constexpr Engine kExact = Panel<Fp32>::engine();
-#if MOEBOX_ISA_AMX
-constexpr Engine kFew = RowByRow<Bf16>::engine(), kMany = Tiles::engine();
-constexpr std::size_t kFewTokens = 4;
-#elif MOEBOX_ISA_AVX512BF16
-constexpr Engine kFew = RowByRow<Bf16>::engine(), kMany = Panel<Bf16>::engine();
-constexpr std::size_t kFewTokens = 4;
-#elif MOEBOX_ISA_AVX2
-constexpr Engine kFew = RowByRow<Int16>::engine(), kMany = kExact;
-constexpr std::size_t kFewTokens = 4;
+#if MOEBOX_ISA_AVX2
+constexpr Engine kFew = RowByRow<Int16>::engine();
 #else
-constexpr Engine kFew = kExact, kMany = kExact;
-constexpr std::size_t kFewTokens = 0;
+constexpr Engine kFew = kExact;
+#endif
+#if MOEBOX_ISA_AMX
+constexpr Engine kMany = Tiles::engine();
+#elif MOEBOX_ISA_AVX512BF16
+constexpr Engine kMany = Panel<Bf16>::engine();
+#else
+constexpr Engine kMany = kExact;
+#endif
+// From here on a panel costs less than going through the nibbles for each token (measured).
+#if MOEBOX_ISA_AMX
+constexpr std::size_t kFewTokens = 5;
+#else
+constexpr std::size_t kFewTokens = 8;
 #endif
 
 }  // namespace

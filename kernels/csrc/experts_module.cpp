@@ -30,9 +30,10 @@ class Expert {
     check(arrays_[3], "up_scale", {Type::bf16}, {{"I", I}, {"H", H, kGroup}});
     check(arrays_[4], "down_packed", {Type::int32}, {{"H", H}, {"I", I, 8}});
     check(arrays_[5], "down_scale", {Type::bf16}, {{"H", H}, {"I", I, kGroup}});
-    check_value(*H > 0 && *I > 0 && *H % kGroup == 0 && *I % kGroup == 0,
-                "gate_packed: [I=" + std::to_string(*I) + ", H=" + std::to_string(*H) +
-                    "] given, multiples of 32 needed");
+    if (*H == 0 || *I == 0 || *H % kGroup != 0 || *I % kGroup != 0)
+      throw nb::value_error(("gate_packed: [I=" + std::to_string(*I) + ", H=" + std::to_string(*H) +
+                             "] given, multiples of 32 needed")
+                                .c_str());
     weights_ = {matrix(0), matrix(2), matrix(4)};
   }
 
@@ -60,35 +61,41 @@ std::vector<const ExpertWeights*> weights_of(const nb::tuple& experts, std::size
   std::vector<const ExpertWeights*> weights;
   for (const nb::handle item : experts) {
     const Expert& expert = nb::cast<const Expert&>(item);
-    const Expert& first = nb::cast<const Expert&>(experts[0]);
-    const std::string which = "experts[" + std::to_string(weights.size()) + "]: ";
-    check_value(expert.hidden_size() == H, which + "hidden_size " + std::to_string(expert.hidden_size()) +
-                                               " given, hidden's H=" + std::to_string(H) + " needed");
-    check_value(expert.moe_intermediate_size() == first.moe_intermediate_size(),
-                which + "moe_intermediate_size " + std::to_string(expert.moe_intermediate_size()) +
-                    " given, the same as experts[0]'s " + std::to_string(first.moe_intermediate_size()) +
-                    " needed");
+    const std::size_t I = weights.empty() ? expert.moe_intermediate_size() : weights.front()->gate.rows;
+    const auto which = [&] { return "experts[" + std::to_string(weights.size()) + "]: "; };
+    if (expert.hidden_size() != H)
+      throw nb::value_error((which() + "hidden_size " + std::to_string(expert.hidden_size()) +
+                             " given, hidden's H=" + std::to_string(H) + " needed")
+                                .c_str());
+    if (expert.moe_intermediate_size() != I)
+      throw nb::value_error((which() + "moe_intermediate_size " +
+                             std::to_string(expert.moe_intermediate_size()) +
+                             " given, experts[0]'s I=" + std::to_string(I) + " needed")
+                                .c_str());
     weights.push_back(&expert.weights());
   }
   return weights;
 }
 
+[[noreturn]] void bad_element(const char* array, std::size_t i, std::int32_t given,
+                              const std::string& needed) {
+  const std::string what = std::string(array) + "[" + std::to_string(i) + "]: " + std::to_string(given);
+  throw nb::value_error((what + " given, " + needed + " needed").c_str());
+}
+
 void check_offsets(const std::int32_t* offsets, std::size_t n, std::size_t m) {
-  check_value(offsets[0] == 0, "offsets[0]: " + std::to_string(offsets[0]) + " given, 0 needed");
+  if (offsets[0] != 0) bad_element("offsets", 0, offsets[0], "0");
   for (std::size_t i = 0; i < n; ++i)
     if (offsets[i + 1] < offsets[i])
-      check_value(false, "offsets[" + std::to_string(i + 1) + "]: " + std::to_string(offsets[i + 1]) +
-                             " given, below " + std::to_string(offsets[i]) + " before it");
+      bad_element("offsets", i + 1, offsets[i + 1], "at least " + std::to_string(offsets[i]) + " before it");
   if (static_cast<std::size_t>(offsets[n]) != m)
-    check_value(false, "offsets[" + std::to_string(n) + "]: " + std::to_string(offsets[n]) +
-                           " given, the length of tokens, " + std::to_string(m) + ", needed");
+    bad_element("offsets", n, offsets[n], "the length of tokens, " + std::to_string(m) + ",");
 }
 
 void check_tokens(const std::int32_t* tokens, std::size_t m, std::size_t T) {
   for (std::size_t i = 0; i < m; ++i)
     if (tokens[i] < 0 || static_cast<std::size_t>(tokens[i]) >= T)
-      check_value(false, "tokens[" + std::to_string(i) + "]: " + std::to_string(tokens[i]) +
-                             " given, an index into hidden's T=" + std::to_string(T) + " rows needed");
+      bad_element("tokens", i, tokens[i], "a row of hidden's T=" + std::to_string(T));
 }
 
 void forward(ThreadPool& pool, const nb::sequence& sequence, const Array& offsets, const Array& tokens,

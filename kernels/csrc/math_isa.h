@@ -40,24 +40,44 @@ inline void load_group(const void* row, std::size_t group, bool bf16, float* out
   }
 }
 
+// fp32 elements lie in the order "nibble j of words 0..3, for j = 0..7".
+inline void prepare_fp32(const void* row, std::size_t group, bool bf16, float* out) {
+  float values[kGroup];
+  load_group(row, group, bf16, values);
+  for (std::size_t i = 0; i < kGroup; ++i) out[i % 8 * 4 + i / 8] = values[i];
+}
+
 inline void prefetch(const void* address) { __builtin_prefetch(address, 0, 3); }
 
-// bf16 scales may stand at odd addresses of a file mapping only in theory, but memcpy costs nothing.
-inline float scale_at(const std::uint16_t* scale, std::size_t i) {
-  std::uint16_t bits;
-  std::memcpy(&bits, scale + i, sizeof bits);
-  return bf16_to_float(bits);
+// One row's share of a panel: `groups` groups from `group` on.
+inline void prefetch_groups(const Matrix& m, std::size_t row, std::size_t group, std::size_t groups) {
+  const std::size_t at = row * m.groups + group;
+  for (std::size_t g = 0; g < groups; g += 4) prefetch(m.packed + (at + g) * kGroupBytes);
+  for (std::size_t g = 0; g < groups; g += 32) prefetch(m.scale + at + g);
+}
+
+// bf16 to fp32; writes up to the next multiple of 16, zeros there.
+inline void load_scales(const std::uint16_t* scale, std::size_t n, float* out) {
+#if MOEBOX_ISA_AVX512
+  for (std::size_t i = 0; i < n; i += 16) {
+    const __mmask16 here = n - i >= 16 ? 0xffff : static_cast<__mmask16>((1u << (n - i)) - 1);
+    const __m512i bits = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(here, scale + i));
+    _mm512_storeu_si512(out + i, _mm512_slli_epi32(bits, 16));
+  }
+#else
+  for (std::size_t i = 0; i < n; ++i) {
+    std::uint16_t bits;
+    std::memcpy(&bits, scale + i, sizeof bits);
+    out[i] = bf16_to_float(bits);
+  }
+  for (std::size_t i = n; i % 16 != 0; ++i) out[i] = 0;
+#endif
 }
 
 #if MOEBOX_ISA_AVX512
 
 inline __m512i broadcast_group(const std::uint8_t* packed) {
   return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(packed)));
-}
-
-inline __m512i lane_shifts16() {
-  return _mm512_set_epi64(0x000c000c000c000c, 0x000c000c000c000c, 0x0008000800080008, 0x0008000800080008,
-                          0x0004000400040004, 0x0004000400040004, 0, 0);
 }
 
 inline __m512 int4_values() { return _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7); }
@@ -77,6 +97,7 @@ inline __m128 sum4(__m512 a, __m512 b, __m512 c, __m512 d) {
 
 struct Fp32 {
   using Elem = float;
+  static constexpr auto prepare = prepare_fp32;
   using Data = __m512;
   using Acc = __m512;
   static constexpr std::size_t kStep = 16, kTokens = 6, kPanelGroups = 16;
@@ -116,6 +137,7 @@ inline __m128 sum4(__m256 a, __m256 b, __m256 c, __m256 d) {
 
 struct Fp32 {
   using Elem = float;
+  static constexpr auto prepare = prepare_fp32;
   using Data = __m256;
   using Acc = __m256;
   static constexpr std::size_t kStep = 8, kTokens = 3, kPanelGroups = 16;
@@ -140,6 +162,7 @@ struct Fp32 {
 
 struct Fp32 {
   using Elem = float;
+  static constexpr auto prepare = prepare_fp32;
   using Data = float;
   using Acc = float;
   static constexpr std::size_t kStep = 1, kTokens = 2, kPanelGroups = 16;
@@ -157,14 +180,6 @@ struct Fp32 {
 };
 
 #endif
-
-// Elements of 32 bits are looked up by double words: nibble j of words 0..3, for j = 0..7.
-inline void regroup(const float* in, float* out) {
-  for (std::size_t i = 0; i < kGroup; ++i) out[i % 8 * 4 + i / 8] = in[i];
-}
-
-// Elements of 16 bits by words: nibble j of words 0..7, for j = 0..3.
-inline std::size_t position16(std::size_t i) { return i % 4 * 8 + i / 4; }
 
 }  // namespace
 }  // namespace moebox::MOEBOX_ISA

@@ -13,6 +13,7 @@ NB_MODULE(_kernels, m) {
     return names;
   });
   moebox::register_experts(m);
+  moebox::register_probes(m);
 #ifndef MOEBOX_NO_QUANTIZE
   moebox::register_quantize(m);
 #endif

@@ -6,6 +6,7 @@
 namespace moebox {
 
 void register_experts(nanobind::module_& m);
+void register_probes(nanobind::module_& m);
 void register_quantize(nanobind::module_& m);
 
 }  // namespace moebox

@@ -21,22 +21,18 @@ struct Panel {
 
   static void prepare(const Rows& rows, std::size_t groups, std::byte* operand) {
     auto* out = reinterpret_cast<Elem*>(operand);
-    for (std::size_t g = 0; g < groups; ++g) {
-      float values[kGroup];
-      load_group(rows.row[0], g, rows.bf16, values);
-      regroup(values, out + g * kGroup);
-    }
+    for (std::size_t g = 0; g < groups; ++g) Math::prepare(rows.row[0], g, rows.bf16, out + g * kGroup);
   }
 
-  // Rows of a panel come from kRowBlock places of memory: fetch the next panel's while this one is made.
+  // A panel's rows come from kRowBlock places of memory: the next panel's are fetched while this one is made.
   static void dequantize(const Matrix& m, std::size_t row, std::size_t group, std::size_t n, Elem* panel) {
     for (std::size_t r = 0; r < kRowBlock; ++r) {
       const std::size_t at = (row + r) * m.groups + group;
-      for (std::size_t g = 0; g < n; ++g) {
-        if (g % 4 == 0) prefetch(m.packed + (at + kRowBlock * m.groups + g) * kGroupBytes);
-        Math::dequantize(m.packed + (at + g) * kGroupBytes, scale_at(m.scale, at + g),
-                         panel + r * kPanelStride + g * kGroup);
-      }
+      alignas(64) float scale[Math::kPanelGroups];
+      prefetch_groups(m, row + r + kRowBlock, group, n);
+      load_scales(m.scale + at, n, scale);
+      for (std::size_t g = 0; g < n; ++g)
+        Math::dequantize(m.packed + (at + g) * kGroupBytes, scale[g], panel + r * kPanelStride + g * kGroup);
     }
   }
 

@@ -8,46 +8,51 @@ namespace {
 
 template <class Math>
 struct RowByRow {
-  static constexpr std::size_t kBlock = 256;        // groups whose scales are made at a time
-  static constexpr std::size_t kAhead = 4096;       // bytes of packed weights fetched ahead
-  static constexpr std::size_t kScalesAhead = 512;  // the same, in time, of their scales
+  static constexpr std::size_t kBlock = 256;         // groups whose scales are made at a time
+  static constexpr std::size_t kAhead = 4096;        // bytes of packed weights fetched ahead
+  static constexpr std::size_t kScalesAhead = 1024;  // the same, in time, of their scales
 
   // One row times N tokens; several sums per token hide the latency of the multiply-add.
   template <std::size_t N>
   static void row(const std::uint8_t* packed, const std::uint16_t* scale, std::size_t groups,
                   const typename Math::Operand* x, float* c, std::size_t ldc) {
-    constexpr std::size_t kSums = N == 1 ? 4 : N < 4 ? 2 : 1;
+    constexpr std::size_t kSums = N == 1 ? 4 : N < 4 ? 2 : 1, kStep = 4 * Math::kChunk;
     typename Math::Acc acc[N][kSums];
+#pragma GCC unroll 8
     for (auto& token : acc)
+#pragma GCC unroll 4
       for (auto& a : token) a = Math::zero();
     for (std::size_t g0 = 0; g0 < groups; g0 += kBlock) {
       const std::size_t n = groups - g0 < kBlock ? groups - g0 : kBlock;
       alignas(64) float s[N][kBlock];
       for (std::size_t i = 0; i < n; i += 32)
         prefetch(reinterpret_cast<const std::uint8_t*>(scale + g0 + i) + kScalesAhead);
-      for (std::size_t t = 0; t < N; ++t) {
-        const typename Math::Acc offset = Math::scales(scale + g0, x[t], g0, n, s[t]);
-        acc[t][0] = acc[t][0] + offset;
-      }
-      const auto step = [&](std::size_t g, std::size_t which) __attribute__((always_inline)) {
-        const auto nibbles = Math::spread(packed + (g0 + g) * kGroupBytes);
+#pragma GCC unroll 8
+      for (std::size_t t = 0; t < N; ++t) acc[t][0] = acc[t][0] + Math::scales(scale + g0, x[t], g0, n, s[t]);
+      const auto add = [&](std::size_t g, const auto& nibbles,
+                           std::size_t which) __attribute__((always_inline)) {
 #pragma GCC unroll 8
         for (std::size_t t = 0; t < N; ++t)
           acc[t][which % kSums] =
-              Math::madd(nibbles, x[t].x + (g0 + g) * kGroup, s[t][g], acc[t][which % kSums]);
+              Math::madd(nibbles, x[t].x + (g0 + g) * kGroup, s[t] + g, acc[t][which % kSums]);
       };
       std::size_t g = 0;
-      for (; g + 4 <= n; g += 4) {
-        prefetch(packed + (g0 + g) * kGroupBytes + kAhead);
-        step(g, 0);
-        step(g + 1, 1);
-        step(g + 2, 2);
-        step(g + 3, 3);
+      for (; g + kStep <= n; g += kStep) {
+#pragma GCC unroll 4
+        for (std::size_t i = 0; i < kStep; i += Math::kChunk) {
+          const std::size_t at = g + i;
+          if (at % 4 == 0) prefetch(packed + (g0 + at) * kGroupBytes + kAhead);
+          add(at, Math::spread(packed + (g0 + at) * kGroupBytes), i / Math::kChunk);
+        }
       }
-      for (; g < n; ++g) step(g, 0);
+      for (; g + Math::kChunk <= n; g += Math::kChunk)
+        add(g, Math::spread(packed + (g0 + g) * kGroupBytes), 0);
+      if (g < n) add(g, Math::spread_some(packed + (g0 + g) * kGroupBytes, n - g), 1);
     }
+#pragma GCC unroll 8
     for (std::size_t t = 0; t < N; ++t) {
       typename Math::Acc total = acc[t][0];
+#pragma GCC unroll 4
       for (std::size_t i = 1; i < kSums; ++i) total = total + acc[t][i];
       c[t * ldc] = sum(total);
     }
@@ -80,6 +85,7 @@ struct RowByRow {
   static std::size_t scratch_bytes(std::size_t) { return 0; }
 
   static void prepare(const Rows& rows, std::size_t groups, std::byte* operand) {
+    std::memset(operand, 0, Math::bytes(groups));
     for (std::size_t g = 0; g < groups; ++g) {
       float values[kGroup];
       load_group(rows.row[0], g, rows.bf16, values);

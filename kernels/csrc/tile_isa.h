@@ -23,17 +23,16 @@ struct Tiles {
 
   static void prepare(const Rows& rows, std::size_t groups, std::byte* operand) {
     if (rows.n < kEdge) std::memset(operand, 0, operand_bytes(groups));
-    const __m512i places = _mm512_mullo_epi32(
-        _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), _mm512_set1_epi32(kEdge));
     for (std::size_t t = 0; t < rows.n; ++t) {
       for (std::size_t g = 0; g < groups; ++g) {
-        float values[kGroup];
-        alignas(64) std::uint16_t elements[kGroup];
-        load_group(rows.row[t], g, rows.bf16, values);
-        regroup(values, elements);
-        _mm512_i32scatter_epi32(operand + g * kTile * 2 + t * 4, places, _mm512_load_si512(elements), 4);
+        std::byte* column = operand + g * kTile * 2 + t * 4;
+        _mm512_i32scatter_epi32(column, every_sixteenth(), Bf16::regrouped(rows.row[t], g, rows.bf16), 4);
       }
     }
+  }
+
+  static __m512i every_sixteenth() {
+    return _mm512_setr_epi32(0, 16, 32, 48, 64, 80, 96, 112, 128, 144, 160, 176, 192, 208, 224, 240);
   }
 
   // Eight tiles of 16 rows of 64 bytes.
@@ -50,16 +49,18 @@ struct Tiles {
   // The compiler's tile loads do not say that they read memory.
   static void fence() { __asm__ volatile("" ::: "memory"); }
 
-  // [half of the rows][group][16][32]
+  // [half of the rows][group][16][32]. The next panel's groups are fetched while this one is made.
   static void dequantize(const Matrix& m, std::size_t row, std::size_t group, std::size_t n,
                          std::uint16_t* panel) {
+    const bool last = group + n == m.groups;
     for (std::size_t r = 0; r < kRowBlock; ++r) {
       const std::size_t at = (row + r) * m.groups + group;
       std::uint16_t* out = panel + r / kEdge * kPanelGroups * kTile + r % kEdge * kGroup;
-      for (std::size_t g = 0; g < n; ++g) {
-        if (g % 4 == 0) prefetch(m.packed + (at + n + g) * kGroupBytes);
-        Bf16::dequantize(m.packed + (at + g) * kGroupBytes, scale_at(m.scale, at + g), out + g * kTile);
-      }
+      alignas(64) float scale[kPanelGroups];
+      prefetch_groups(m, last ? row + r + kRowBlock : row + r, last ? 0 : group + n, kPanelGroups);
+      load_scales(m.scale + at, n, scale);
+      for (std::size_t g = 0; g < n; ++g)
+        Bf16::dequantize(m.packed + (at + g) * kGroupBytes, scale[g], out + g * kTile);
     }
   }
 
@@ -98,12 +99,10 @@ struct Tiles {
 
   // c[t][r] from sums [bundle][half][row][token].
   static void store(const float* sums, std::size_t n, float* c, std::size_t ldc) {
-    const __m512i column = _mm512_mullo_epi32(
-        _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), _mm512_set1_epi32(kEdge));
     for (std::size_t t = 0; t < n; ++t) {
       const float* from = sums + t / kEdge * 2 * kSums + t % kEdge;
-      _mm512_storeu_ps(c + t * ldc, _mm512_i32gather_ps(column, from, 4));
-      _mm512_storeu_ps(c + t * ldc + kEdge, _mm512_i32gather_ps(column, from + kSums, 4));
+      _mm512_storeu_ps(c + t * ldc, _mm512_i32gather_ps(every_sixteenth(), from, 4));
+      _mm512_storeu_ps(c + t * ldc + kEdge, _mm512_i32gather_ps(every_sixteenth(), from + kSums, 4));
     }
   }
 

@@ -52,6 +52,12 @@ def experts_forward(
     out: Array,
     isa: str | None = None,
 ) -> None: ...
+def read_bandwidth(pool: ThreadPool, arrays: Sequence[Array], isa: str | None = None) -> float:
+    """GB/s at which the pool reads the arrays once, in order."""
+
+def peak_gflops(pool: ThreadPool, isa: str | None = None) -> float:
+    """GFLOP/s of multiply-adds in registers, in the unit `isa` uses for many tokens (AMX tiles, bf16, fp32)."""
+
 def quantize_int4(
     weight: npt.NDArray[np.uint8],
     dtype: str,
