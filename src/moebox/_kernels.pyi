@@ -56,7 +56,7 @@ def read_bandwidth(pool: ThreadPool, arrays: Sequence[Array], isa: str | None = 
     """GB/s at which the pool reads the arrays once, in order."""
 
 def peak_gflops(pool: ThreadPool, isa: str | None = None) -> float:
-    """GFLOP/s of multiply-adds in registers, in the unit `isa` uses for many tokens (AMX tiles, bf16, fp32)."""
+    """GFLOP/s of multiply-adds in registers, in the unit `isa` uses for many tokens."""
 
 def quantize_int4(
     weight: npt.NDArray[np.uint8],
