@@ -1,5 +1,8 @@
 """The CPU tier against dequantized matrices, and its checks of the manifest."""
 
+import json
+import logging
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +15,8 @@ from moebox.errors import CheckpointError
 from moebox.kernels import cpu
 from moebox.offload.checkpoint import Checkpoint
 from moebox.offload.experts import group_by_expert, open_experts, prefault
+from moebox.offload.layout import MANIFEST_FILE
+from moebox.quantize.convert import quantize
 
 
 @pytest.fixture(scope="module")
@@ -98,3 +103,41 @@ def test_scale_of_wrong_type(tmp_path):
     rewrite(folder, name, load_tensors(folder)[name].half())
     with pytest.raises(CheckpointError, match=r"F16.*implies BF16"):
         open_experts(Checkpoint.open(folder), cpu.ThreadPool(1))
+
+
+@pytest.fixture
+def written_by_moebox(folder, tmp_path):
+    """The same experts in moebox's layout."""
+    quantize(folder, tmp_path / "int4")
+    return tmp_path / "int4"
+
+
+def edit_extent(folder, **changes):
+    path = folder / MANIFEST_FILE
+    manifest = json.loads(path.read_text())
+    manifest["experts"]["2"][3] |= changes
+    path.write_text(json.dumps(manifest))
+
+
+def test_both_layouts_give_the_same_bits(experts, written_by_moebox, caplog):
+    with caplog.at_level(logging.WARNING, "moebox"):
+        own = open_experts(Checkpoint.open(written_by_moebox), cpu.ThreadPool(1))
+    assert "six reads" not in caplog.text
+    hidden = torch.randn(7, 160).bfloat16()
+    ids = torch.rand(7, 8).topk(4).indices
+    weights = torch.rand(7, 4)
+    for layer in (1, 2):
+        expected = experts.forward(layer, ids, weights, hidden)
+        assert torch.equal(own.forward(layer, ids, weights, hidden), expected)
+
+
+def test_manifest_of_other_shards(written_by_moebox):
+    edit_extent(written_by_moebox, offset=4096)
+    with pytest.raises(CheckpointError, match=r"experts\.3\.gate_proj.*moebox\.json says .* byte 4096"):
+        open_experts(Checkpoint.open(written_by_moebox), cpu.ThreadPool(1))
+
+
+def test_manifest_beyond_the_file(written_by_moebox):
+    edit_extent(written_by_moebox, offset=1 << 40)
+    with pytest.raises(CheckpointError, match=r"experts\.3: ends at byte"):
+        open_experts(Checkpoint.open(written_by_moebox), cpu.ThreadPool(1))
