@@ -26,6 +26,8 @@ def output_config(raw: Mapping[str, Any]) -> dict[str, Any]:
     """The output's `config.json`: the source's, with INT4 experts and without remote code.
 
     A `kimi_k25` config is flattened to its text model; what that lacks (token ids) comes from the top.
+    The architecture goes by its first name, `deepseek_v3`: transformers knows no `kimi_k2` without remote
+    code, and Moonshot's deployment guide names the same way out. Next-token layers were left out.
     """
     if raw["model_type"] == "kimi_k25":
         text: dict[str, Any] = {"architectures": _ARCHITECTURES, **raw["text_config"]}
@@ -37,6 +39,8 @@ def output_config(raw: Mapping[str, Any]) -> dict[str, Any]:
         text = dict(raw)
     for name in ("auto_map", "quantization_config", "compression_config"):
         text.pop(name, None)
+    text["model_type"] = "deepseek_v3"
+    text["num_nextn_predict_layers"] = 0
     text["dtype" if "dtype" in text else "torch_dtype"] = "bfloat16"
     return text | {"quantization_config": INT4_QUANTIZATION}
 

@@ -57,7 +57,7 @@ def test_quantize_and_inspect(source, tmp_path):
     report = json.loads(moebox("inspect", tmp_path / "out", "--verify", "--json").stdout)
     assert report["verified"] is True
     people = moebox("inspect", tmp_path / "out")
-    assert "kimi_k2" in people.stdout
+    assert "deepseek_v3" in people.stdout
 
 
 def test_dry_run_writes_nothing(source, tmp_path):
