@@ -41,7 +41,7 @@ def test_quantized_folder(output):
     assert report.experts_bytes + report.backbone_bytes == report.total_bytes
     assert json.dumps(report.to_dict())
     text = rendered(report, render_inspect)
-    assert "kimi_k2: 4 layers (1 dense, 3 MoE), 12 experts + 1 shared, top 4" in text
+    assert "deepseek_v3: 4 layers (1 dense, 3 MoE), 12 experts + 1 shared, top 4" in text
     assert "worst experts" in text
     assert "36 of 36 contiguous" in text
 
