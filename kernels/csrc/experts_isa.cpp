@@ -1,9 +1,10 @@
 // The expert kernels of one instruction set.
 #include "bf16_isa.h"
+#include "bf16_panel_isa.h"
 #include "experts.h"
+#include "fp32_panel_isa.h"
 #include "int16_isa.h"
 #include "math_isa.h"
-#include "panel_isa.h"
 #include "row_isa.h"
 #include "tile_isa.h"
 
@@ -31,7 +32,7 @@ void silu_mul(const float* gate, const float* up, float* h, std::size_t n) {
   for (std::size_t i = 0; i < n; ++i) h[i] = gate[i] / (1.0f + exponential(-gate[i])) * up[i];
 }
 
-constexpr Engine kExact = Panel<Fp32>::engine();
+constexpr Engine kExact = Fp32Panel::engine();
 #if MOEBOX_ISA_AVX2
 constexpr Engine kFew = RowByRow<Int16>::engine();
 #else
@@ -40,7 +41,7 @@ constexpr Engine kFew = kExact;
 #if MOEBOX_ISA_AMX
 constexpr Engine kMany = Tiles::engine();
 #elif MOEBOX_ISA_AVX512BF16
-constexpr Engine kMany = Panel<Bf16>::engine();
+constexpr Engine kMany = Bf16Panel::engine();
 #else
 constexpr Engine kMany = kExact;
 #endif

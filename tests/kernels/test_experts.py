@@ -137,7 +137,7 @@ def test_a_token_alone_or_among_others(isa: str, generator: torch.Generator) -> 
     alone = forward(
         arrays, Routing(torch.tensor([0, 1]).int(), torch.tensor([0]).int(), torch.ones(1)), hidden, isa
     )
-    assert (together[0] - alone[0]).norm() / alone[0].norm() < 5e-3
+    assert (together[0] - alone[0]).norm() / alone[0].norm() < 1e-2  # each is within 5e-3
 
 
 def test_more_pairs_than_a_batch(generator: torch.Generator) -> None:
