@@ -99,11 +99,11 @@ def answer(
 
 def show(out: Console, who: str, text: str) -> None:
     """One line of the conversation; `text` is never read as markup."""
-    out.print(Text.assemble((f"{who}: ", "bold"), text), soft_wrap=True)
+    out.print(Text.assemble((f"{who}: ", "bold"), text))
 
 
 def speed_line(model: Model, answers: list[Stats]) -> str:
-    """Prompt and decode rates over all answers, and what the model takes."""
+    """Prompt and decode rates over all answers, and the bytes of the INT4 experts."""
     prompt = sum(stats.prompt_tokens - stats.cached_tokens for stats in answers)
     prefill_s = sum(stats.prefill_s for stats in answers)
     decoded = sum(stats.decoded_tokens for stats in answers)
@@ -112,5 +112,5 @@ def speed_line(model: Model, answers: list[Stats]) -> str:
     return (
         f"prompt {prompt / prefill_s:.0f} tok/s · decode {decoded / decode_s:.0f} tok/s · "
         f"first token after {answers[0].ttft_s:.2f} s · "
-        f"experts {engine.experts_bytes / 1e6:.1f} MB in INT4, the rest {engine.backbone_bytes / 1e6:.1f} MB"
+        f"experts {engine.experts_bytes / 1e6:.1f} MB"
     )
