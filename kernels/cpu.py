@@ -11,15 +11,51 @@ Arrays are torch tensors or numpy arrays; bf16 ones torch bfloat16 or numpy uint
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.dlpack import to_dlpack  # type: ignore[attr-defined]  # public, but not in __all__
 
 from moebox import _kernels
-from moebox._kernels import Expert, ThreadPool
+from moebox._kernels import ThreadPool
 
 if TYPE_CHECKING:
     from moebox._kernels import Array
 
 __all__ = ["Expert", "ThreadPool", "allowed_cpus", "experts_forward", "isa_paths"]
+
+
+class Expert(_kernels.Expert):
+    """An expert's six arrays, as they lie in the checkpoint; kept alive.
+
+    Args:
+        gate_packed, up_packed: int32 [I, H/8].
+        gate_scale, up_scale: bf16 [I, H/32].
+        down_packed: int32 [H, I/8].
+        down_scale: bf16 [H, I/32].
+
+    Raises:
+        TypeError, ValueError: as `experts_forward`.
+    """
+
+    __slots__ = ()
+
+    def __init__(
+        self,
+        gate_packed: Array,
+        gate_scale: Array,
+        up_packed: Array,
+        up_scale: Array,
+        down_packed: Array,
+        down_scale: Array,
+    ) -> None:
+        arrays = (gate_packed, gate_scale, up_packed, up_scale, down_packed, down_scale)
+        super().__init__(*map(_export, arrays))
+
+
+def _export(array: Array) -> Any:
+    """A tensor's DLPack capsule, made in C++: `Tensor.__dlpack__` is Python and takes ten times as long."""
+    return to_dlpack(array) if isinstance(array, torch.Tensor) else array
 
 
 def isa_paths() -> tuple[str, ...]:
@@ -72,4 +108,13 @@ def experts_forward(
             one needed.
         RuntimeError: the pool was made in another process, before fork().
     """
-    _kernels.experts_forward(pool, experts, offsets, tokens, weights, hidden, out, isa)
+    _kernels.experts_forward(
+        pool,
+        experts,
+        _export(offsets),
+        _export(tokens),
+        _export(weights),
+        _export(hidden),
+        _export(out),
+        isa,
+    )
