@@ -6,6 +6,7 @@ import base64
 import fcntl
 import json
 import logging
+import multiprocessing
 import os
 import pty
 import re
@@ -20,6 +21,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from pexpect import EOF
@@ -211,26 +213,43 @@ def run_program(folder: Path, request: dict) -> int:
         return 1
 
 
+# Not a fork of pytest itself: torch's threads do not survive a fork, and their successors would wait for
+# them. The server imports torch once and never computes.
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload(["helpers.chat", "moebox.runtime.chat", "moebox.runtime.run", "torch"])
+
+
 class Terminal(fdspawn):
-    """`run_program` in a forked child with a terminal of its own, driven as pexpect drives programs."""
+    """`run_program` in a child with a terminal of its own, driven as pexpect drives programs."""
 
     def __init__(self, folder: Path, request: dict, **environment: str) -> None:
-        self.pid, fd = pty.fork()
-        if self.pid == 0:
-            os._exit(_child(folder, request, environment))
-        super().__init__(fd, encoding="utf-8", timeout=8)
+        master, slave = pty.openpty()
+        opened = _FORKS.Event()
+        arguments = (os.ttyname(slave), opened, folder, request, environment)
+        self.process = _FORKS.Process(target=_child, args=arguments)
+        self.process.start()
+        opened.wait(60)
+        os.close(slave)
+        super().__init__(master, encoding="utf-8", timeout=30)
 
     def exit_code(self) -> int:
         """Wait for the end of the program."""
         self.expect(EOF)
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        self.process.join(30)
+        return self.process.exitcode
 
     def plain(self) -> str:
         """What was shown before the last match, without escape sequences."""
         return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", self.before)
 
 
-def _child(folder: Path, request: dict, environment: dict[str, str]) -> int:
+def _child(tty: str, opened: Any, folder: Path, request: dict, environment: dict[str, str]) -> None:
+    os.setsid()  # the terminal that is opened next controls this process: Ctrl-C reaches it
+    terminal = os.open(tty, os.O_RDWR)
+    for fd in (0, 1, 2):
+        os.dup2(terminal, fd)
+    os.close(terminal)
+    opened.set()
     os.environ.update({"TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"} | environment)
     sys.stdin, sys.stdout, sys.stderr = (os.fdopen(fd, mode) for fd, mode in ((0, "r"), (1, "w"), (2, "w")))
     sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr
@@ -243,4 +262,4 @@ def _child(folder: Path, request: dict, environment: dict[str, str]) -> int:
         code = 70
     sys.stdout.flush()
     sys.stderr.flush()
-    return code
+    os._exit(code)
