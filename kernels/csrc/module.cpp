@@ -14,7 +14,5 @@ NB_MODULE(_kernels, m) {
   });
   moebox::register_experts(m);
   moebox::register_probes(m);
-#ifndef MOEBOX_NO_QUANTIZE
   moebox::register_quantize(m);
-#endif
 }

@@ -111,7 +111,7 @@ def test_special_tokens_stand_where_kimi_has_them():
 
 def huggingface_tokenizer(encoding):
     """The same ranks as a Hugging Face BPE, its merges rebuilt from them."""
-    tokenizers = pytest.importorskip("tokenizers")
+    import tokenizers
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     letters = bytes_to_unicode()
@@ -160,8 +160,8 @@ def test_names_are_cut_alike_with_and_without_a_space():
 
 @pytest.mark.parametrize("thinking", [True, False])
 def test_template_renders_alike_in_transformers_moebox_and_training(thinking):
-    utils = pytest.importorskip("transformers.utils.chat_template_utils")
     from dialogues import load_template
+    from transformers.utils import chat_template_utils as utils
 
     from moebox.runtime.template import Template
     from moebox.runtime.tokenizer import Tokenizer
