@@ -3,11 +3,12 @@
 // Shapes: T tokens, H hidden_size, I moe_intermediate_size; K a matrix's input width, N tokens of one call.
 // A matrix is packed int32 [out, K/8], low nibble first, u = q + 8, and bf16 scales [out, K/32].
 //
-// Every path works a group of 32 weights (16 bytes, one scale) at a time: the 16 bytes are broadcast to all
-// 128-bit lanes and each lane is shifted by its own multiple of 4, so that a vector holds one nibble per
-// element in its low bits. That reads the nibbles in the order "nibble j of each word, for each j"; the
-// activations are regrouped to the same order once per call (an `Operand`), which makes unpacking free of
-// shuffles, needs no tail code for any K that is a multiple of 32, and never asks for alignment.
+// Nothing is repacked: the activations are regrouped instead, once per call (an engine's "operand"), to the
+// order in which shifting whole vectors of packed words yields nibbles, namely nibble j of each word for each
+// j. Addresses need no alignment, and any K that is a multiple of 32 will do.
+//   row_isa.h         few tokens: reading the weights is the limit, each row is used as it arrives
+//   (int16_isa.h) fp32_panel_isa.h  many tokens, and fp32 hidden states: rows are dequantized into the cache
+//   first bf16_panel_isa.h  the same with AVX-512 BF16 tile_isa.h        the same with AMX
 #pragma once
 
 #include <cstddef>
