@@ -19,6 +19,9 @@ constexpr std::size_t kMaxItemPairs = 128;
 constexpr std::size_t kMaxTaskRows = 128;
 // Enough tasks that the last ones end together.
 constexpr std::size_t kTasksPerWorker = 8;
+// Packed bytes times tokens, some 50 us of work: below it waking the other threads costs more than it saves,
+// and far more where they have to wait for a core.
+constexpr std::size_t kShareFromBytes = 512 << 10;
 
 // Some pairs of one expert, multiplied by one engine.
 struct Item {
@@ -82,6 +85,9 @@ class Batch {
       engine_bytes = std::max(
           {engine_bytes, engine.scratch_bytes(hidden_groups()), engine.scratch_bytes(inner_groups())});
     }
+    std::size_t pairs = 0;
+    for (const Item& item : items_) pairs += item.n;
+    alone_ = pairs * 3 * hidden() * inner() / 2 < kShareFromBytes;
     workers_at_ = end;
     worker_bytes_ = 2 * kMaxItemPairs * kMaxTaskRows * sizeof(float) + round_up(engine_bytes, kLine);
     memory_ = pool_.scratch(end + worker_bytes_ * pool_.size());
@@ -93,12 +99,18 @@ class Batch {
     return std::clamp(even / kRowBlock * kRowBlock, kRowBlock, kMaxTaskRows);
   }
 
+  template <class Task>
+  void run_tasks(std::size_t tasks, Task&& task) {
+    if (!alone_) return pool_.run(tasks, task);
+    for (std::size_t i = 0; i < tasks; ++i) task(i, 0);
+  }
+
   template <class Row>
   void prepare(std::size_t groups, std::size_t Item::* operand, Row row, bool bf16) {
     std::vector<std::pair<const Item*, std::size_t>> bundles;
     for (const Item& item : items_)
       for (std::size_t b = 0; b < item.bundles(); ++b) bundles.emplace_back(&item, b);
-    pool_.run(bundles.size(), [&](std::size_t task, int) {
+    run_tasks(bundles.size(), [&](std::size_t task, int) {
       const auto [item, b] = bundles[task];
       const Engine& engine = *item->engine;
       const void* rows[16];
@@ -112,7 +124,7 @@ class Batch {
   void gate_up() {
     const std::size_t rows = task_rows(inner(), items_.size());
     const std::size_t blocks = (inner() + rows - 1) / rows;
-    pool_.run(items_.size() * blocks, [&](std::size_t task, int worker) {
+    run_tasks(items_.size() * blocks, [&](std::size_t task, int worker) {
       const Item& item = items_[task / blocks];
       const std::size_t first = task % blocks * rows;
       gate_up_block(item, first, std::min(rows, inner() - first), worker);
@@ -131,7 +143,7 @@ class Batch {
   // A task owns some columns of the output for all experts: no two workers add to one element.
   void down() {
     const std::size_t rows = task_rows(hidden(), 1);
-    pool_.run((hidden() + rows - 1) / rows, [&](std::size_t task, int worker) {
+    run_tasks((hidden() + rows - 1) / rows, [&](std::size_t task, int worker) {
       const std::size_t first = task * rows;
       for (const Item& item : items_) down_block(item, first, std::min(rows, hidden() - first), worker);
     });
@@ -152,6 +164,7 @@ class Batch {
   const ExpertsCall& call_;
   const ExpertKernels& kernels_;
   std::vector<Item> items_;
+  bool alone_ = false;
   std::byte* memory_ = nullptr;
   std::size_t workers_at_ = 0, worker_bytes_ = 0;
 };

@@ -119,10 +119,10 @@ def test_adds_to_out_and_repeated_tokens(isa: str, generator: torch.Generator) -
 def test_any_number_of_threads_gives_the_same_bits(
     isa: str, dtype: torch.dtype, n_tokens: int, generator: torch.Generator
 ) -> None:
-    """Nothing depends on who computes what."""
-    arrays = [random_arrays(320, 160, generator) for _ in range(4)]
+    """Nothing depends on who computes what. Even one token is enough work here to be shared out."""
+    arrays = [random_arrays(640, 320, generator) for _ in range(4)]
     routing = random_routing([n_tokens] * 4, n_tokens, generator)
-    hidden = torch.randn(n_tokens, 320, generator=generator).to(dtype)
+    hidden = torch.randn(n_tokens, 640, generator=generator).to(dtype)
     first, *others = [forward(arrays, routing, hidden, isa, threads) for threads in (1, 2, 3, 4)]
     assert all(torch.equal(first, other) for other in others)
 
@@ -207,8 +207,8 @@ def test_an_expert_keeps_its_arrays(generator: torch.Generator) -> None:
 def test_one_pool_from_two_python_threads(generator: torch.Generator) -> None:
     """Calls wait for each other and do not mix."""
     arrays = [random_arrays(256, 128, generator)]
-    hidden = torch.randn(8, 256, generator=generator)
-    routing = random_routing([8], 8, generator)
+    hidden = torch.randn(32, 256, generator=generator)
+    routing = random_routing([32], 32, generator)
     pool = cpu.ThreadPool(2)
     expected = forward(arrays, routing, hidden, pool=pool)
     wrong: list[int] = []
