@@ -7,7 +7,8 @@
 // order in which shifting whole vectors of packed words yields nibbles, namely nibble j of each word for each
 // j. Addresses need no alignment, and any K that is a multiple of 32 will do.
 //
-// - row_isa.h (with int16_isa.h): few tokens; reading the weights is the limit, each row is used as it arrives.
+// - row_isa.h (with int16_isa.h): few tokens; reading the weights is the limit, each row is used as it
+// arrives.
 // - fp32_panel_isa.h: many tokens, and fp32 hidden states; rows are dequantized into the cache first.
 // - bf16_panel_isa.h: the same with AVX-512 BF16.
 // - tile_isa.h: the same with AMX.
