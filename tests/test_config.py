@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -58,6 +59,13 @@ def test_k2_has_the_published_sizes():
 def test_softmax_scale_follows_the_yarn_factor(factor, scale):
     raw = K2 | {"rope_scaling": K2["rope_scaling"] | {"factor": factor}}
     assert parse_config(raw).softmax_scale == pytest.approx(scale, rel=1e-6)
+
+
+def test_rotary_mscale_is_one_unless_an_mscale_is_missing():
+    yarn = parse_config(K2).yarn
+    assert yarn.rotary_mscale() == 1.0
+    for name in ("mscale", "mscale_all_dim"):  # then transformers takes the paper's factor
+        assert replace(yarn, **{name: 0.0}).rotary_mscale() == pytest.approx(1.3465735903)
 
 
 def test_both_spellings_of_the_rope_settings_agree():

@@ -36,7 +36,9 @@ class YarnConfig:
         return _yarn_mscale(self.factor, self.mscale_all_dim) if self.mscale_all_dim else 1.0
 
     def rotary_mscale(self) -> float:
-        """Multiplier of cos and sin."""
+        """Multiplier of cos and sin: 1.0 throughout the family, whose two mscales are equal."""
+        if not (self.mscale and self.mscale_all_dim):
+            return _yarn_mscale(self.factor, 1.0)
         return _yarn_mscale(self.factor, self.mscale) / _yarn_mscale(self.factor, self.mscale_all_dim)
 
 
