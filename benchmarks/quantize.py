@@ -23,6 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from moebox.kernels.cpu import allowed_cpus
 from moebox.quantize.files import drop_cache
 from moebox.quantize.synth import synth
 
@@ -79,7 +80,7 @@ def run(source: Path, output: Path, workers: int) -> dict[str, Any]:
     return {
         "source_bytes": result["source_bytes"],
         "output_bytes": size,
-        "workers": workers or len(os.sched_getaffinity(0)),
+        "workers": workers or allowed_cpus(),
         "elapsed_s": result["elapsed_s"],
         "cpu_s": result["cpu_s"],
         "source_gbps": source_gbps,

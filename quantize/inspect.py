@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from rich.table import Table
 
 from moebox.config import ModelConfig, read_json
 from moebox.errors import CheckpointError
+from moebox.kernels.cpu import allowed_cpus
 from moebox.offload.checkpoint import Checkpoint
 from moebox.offload.layout import (
     ALIGNMENT,
@@ -266,7 +266,7 @@ def _verify(folder: Path, manifest: Manifest | None, progress: ProgressCallback 
         )
     total = sum(shard["size"] for shard in manifest.shards.values())
     meter = Meter("verify", total, len(manifest.shards), progress)
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0)), thread_name_prefix="verify") as pool:
+    with ThreadPoolExecutor(allowed_cpus(), thread_name_prefix="verify") as pool:
         found = list(pool.map(lambda file: _sha256(folder / file, meter), manifest.shards))
     wrong = [
         f"{folder / file}: SHA-256 is {sha256}, {MANIFEST_FILE} says {shard['sha256']}"

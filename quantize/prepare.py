@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 from moebox.config import ModelConfig, parse_config
 from moebox.errors import CheckpointError, PlanError
+from moebox.kernels.cpu import allowed_cpus
 from moebox.offload.layout import MANIFEST_FILE
 from moebox.quantize.files import free_bytes, writing
 from moebox.quantize.hub import SOURCE_FOLDER, HubSource, parse_hub_id
@@ -121,7 +121,7 @@ def default_workers(config: ModelConfig, workers: int | None) -> int:
             raise PlanError(f"workers = {workers}, must be at least 1")
         return workers
     per_worker = config.expert_bytes + (64 << 20)
-    return max(1, min(len(os.sched_getaffinity(0)), WORKER_MEMORY_BYTES // per_worker))
+    return max(1, min(allowed_cpus(), WORKER_MEMORY_BYTES // per_worker))
 
 
 def effective_method(model: Model, method: str) -> str:

@@ -15,6 +15,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -102,18 +103,18 @@ def synth(
     _check_destination(dst, total)
     created = not dst.exists()
     written: list[Path] = []
-    try:
-        dst.mkdir(parents=True, exist_ok=True)
-        written += [dst / file for file in shards]
-        _write_shards(dst, shards, _Pools(tensors, seed), _Meter(total, progress))
-        for file, content in _json_files(raw, shards, total).items():
-            written.append(dst / file)
-            (dst / file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    except BaseException as error:
-        _remove(written, dst if created else None)
-        if isinstance(error, OSError):
+    with ExitStack() as undo:  # whatever ends it early, an interrupt included
+        undo.callback(_remove, written, dst if created else None)
+        try:
+            dst.mkdir(parents=True, exist_ok=True)
+            written += [dst / file for file in shards]
+            _write_shards(dst, shards, _Pools(tensors, seed), _Meter(total, progress))
+            for file, content in _json_files(raw, shards, total).items():
+                written.append(dst / file)
+                (dst / file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
             raise CheckpointError(f"{dst}: cannot be written: {error.strerror or error}") from error
-        raise
+        undo.pop_all()
     return SynthResult(dst, tuple(shards), len(tensors), total, time.monotonic() - start)
 
 
