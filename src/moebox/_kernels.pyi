@@ -75,3 +75,127 @@ def to_bfloat16(
     threads: int,
     isa: str | None,
 ) -> tuple[int, int]: ...
+
+class Residency:
+    """Which keys are in which slot, and how much each is used: a score that halves every `half_life` ticks.
+
+    Plain bookkeeping: it moves no bytes and is not thread-safe. Scores are kept for all keys; the order of two
+    scores does not change with time. Of equal scores the higher key is the weaker.
+
+    Args:
+        n_keys: keys are 0 .. n_keys - 1.
+        n_slots: slots are 0 .. n_slots - 1; 0 is allowed.
+        reserve: slots that `trim` keeps free for uploads; below n_slots, or 0.
+        half_life: in ticks.
+
+    Raises ValueError for a key, a number or a state that is not allowed.
+    """
+    def __init__(self, n_keys: int, n_slots: int, reserve: int, half_life: float = 16.0) -> None: ...
+    tick: int
+    @property
+    def n_keys(self) -> int: ...
+    @property
+    def n_slots(self) -> int: ...
+    @property
+    def reserve(self) -> int: ...
+    @property
+    def n_free(self) -> int: ...
+    @property
+    def n_resident(self) -> int: ...
+    def slots(self) -> npt.NDArray[np.int32]:
+        """int32 [n_slots]: each slot's key, or -1; a copy."""
+    def table(self) -> npt.NDArray[np.int32]:
+        """int32 [n_keys]: each key's slot, or -1; a copy."""
+    def slot(self, key: int) -> int:
+        """The key's slot, or -1."""
+    def use(self, keys: Array, counts: Array | None = None) -> None:
+        """Add counts (fp32 [n], 1 each by default) to the scores of keys (int32 [n]), decayed to `tick`."""
+    def score(self, key: int) -> float:
+        """The key's score, decayed to `tick`."""
+    def scores(self) -> npt.NDArray[np.float32]:
+        """float32 [n_keys], decayed to `tick`."""
+    def seed(self, keys: Array, scores: Array) -> None:
+        """Set scores (fp32 [n], as of `tick`) of keys (int32 [n])."""
+    def place(self, key: int) -> int:
+        """Give the key a free slot, the lowest; -1 if none is free. ValueError if it has one."""
+    def release(self, key: int) -> None:
+        """Free the key's slot. ValueError if it has none."""
+    def weakest(self, n: int) -> list[int]:
+        """Up to n resident keys, weakest first."""
+    def trim(self) -> list[int]:
+        """Release the weakest until `reserve` slots are free; returns their keys."""
+
+class HostCopier:
+    """Copies of a stand-in device, whose memory is the host's: one thread for each direction, in order.
+
+    With `max_delay_us` each copy and signal waits for a random time before it starts.
+    """
+    def __init__(self, seed: int | None = None, max_delay_us: float = 0.0) -> None: ...
+    def upload(self, destination: int, source: int, nbytes: int) -> None:
+        """Queue a copy from host to device."""
+    def download(self, destination: int, source: int, nbytes: int) -> None:
+        """Queue a copy from device to host, in an order of its own."""
+    def signal(self, flag: int, one: int) -> None:
+        """Queue a copy of the int32 `one`, which is 1, after the uploads so far."""
+    def clear(self, destination: int, nbytes: int) -> None:
+        """Zero device memory, after the uploads so far; done on return."""
+    def synchronize(self) -> None:
+        """Wait for all that is queued."""
+    def error(self) -> str | None:
+        """What failed, if something did; sticks. Copies are skipped from then on, signals are not."""
+    def fail_after(self, copies: int) -> None:
+        """Have a copy fail when so many more are done: for tests."""
+
+class CudaCopier:
+    """Copies of a CUDA device by two streams of the current context, given as raw handles.
+
+    The driver (libcuda.so.1) is opened at run time; nothing links to it. RuntimeError without one.
+    """
+    def __init__(self, upload_stream: int, download_stream: int) -> None: ...
+    def upload(self, destination: int, source: int, nbytes: int) -> None: ...
+    def download(self, destination: int, source: int, nbytes: int) -> None: ...
+    def signal(self, flag: int, one: int) -> None: ...
+    def clear(self, destination: int, nbytes: int) -> None: ...
+    def synchronize(self) -> None: ...
+    def error(self) -> str | None: ...
+
+ROAD_FIELDS: list[str]
+
+class DeviceFailure(RuntimeError):
+    """What `offload.roads` turns into `DeviceError`."""
+
+class DecodeRoads:
+    def __init__(
+        self,
+        pool: ThreadPool,
+        residency: Residency,
+        copier: HostCopier | CudaCopier,
+        shape: tuple[int, int],
+        arrays: list[Any],
+        slab: tuple[int, int],
+        flags: tuple[int, int, int],
+        experts: tuple[int, int],
+        exclusive: bool,
+        gbps: tuple[float, float],
+        isa: str | None,
+    ) -> None: ...
+    def clear(self) -> None:
+        """Zero all flags: before each launch of the GPU's program, when the last one is over."""
+    def run_token(self, ids: Any, timeout_s: float) -> None: ...
+    def abort(self) -> None:
+        """From another thread or a signal handler: end the token that runs, if one does.
+
+        Its flags are raised and `run_token` raises RuntimeError.
+        """
+    def settle(self) -> None:
+        """Wait for copies in flight and finish the changes of residency that hang on them.
+
+        Before anyone else touches residency, slab, ram or ram_rows; cheap when nothing is in flight.
+        """
+    pcie_gbps: float
+    """Live average of the uploads; may be set."""
+    cpu_gbps: float
+    """Live average of the CPU's work; may be set."""
+    @property
+    def stats(self) -> npt.NDArray[np.float64]:
+        """float64 [L, len(FIELDS)] of the last token; a copy."""

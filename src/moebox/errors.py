@@ -32,6 +32,10 @@ class PlanError(MoeboxError):
     """The model, the context or the output does not fit the machine or the budget."""
 
 
+class DeviceError(MoeboxError):
+    """A GPU, its driver or its copies failed, or stopped answering."""
+
+
 class BusyError(MoeboxError):
     """Another process is writing the same destination."""
 

@@ -1,0 +1,139 @@
+"""A decode step's two roads: which experts lie on the GPU, and who computes the ones that do not.
+
+The GPU runs one program per token and meets the host at each MoE layer through flags in pinned memory. The
+host's side of that, `DecodeRoads.run_token`, is C++ without the GIL: it looks the routed experts up,
+publishes the slots of those that are resident, queues uploads of some misses, has the CPU compute the others
+where they lie in RAM, and raises the flags that the program waits for. Nothing synchronises.
+
+L MoE layers, E experts each, k chosen per token; a key is `layer * E + expert`. H hidden_size,
+I moe_intermediate_size. A slot or row holds one expert's bytes in the layout of `offload/layout.py`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from moebox import _kernels
+from moebox._kernels import CudaCopier, HostCopier, Residency, ThreadPool
+from moebox.errors import DeviceError
+from moebox.kernels.cpu import _export
+
+__all__ = ["FIELDS", "CudaCopier", "DecodeRoads", "HostCopier", "Residency"]
+
+FIELDS: tuple[str, ...] = tuple(_kernels.ROAD_FIELDS)
+"""Columns of `DecodeRoads.stats`; `_s` are seconds.
+
+hits, uploads, cpu: experts found on the GPU, uploaded, computed by the CPU.
+wait_s: the host waited for the GPU to route. listed_s: flag seen until the GPU may go on with the hits.
+schedule_s: flag seen until the uploads were queued and the CPU ran: the host's cost on the critical path.
+cpu_s: the CPU's work. upload_s: the copies, by the device's clock (NaN until they are known, at the latest
+when the next token starts). layer_s: flag seen until the CPU's sum was published.
+"""
+
+
+class DecodeRoads(_kernels.DecodeRoads):
+    """The host's side of decoding; see the module. Keeps every object and array it is given alive.
+
+    Between tokens, and after `settle`, others may use the residency, the slab and, in exclusive mode,
+    `ram` and `ram_rows`. While `run_token` runs, nobody else may.
+
+    Args:
+        pool: computes the CPU's experts; `run_token` keeps its threads awake.
+        residency: of L * E keys. An upload takes a free slot and is resident from the next layer step on,
+            where the weakest residents make room until `reserve` slots are free.
+        copier: of the device that holds slab and `uploaded`.
+        shape: (H, I).
+        ram: uint8 [rows, stride], pinned for a GPU.
+        ram_rows: int32 [L * E]: a key's row or -1; changed in exclusive mode only.
+        slab_address, slab_stride: the GPU's slots, in bytes.
+        routed, listed, summed: int32 [L, 16], flags in element 0. The GPU raises the first and waits for
+            the others.
+        ids, weights: int32 and fp32 [L, k], written by the GPU. hidden: bf16 [L, H], likewise.
+        hits, uploads: int32 [L, 1 + k]: a count, then slots. hit_weights, upload_weights: fp32 [L, k].
+        sums: fp32 [L, H], overwritten with the CPU's share, zeros where there is none.
+        uploaded_address, uploaded_stride_bytes: device int32 flags, one per layer.
+        one_address: a pinned int32 1.
+        exclusive: an expert lies in RAM or in a slot, not both: a retained upload frees its row, and a
+            victim is downloaded before its slot is free.
+        pcie_gbps, cpu_gbps: what the roads are taken for at first; live averages follow.
+        isa: one of `kernels.cpu.isa_paths()`; the best by default.
+
+    Raises:
+        TypeError, ValueError: an array's dtype, shape or device is wrong; the message names it.
+    """
+
+    def __init__(
+        self,
+        pool: ThreadPool,
+        residency: Residency,
+        copier: HostCopier | CudaCopier,
+        *,
+        shape: tuple[int, int],
+        ram: Tensor,
+        ram_rows: Tensor | npt.NDArray[np.int32],
+        slab_address: int,
+        slab_stride: int,
+        routed: Tensor,
+        listed: Tensor,
+        summed: Tensor,
+        ids: Tensor,
+        weights: Tensor,
+        hits: Tensor,
+        hit_weights: Tensor,
+        uploads: Tensor,
+        upload_weights: Tensor,
+        hidden: Tensor,
+        sums: Tensor,
+        uploaded_address: int,
+        uploaded_stride_bytes: int,
+        one_address: int,
+        n_experts: int,
+        top_k: int,
+        exclusive: bool = False,
+        pcie_gbps: float = 50.0,
+        cpu_gbps: float = 50.0,
+        isa: str | None = None,
+    ) -> None:
+        mailbox = (routed, listed, summed, ids, weights, hits, hit_weights, uploads, upload_weights, hidden, sums)
+        super().__init__(
+            pool,
+            residency,
+            copier,
+            shape,
+            [_export(array) for array in (ram, ram_rows, *mailbox)],
+            (slab_address, slab_stride),
+            (uploaded_address, uploaded_stride_bytes, one_address),
+            (n_experts, top_k),
+            exclusive,
+            (pcie_gbps, cpu_gbps),
+            isa,
+        )
+
+    def run_token(self, ids: Tensor | npt.NDArray[np.int32] | None = None, timeout_s: float = 30.0) -> None:
+        """Serve one token's GPU program, from its first layer's flag to its last; `clear` comes before.
+
+        Advances `residency.tick` by one. Whatever happens, every flag is raised in the end, so that the
+        program ends; after an error its result is worthless, and the residency is still right.
+
+        Args:
+            ids: int32 [L, k], distinct within a row, used instead of the mailbox's: an injected trace.
+            timeout_s: for one layer's flag.
+
+        Raises:
+            DeviceError: the GPU did not answer in time, or a copy failed.
+            RuntimeError: `abort` was called, or an expert id is out of range or given twice.
+        """
+        try:
+            super().run_token(None if ids is None else _export(ids), timeout_s)
+        except _kernels.DeviceFailure as error:
+            raise DeviceError(
+                str(error), "Start again; if it comes back, see the driver's log, or use --device cpu."
+            ) from None
+
+
+def as_int32(ids: Tensor | npt.NDArray[np.int64]) -> Tensor:
+    """Expert ids as `run_token` takes them: contiguous int32."""
+    return torch.as_tensor(ids).to(torch.int32).contiguous()
