@@ -1,0 +1,23 @@
+"""Where there is no GPU, Triton kernels run in its interpreter: chosen before triton is imported."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """The GPU, or the CPU with the interpreter."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    """Reproducible numbers."""
+    return torch.Generator().manual_seed(7)
