@@ -79,10 +79,14 @@ class Device(Protocol):
         uploads, downloads: the two directions of PCIe.
     """
 
-    torch_device: torch.device
-    ops: Ops
-    uploads: CopyStream
-    downloads: CopyStream
+    @property
+    def torch_device(self) -> torch.device: ...
+    @property
+    def ops(self) -> Ops: ...
+    @property
+    def uploads(self) -> CopyStream: ...
+    @property
+    def downloads(self) -> CopyStream: ...
 
     def pinned(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Zeros in RAM that the device reads, writes and copies without a detour."""
@@ -151,8 +155,8 @@ class CudaDevice:
         torch.cuda.set_device(index)
         self.torch_device = torch.device("cuda", index)
         self.ops = load_ops(self.torch_device)
-        self.uploads: CudaCopyStream = CudaCopyStream(self.torch_device)
-        self.downloads: CudaCopyStream = CudaCopyStream(self.torch_device)
+        self.uploads = CudaCopyStream(self.torch_device)
+        self.downloads = CudaCopyStream(self.torch_device)
 
     def pinned(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """See `Device`."""
@@ -164,7 +168,8 @@ class CudaDevice:
 
     def pin(self, memory: Tensor) -> Callable[[], None]:
         """See `Device`."""
-        runtime, address = torch.cuda.cudart(), memory.data_ptr()
+        runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+        address = memory.data_ptr()
         error = int(runtime.cudaHostRegister(address, memory.nbytes, 0))
         if error:
             raise PlanError(
@@ -181,7 +186,7 @@ class CudaDevice:
 
     def compile(self, program: Program) -> Launch:
         """See `Device`."""
-        stream = torch.cuda.Stream(self.torch_device)
+        stream = torch.cuda.Stream(self.torch_device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(self.torch_device))
         with torch.cuda.stream(stream):
             program()
@@ -217,7 +222,7 @@ class CudaCopyStream:
     """A CUDA stream for copies. See `CopyStream`."""
 
     def __init__(self, device: torch.device) -> None:
-        self.stream = torch.cuda.Stream(device)
+        self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def copy(self, target: Tensor, source: Tensor) -> None:
         """See `CopyStream`."""
@@ -239,18 +244,18 @@ class _CudaEvent:
         self.event = event
 
     def done(self) -> bool:
-        return self.event.query()
+        return bool(self.event.query())  # type: ignore[no-untyped-call]
 
     def synchronize(self) -> None:
         self.event.synchronize()
 
     def seconds_since(self, earlier: Event) -> float:
         assert isinstance(earlier, _CudaEvent)
-        return earlier.event.elapsed_time(self.event) / 1e3
+        return float(earlier.event.elapsed_time(self.event)) / 1e3
 
 
 def _recorded(stream: torch.cuda.Stream) -> _CudaEvent:
-    event = torch.cuda.Event(enable_timing=True)
+    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
     event.record(stream)
     return _CudaEvent(event)
 
@@ -259,7 +264,7 @@ class _Graph:
     def __init__(self, graph: torch.cuda.CUDAGraph, program: Program) -> None:
         self._graph = graph
         self._program = program  # keeps alive the tensors that the graph reads
-        self._end = torch.cuda.Event()
+        self._end = torch.cuda.Event()  # type: ignore[no-untyped-call]
 
     def start(self) -> None:
         self._graph.replay()
@@ -281,8 +286,8 @@ class StandInDevice:
     def __init__(self, seed: int = 0, max_delay_us: float = 200, vram_bytes: int | None = None) -> None:
         self.torch_device = torch.device("cpu")
         self.ops = load_ops(self.torch_device)
-        self.uploads: HostCopyStream = HostCopyStream(seed, max_delay_us)
-        self.downloads: HostCopyStream = HostCopyStream(seed + 1, max_delay_us)
+        self.uploads = HostCopyStream(seed, max_delay_us)
+        self.downloads = HostCopyStream(seed + 1, max_delay_us)
         self._seed = seed
         self._max_delay_us = max_delay_us
         self._vram_bytes = available_ram_bytes() if vram_bytes is None else vram_bytes
@@ -342,7 +347,7 @@ class HostCopyStream:
     """A thread that copies in order, each time after a random delay. See `CopyStream`."""
 
     def __init__(self, seed: int, max_delay_us: float) -> None:
-        self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._work: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
         self._failure: list[Exception] = []
         self._random = random.Random(seed)
         self._max_delay_s = max_delay_us / 1e6
@@ -362,7 +367,7 @@ class HostCopyStream:
     def record(self) -> Event:
         """See `CopyStream`."""
         event = _HostEvent(self._failure)
-        self._work.put(lambda: event.happen() and None)
+        self._work.put(event.happen)
         return event
 
     def wait(self, event: Event) -> None:
@@ -370,7 +375,7 @@ class HostCopyStream:
         self._work.put(event.synchronize)
 
 
-def _work_off(work: queue.SimpleQueue[Callable[[], None] | None], failure: list[Exception]) -> None:
+def _work_off(work: queue.SimpleQueue[Callable[[], object] | None], failure: list[Exception]) -> None:
     while (step := work.get()) is not None:
         try:
             step()
