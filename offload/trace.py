@@ -19,6 +19,8 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
 from moebox.errors import RequestError
 
@@ -356,19 +358,19 @@ class TraceRouting:
         self._chunk = 0
         self._layer = -1
 
-    def prefill(self, layer: int, tokens: int) -> npt.NDArray[np.int64]:
-        """Picks [T, k] of MoE layer `layer` for the next `tokens` tokens."""
+    def prefill(self, layer: int, tokens: int) -> Tensor:
+        """Picks int64 [T, k] of MoE layer `layer` for the next `tokens` tokens."""
         if layer <= self._layer:
             self._next_chunk()
         self._layer, self._chunk = layer, tokens
-        return self._take(tokens)[:, layer].astype(np.int64)
+        return torch.from_numpy(self._take(tokens)[:, layer].astype(np.int64))
 
-    def decode(self) -> Int32s:
-        """Picks [L, k] of the next token."""
+    def decode(self) -> Tensor:
+        """Picks int32 [L, k] of the next token."""
         self._next_chunk()
         picks = self._take(1)[0]
         self.position += 1
-        return np.ascontiguousarray(picks)
+        return torch.from_numpy(picks)
 
     def rewind(self) -> None:
         """Start again at the first token."""
