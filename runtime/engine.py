@@ -2,34 +2,26 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from threading import Event
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from moebox.config import ModelConfig
 from moebox.errors import MoeboxError, PlanError, RequestError
-from moebox.kernels import cpu
 from moebox.offload.checkpoint import Checkpoint
-from moebox.offload.experts import open_experts, prefault
 from moebox.runtime import backbone as precision
-from moebox.runtime.kv_cache import KVCache, bytes_per_token
-from moebox.runtime.linear import native_bf16
-from moebox.runtime.loader import Progress, check_names, check_quantized, load_backbone, stored_bytes
-from moebox.runtime.memory import MemoryPlan, plan_memory
-from moebox.runtime.model import KimiK2
+from moebox.runtime.kv_cache import bytes_per_token
+from moebox.runtime.loader import LoadOptions, Progress, check_names, check_quantized, stored_bytes
+from moebox.runtime.memory import MemoryPlan
+from moebox.runtime.runner import Runner, load_on_cpu
 
-log = logging.getLogger("moebox")
-
-CHUNK_TOKENS = 1024
-"""Tokens of a prompt that go through the model at once: bounds memory, and how much an interrupt loses."""
-
-MULTITHREADED_FROM = 1 << 22
-"""Tokens times hidden_size squared from which torch uses all threads; the experts' own pool always does."""
-SMALL_BACKBONE_BYTES = 64 << 20
+if TYPE_CHECKING:
+    from moebox.runtime.gpu_memory import GpuPlan
 
 Cancel = Event | Callable[[], bool]
 """Set, or returning True, when a prefill should stop."""
@@ -40,7 +32,7 @@ class Cancelled(MoeboxError):
 
 
 class Engine:
-    """A model of the family, ready to compute on the CPU.
+    """A model of the family, ready to compute.
 
     Attributes:
         config: the checkpoint's configuration.
@@ -51,26 +43,21 @@ class Engine:
         kv_bytes_per_token: bytes of cache that a token of context takes.
         context: tokens that a session may hold unless it asks for less.
         dtype: what the backbone computes in.
+        runner: where, and how.
+        plan: the memory that loading has shared out.
     """
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        model: KimiK2,
-        pool: cpu.ThreadPool,
-        dtype: torch.dtype,
-        plan: MemoryPlan,
-    ) -> None:
+    def __init__(self, checkpoint: Checkpoint, runner: Runner, plan: MemoryPlan | GpuPlan) -> None:
         self.folder = checkpoint.folder
         self.config: ModelConfig = checkpoint.config
-        self.dtype = dtype
+        self.runner = runner
+        self.plan = plan
+        self.dtype = runner.dtype
         self.context = plan.context
         self.experts_bytes = self.config.experts_bytes
-        self.backbone_bytes = stored_bytes(model)
+        self.backbone_bytes = stored_bytes(runner.model)
         self.backbone_saved_bytes = plan.unquantized_backbone_bytes - self.backbone_bytes
-        self.kv_bytes_per_token = bytes_per_token(self.config, dtype)
-        self._model = model
-        self._pool = pool
+        self.kv_bytes_per_token = bytes_per_token(self.config, self.dtype)
 
     @classmethod
     def load(
@@ -90,12 +77,13 @@ class Engine:
 
         Args:
             path: a folder that `moebox quantize` wrote, or a native INT4 checkpoint.
-            device: None or "cpu".
-            vram: bytes of GPU memory to use; this version computes on the CPU and takes none.
-            ram: bytes that experts, backbone and cache may take together; None: what is free.
-            backbone: "bf16", "int8" or "nf4".
-            dtype: `torch.bfloat16` or `torch.float32`; None: bf16, but fp32 for a backbone of up to 64 MiB on
-                a CPU without bf16 instructions, where that is faster.
+            device: "cpu", "cuda" or "cuda:N"; None: the GPU if there is one. "stand-in" runs the GPU's code
+                in CPU memory, for tests.
+            vram: bytes of GPU memory to use; None: what is free.
+            ram: bytes that experts (and without a GPU backbone and cache) may take; None: what is free.
+            backbone: "bf16", or on the CPU "int8" or "nf4".
+            dtype: `torch.bfloat16` or, on the CPU, `torch.float32`; None: bf16, but fp32 for a backbone of up
+                to 64 MiB on a CPU without bf16 instructions, where that is faster.
             context: tokens a session can hold; None: `max_position_embeddings`, or what memory allows.
             threads: cores to compute on; None: all that this process may use.
             progress: called with ("backbone" | "experts", bytes done, bytes in all).
@@ -103,21 +91,19 @@ class Engine:
         Raises:
             ConfigError: `config.json` is missing or of another family.
             CheckpointError: not quantized, damaged, or tensors do not match the config.
-            PlanError: it does not fit the memory, or asks for a device that this version does not use.
+            PlanError: it does not fit the memory, or asks for what the device does not have.
         """
-        _check_device(device, vram, threads)
         precision.check_precision(backbone)
+        if threads is not None and threads < 1:
+            raise PlanError(f"threads = {threads}, at least 1 is needed")
+        options = LoadOptions(vram, ram, backbone, dtype, context, threads, progress)
+        name = device or _default_device()
         checkpoint = Checkpoint.open(Path(path))
         check_quantized(checkpoint)
         check_names(checkpoint)
-        dtype = dtype or default_dtype(checkpoint.config, backbone)
-        plan = plan_memory(checkpoint.config, dtype, backbone, ram, context)
-        pool = cpu.ThreadPool(threads)
-        experts = open_experts(checkpoint, pool)
-        model = load_backbone(checkpoint, experts, dtype, backbone, progress)
-        if plan.experts_fit:
-            prefault(checkpoint, progress)
-        return cls(checkpoint, model, pool, dtype, plan)
+        load_runner = load_on_cpu if name == "cpu" else partial(_load_on_gpu, name)
+        runner, plan = load_runner(checkpoint, options)
+        return cls(checkpoint, runner, plan)
 
     @torch.inference_mode()
     def logits(self, token_ids: list[int]) -> Tensor:
@@ -127,8 +113,9 @@ class Engine:
             RequestError: no tokens, an id outside the vocabulary, or more than `context` tokens.
         """
         self._check_tokens(token_ids, self.context)
-        cache = KVCache(self.config, self.dtype, len(token_ids))
-        return torch.cat([self._forward(chunk, cache) for chunk in _chunks(token_ids, CHUNK_TOKENS)])
+        cache = self.runner.new_cache(len(token_ids))
+        chunks = _chunks(token_ids, self.runner.chunk_tokens)
+        return torch.cat([self.runner.forward(chunk, cache) for chunk in chunks])
 
     def session(self, context: int | None = None) -> Session:
         """A conversation with a cache of its own, for up to `context` tokens.
@@ -141,21 +128,6 @@ class Engine:
                 f"context of {context} tokens; this model and memory allow 1 to {self.context}"
             )
         return Session(self, context or self.context)
-
-    def _forward(
-        self,
-        token_ids: list[int],
-        cache: KVCache,
-        *,
-        last_only: bool = False,
-        between_layers: Callable[[], None] | None = None,
-    ) -> Tensor:
-        """Run tokens that follow the cache: logits fp32 [T, vocab_size], or [1, vocab_size] of the last."""
-        # Waking torch's threads for a small product takes longer than the product.
-        large = len(token_ids) * self.config.hidden_size**2 >= MULTITHREADED_FROM
-        torch.set_num_threads(self._pool.threads if large else 1)
-        hidden = self._model(token_ids, cache, between_layers)
-        return self._model.logits(hidden[-1:] if last_only else hidden)
 
     def _check_tokens(self, token_ids: list[int], context: int) -> None:
         if not token_ids:
@@ -186,7 +158,7 @@ class Session:
         self.context = context
         self.reused = 0
         self.computed = 0
-        self._cache = KVCache(engine.config, engine.dtype, context)
+        self._cache = engine.runner.new_cache(context)
 
     @property
     def tokens(self) -> list[int]:
@@ -231,8 +203,9 @@ class Session:
         rest = token_ids[self.reused :]
         if on_progress is not None:
             on_progress(0, len(rest))
-        for chunk in _chunks(rest, CHUNK_TOKENS):
-            logits = self.engine._forward(chunk, self._cache, last_only=True, between_layers=_checker(cancel))
+        runner, check = self.engine.runner, _checker(cancel)
+        for chunk in _chunks(rest, runner.chunk_tokens):
+            logits = runner.forward(chunk, self._cache, last_only=True, between_layers=check)
             self.computed += len(chunk)
             if on_progress is not None:
                 on_progress(self.computed, len(rest))
@@ -252,13 +225,7 @@ class Session:
                 "Start a new conversation, or load the model with a larger context.",
             )
         self.engine._check_tokens([token], self.context)
-        return self.engine._forward([token], self._cache)[0]
-
-
-def default_dtype(config: ModelConfig, backbone: str) -> torch.dtype:
-    """bf16; fp32 for a small backbone on a CPU without bf16 instructions: it has no values to convert."""
-    small = precision.planned_bytes(config.backbone_shapes(), torch.float32, "bf16") <= SMALL_BACKBONE_BYTES
-    return torch.float32 if small and backbone == "bf16" and not native_bf16() else torch.bfloat16
+        return self.engine.runner.forward([token], self._cache)[0]
 
 
 def common_prefix(a: list[int], b: list[int]) -> int:
@@ -282,13 +249,11 @@ def _checker(cancel: Cancel | None) -> Callable[[], None] | None:
     return check
 
 
-def _check_device(device: str | None, vram: int | None, threads: int | None) -> None:
-    if device not in (None, "cpu"):
-        raise PlanError(f"device {device!r}: this version computes on the CPU", "Leave the device out.")
-    if vram:
-        raise PlanError(
-            f"vram = {vram} bytes: this version computes on the CPU and uses no GPU memory",
-            "Leave the VRAM budget out.",
-        )
-    if threads is not None and threads < 1:
-        raise PlanError(f"threads = {threads}, at least 1 is needed")
+def _default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _load_on_gpu(name: str, checkpoint: Checkpoint, options: LoadOptions) -> tuple[Runner, GpuPlan]:
+    from moebox.runtime.gpu_runner import load_on_gpu  # what it imports is of no use without a GPU
+
+    return load_on_gpu(name, checkpoint, options)

@@ -20,13 +20,19 @@ class KVCache:
 
     `tokens` says what the cache holds. A forward pass first writes behind them, layer by layer; only
     `commit` makes the new tokens count. A pass that is interrupted leaves the cache as it was.
+
+    Memory grows with the tokens, up to `limit` of them, unless `layers` bring their own.
     """
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, limit: int) -> None:
+    def __init__(
+        self, config: ModelConfig, dtype: torch.dtype, limit: int, layers: list[Tensor] | None = None
+    ) -> None:
         self.tokens: list[int] = []
         self.limit = limit
         self._width = config.kv_lora_rank + config.qk_rope_head_dim
-        self._layers = [torch.empty(0, self._width, dtype=dtype) for _ in range(config.num_hidden_layers)]
+        self.layers = layers or [
+            torch.empty(0, self._width, dtype=dtype) for _ in range(config.num_hidden_layers)
+        ]
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -34,14 +40,14 @@ class KVCache:
     @property
     def nbytes(self) -> int:
         """Bytes allocated, in use or not."""
-        return sum(layer.nbytes for layer in self._layers)
+        return sum(layer.nbytes for layer in self.layers)
 
     def append(self, layer: int, values: Tensor) -> Tensor:
         """Write `values [T, width]` behind the committed tokens; returns the layer's [len + T, width]."""
         start, end = len(self.tokens), len(self.tokens) + values.shape[0]
-        if end > self._layers[layer].shape[0]:
+        if end > self.layers[layer].shape[0]:
             self._grow(layer, end)
-        cached = self._layers[layer][:end]
+        cached = self.layers[layer][:end]
         cached[start:] = values
         return cached
 
@@ -55,7 +61,7 @@ class KVCache:
 
     def _grow(self, layer: int, needed: int) -> None:
         capacity = max(needed, min(2 * needed, self.limit), min(FIRST_CAPACITY, self.limit))
-        old = self._layers[layer]
+        old = self.layers[layer]
         grown = old.new_empty(capacity, self._width)
         grown[: len(self.tokens)] = old[: len(self.tokens)]
-        self._layers[layer] = grown
+        self.layers[layer] = grown

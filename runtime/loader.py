@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from accelerate import init_empty_weights
-from torch import nn
+from torch import Tensor, nn
 
 from moebox.config import ModelConfig
 from moebox.errors import CheckpointError
@@ -15,8 +16,23 @@ from moebox.offload.checkpoint import Checkpoint, TensorInfo, open_tensor
 from moebox.offload.experts import Experts
 from moebox.runtime import backbone as precision
 from moebox.runtime.model import KimiK2
+from moebox.runtime.processor import CPU, Processor
 
 Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """What `Engine.load` was asked for; budgets in bytes, `context` in tokens."""
+
+    vram: int | None = None
+    ram: int | None = None
+    backbone: str = "bf16"
+    dtype: torch.dtype | None = None
+    context: int | None = None
+    threads: int | None = None
+    progress: Progress | None = None
+
 
 _NOT_RUN = re.compile(r"\.rotary_emb\.inv_freq$|^(vision_tower|mm_projector)\.")
 _EXPERT = re.compile(
@@ -80,25 +96,27 @@ def _is_expert(config: ModelConfig, plain: str) -> bool:
 
 def load_backbone(
     checkpoint: Checkpoint,
-    experts: Experts,
+    experts: Experts | None,
     dtype: torch.dtype,
     backbone: str = "bf16",
     progress: Progress | None = None,
+    processor: Processor = CPU,
 ) -> KimiK2:
-    """Build the model and copy everything but the routed experts into memory.
+    """Build the model and copy everything but the routed experts into the memory of its processor.
 
     Args:
         checkpoint: a quantized checkpoint.
-        experts: who computes the routed experts.
+        experts: who computes the routed experts; None: `KimiK2.connect` comes before the first pass.
         dtype: what matrices are kept and multiplied in, `torch.bfloat16` or `torch.float32`.
         backbone: "bf16", or "int8" or "nf4" for the matrices in `backbone.QUANTIZED`.
         progress: called with ("backbone", bytes done, bytes in all).
+        processor: where the model computes; int8 and nf4 only on the CPU.
 
     Raises:
         CheckpointError: a tensor is missing, or of another shape or type than the config implies.
     """
     with init_empty_weights():  # 23 GB of weights that are replaced at once need no memory first
-        model = KimiK2(checkpoint.config, experts, dtype)
+        model = KimiK2(checkpoint.config, experts, dtype, processor)
     shapes = checkpoint.config.backbone_shapes()
     sources = {
         parameter: [backbone_info(checkpoint, source, shapes) for source in model.sources(parameter)]
@@ -110,13 +128,20 @@ def load_backbone(
         wanted = torch.float32 if precision.keeps_fp32(module_name) else dtype
         weight = torch.cat([open_tensor(info).to(wanted) for info in infos])  # copies even a single one
         if precision.is_quantized(module_name, weight.shape[-1], backbone):
-            replace(model, module_name, precision.quantize_linear(weight, backbone))
+            replace(model, module_name, _quantized_linear(weight, backbone))
         else:
+            weight = weight.to(processor.device)
             setattr(model.get_submodule(module_name), attribute, nn.Parameter(weight, requires_grad=False))
         done += sum(info.nbytes for info in infos)
         if progress is not None:
             progress("backbone", done, total)
     return model.eval()
+
+
+def _quantized_linear(weight: Tensor, backbone: str) -> nn.Module:
+    from moebox.runtime.quantized_linear import quantize_linear  # bitsandbytes: for int8 and nf4 only
+
+    return quantize_linear(weight, backbone)
 
 
 def replace(model: nn.Module, module_name: str, module: nn.Module) -> None:

@@ -43,10 +43,7 @@ def plan_memory(
     Raises:
         PlanError: with the numbers, when it does not fit.
     """
-    if context is not None and not 1 <= context <= config.max_position_embeddings:
-        raise PlanError(
-            f"context of {context} tokens; the model goes from 1 to {config.max_position_embeddings}"
-        )
+    check_context(config, context)
     per_token = bytes_per_token(config, dtype)
     shapes = config.backbone_shapes()
     backbone_bytes = planned_bytes(shapes, dtype, backbone)
@@ -79,6 +76,14 @@ def plan_memory(
         context or min(config.max_position_embeddings, left // per_token),
         experts_fit,
     )
+
+
+def check_context(config: ModelConfig, context: int | None) -> None:
+    """Raise `PlanError` where more tokens, or fewer than one, are asked for than the model goes to."""
+    if context is not None and not 1 <= context <= config.max_position_embeddings:
+        raise PlanError(
+            f"context of {context} tokens; the model goes from 1 to {config.max_position_embeddings}"
+        )
 
 
 def gib(nbytes: float) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -9,6 +11,9 @@ from moebox.config import ModelConfig
 from moebox.offload.experts import Experts
 from moebox.runtime.linear import Linear
 from moebox.runtime.router import Router
+
+if TYPE_CHECKING:
+    from moebox.runtime.processor import Processor
 
 
 class MLP(nn.Module):
@@ -31,11 +36,13 @@ class MLP(nn.Module):
 class MoE(nn.Module):
     """Routed experts, wherever they live, plus the shared expert."""
 
-    def __init__(self, config: ModelConfig, layer: int, experts: Experts) -> None:
+    def __init__(
+        self, config: ModelConfig, layer: int, experts: Experts | None, processor: Processor
+    ) -> None:
         super().__init__()
         self.layer = layer
         self.experts = experts
-        self.gate = Router(config)
+        self.gate = Router(config, processor)
         self.shared_experts = (
             MLP(config.hidden_size, config.moe_intermediate_size * config.n_shared_experts)
             if config.n_shared_experts
@@ -45,5 +52,6 @@ class MoE(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`x [T, H]` -> fp32 [T, H]."""
         expert_ids, weights = self.gate(x)
+        assert self.experts is not None, "KimiK2.connect comes first"
         routed = self.experts.forward(self.layer, expert_ids, weights, x)
         return routed if self.shared_experts is None else routed + self.shared_experts(x)

@@ -7,6 +7,7 @@ softmax, router, norms and the sum over experts in fp32.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from moebox.runtime.kv_cache import KVCache
 from moebox.runtime.linear import Linear
 from moebox.runtime.mlp import MLP, MoE
 from moebox.runtime.norm import RMSNorm
+from moebox.runtime.processor import CPU, Processor
 from moebox.runtime.rope import Rotary
 
 PACKED: dict[str, tuple[str, ...]] = {
@@ -30,13 +32,21 @@ PACKED: dict[str, tuple[str, ...]] = {
 class DecoderLayer(nn.Module):
     """Attention, then the dense MLP or the mixture of experts, each on the residual stream."""
 
-    def __init__(self, config: ModelConfig, layer: int, experts: Experts, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        layer: int,
+        experts: Experts | None,
+        dtype: torch.dtype,
+        processor: Processor,
+    ) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
-        self.self_attn = Attention(config, layer, dtype)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        norm = partial(RMSNorm, config.hidden_size, config.rms_norm_eps, dtype, processor.device)
+        self.input_layernorm = norm()
+        self.self_attn = Attention(config, layer, dtype, processor)
+        self.post_attention_layernorm = norm()
         self.mlp = (
-            MoE(config, layer, experts)
+            MoE(config, layer, experts, processor)
             if layer in config.moe_layers
             else MLP(config.hidden_size, config.intermediate_size)
         )
@@ -50,26 +60,33 @@ class DecoderLayer(nn.Module):
 class Decoder(nn.Module):
     """Embedding, layers and final norm: what stands under `model.` in a checkpoint."""
 
-    def __init__(self, config: ModelConfig, experts: Experts, dtype: torch.dtype) -> None:
+    def __init__(
+        self, config: ModelConfig, experts: Experts | None, dtype: torch.dtype, processor: Processor
+    ) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
-            DecoderLayer(config, layer, experts, dtype) for layer in range(config.num_hidden_layers)
+            DecoderLayer(config, layer, experts, dtype, processor)
+            for layer in range(config.num_hidden_layers)
         )
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
-        self.rotary = Rotary(config)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, processor.device)
+        self.rotary = Rotary(config, processor.device)
 
 
 class KimiK2(nn.Module):
     """The whole model: token ids in, logits out.
 
-    `experts` is asked for each layer's routed experts and may keep them anywhere.
+    `experts` is asked for each layer's routed experts and may keep them anywhere; `processor` says where
+    all else is computed.
     """
 
-    def __init__(self, config: ModelConfig, experts: Experts, dtype: torch.dtype) -> None:
+    def __init__(
+        self, config: ModelConfig, experts: Experts | None, dtype: torch.dtype, processor: Processor = CPU
+    ) -> None:
         super().__init__()
         self.config = config
-        self.model = Decoder(config, experts, dtype)
+        self.processor = processor
+        self.model = Decoder(config, experts, dtype, processor)
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
 
     def forward(
@@ -85,7 +102,7 @@ class KimiK2(nn.Module):
         Returns:
             Normed hidden states [T, H], for `logits`.
         """
-        hidden = self.model.embed_tokens(torch.tensor(token_ids)).float()
+        hidden = self.model.embed_tokens(torch.tensor(token_ids, device=self.processor.device)).float()
         rotations = self.model.rotary.rotations(len(cache), len(token_ids))
         for layer in self.model.layers:
             if between_layers is not None:
@@ -94,6 +111,12 @@ class KimiK2(nn.Module):
         normed: Tensor = self.model.norm(hidden)
         cache.commit(token_ids)
         return normed
+
+    def connect(self, experts: Experts) -> None:
+        """Let `experts` compute the routed experts from here on."""
+        for layer in self.model.layers:
+            if isinstance(layer.mlp, MoE):
+                layer.mlp.experts = experts
 
     def sources(self, parameter: str) -> list[str]:
         """The checkpoint's tensors (names without prefix) whose rows make up a parameter."""

@@ -17,15 +17,21 @@ class Rotary:
     also moves the pairs apart afterwards; queries and keys alike, so no score changes and it is left out.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
-        self.inv_freq = inverse_frequencies(config.qk_rope_head_dim, config.rope_theta, config.yarn)
+    def __init__(self, config: ModelConfig, device: torch.device) -> None:
+        frequencies = inverse_frequencies(config.qk_rope_head_dim, config.rope_theta, config.yarn)
+        self.inv_freq = frequencies.to(device)
         self.mscale = config.yarn.rotary_mscale() if config.yarn else 1.0
 
     def rotations(self, start: int, count: int) -> Tensor:
         """Rotations of the positions `start ... start + count`: complex64 [count, rope_dim / 2]."""
-        positions = torch.arange(start, start + count, dtype=torch.float32)
+        positions = torch.arange(start, start + count, dtype=torch.float32, device=self.inv_freq.device)
         angles = torch.outer(positions, self.inv_freq)
         return torch.polar(torch.full_like(angles, self.mscale), angles)
+
+    def tables(self, count: int) -> Tensor:
+        """Cosines, then sines, of the positions below `count`: fp32 [2, count, rope_dim / 2]."""
+        rotations = self.rotations(0, count)
+        return torch.stack([rotations.real, rotations.imag])
 
 
 def rotate(x: Tensor, rotations: Tensor) -> Tensor:

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from helpers.runtime import make_checkpoint
-from moebox.runtime.backbone import PRECISIONS, parameter_bytes, planned_bytes, quantize_linear
+from moebox.runtime.backbone import PRECISIONS, parameter_bytes, planned_bytes
 from moebox.runtime.engine import Engine
+from moebox.runtime.quantized_linear import quantize_linear
 
 TOKENS = torch.randint(0, 512, (50,), generator=torch.Generator().manual_seed(3)).tolist()
 
@@ -53,7 +54,7 @@ def test_plan_is_what_loading_takes(folder, backbone):
 def test_narrow_rows_stay_bf16_under_nf4(tmp_path):
     """bitsandbytes 0.50 multiplies nf4 rows that are no multiple of 64 wrongly on the CPU."""
     engine = Engine.load(make_checkpoint(tmp_path / "model"), backbone="nf4")  # hidden_size 160
-    layer = engine._model.model.layers[0]
+    layer = engine.runner.model.model.layers[0]
     assert layer.self_attn.q_kv_a_proj.weight.dtype == torch.bfloat16
     assert layer.self_attn.q_b_proj.weight.dtype == torch.uint8
 

@@ -6,7 +6,7 @@ import threading
 import pytest
 import torch
 
-import moebox.runtime.engine as engine_module
+import moebox.runtime.runner as runner_module
 from helpers.runtime import make_checkpoint
 from moebox.errors import CheckpointError, ConfigError, PlanError, RequestError
 from moebox.runtime.engine import Cancelled, Engine, common_prefix
@@ -26,8 +26,8 @@ def engine(folder):
 
 
 @pytest.fixture
-def small_chunks(monkeypatch):
-    monkeypatch.setattr(engine_module, "CHUNK_TOKENS", 10)
+def small_chunks(engine, monkeypatch):
+    monkeypatch.setattr(engine.runner, "chunk_tokens", 10)
 
 
 def same(a, b):
@@ -121,7 +121,7 @@ def test_cancel_keeps_finished_chunks(engine, small_chunks, kind):
 def test_interrupt_in_the_middle_of_a_layer(engine, small_chunks, monkeypatch, step):
     session = engine.session()
     session.prefill(TOKENS[:15])
-    last = engine._model.model.layers[-1].mlp
+    last = engine.runner.model.model.layers[-1].mlp
 
     def interrupt(*_args, **_kwargs):
         raise KeyboardInterrupt
@@ -162,8 +162,11 @@ def test_session_context_is_bounded(engine):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"device": "cuda"}, PlanError, "computes on the CPU"),
-        ({"vram": 1 << 30}, PlanError, "no GPU memory"),
+        ({"device": "cuda:99"}, PlanError, "'cuda:99': torch sees"),
+        ({"device": "tpu"}, PlanError, "'tpu'"),
+        ({"device": "stand-in", "backbone": "int8"}, PlanError, "'int8' on stand-in"),
+        ({"device": "stand-in", "dtype": torch.float32}, PlanError, "float32 on stand-in"),
+        ({"vram": 1 << 30}, PlanError, "asked to compute, or torch sees no GPU"),
         ({"backbone": "fp4"}, PlanError, "'fp4' is unknown"),
         ({"context": 5000}, PlanError, "5000 tokens.*4096"),
         ({"context": 0}, PlanError, "context of 0"),
@@ -225,7 +228,7 @@ def test_common_prefix():
     ],
 )
 def test_default_dtype(engine, monkeypatch, native, backbone, expected):
-    monkeypatch.setattr(engine_module, "native_bf16", lambda: native)
-    assert engine_module.default_dtype(engine.config, backbone) is expected
-    monkeypatch.setattr(engine_module, "SMALL_BACKBONE_BYTES", 1000)
-    assert engine_module.default_dtype(engine.config, backbone) is torch.bfloat16
+    monkeypatch.setattr(runner_module, "native_bf16", lambda: native)
+    assert runner_module.default_dtype(engine.config, backbone) is expected
+    monkeypatch.setattr(runner_module, "SMALL_BACKBONE_BYTES", 1000)
+    assert runner_module.default_dtype(engine.config, backbone) is torch.bfloat16

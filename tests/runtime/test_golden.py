@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from helpers.runtime import load_tensors, make_checkpoint, reference_logits, rewrite
-from moebox.runtime import attention, engine, linear
+from moebox.runtime import linear
 from moebox.runtime.engine import Engine
+from moebox.runtime.processor import CPU
 
 YARN = {"type": "yarn", "mscale": 1.0, "mscale_all_dim": 1.0, "original_max_position_embeddings": 128}
 VARIANTS = {
@@ -79,8 +80,8 @@ def test_token_by_token(golden):
 @pytest.mark.parametrize("chunk", [7, 70])  # below and above what makes attention expand keys and values
 def test_chunks_and_small_blocks(golden, monkeypatch, chunk):
     loaded, expected = golden
-    monkeypatch.setattr(engine, "CHUNK_TOKENS", chunk)
-    monkeypatch.setattr(attention, "SCORES_BYTES", 8000)
+    monkeypatch.setattr(loaded.runner, "chunk_tokens", chunk)
+    monkeypatch.setattr(CPU, "scores_bytes", 8000)
     assert largest_difference(loaded.logits(TOKENS), expected) <= TOLERANCE
 
 
@@ -110,7 +111,7 @@ def test_attention_forms_agree(tmp_path):
     loaded = Engine.load(folder, dtype=torch.float32)
     logits = []
     for threshold in (1, 10_000):
-        for layer in loaded._model.model.layers:
+        for layer in loaded.runner.model.model.layers:
             layer.self_attn.expand_from = threshold
         logits.append(loaded.logits(TOKENS))
     assert largest_difference(*logits) <= 2e-5

@@ -1,0 +1,165 @@
+"""Whether a model fits a GPU and the RAM beside it: decided from the config, before anything is loaded.
+
+VRAM = backbone + cache for the context + workspace of a prefill chunk + staging for uploads + reserve; what
+is left holds experts. RAM holds all experts; where it cannot, RAM and VRAM together hold each expert once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from moebox.config import ModelConfig
+from moebox.errors import PlanError
+from moebox.offload.gpu import STAGING_SLOTS
+from moebox.offload.ram import row_stride
+from moebox.runtime.backbone import planned_bytes
+from moebox.runtime.kv_cache import bytes_per_token
+from moebox.runtime.memory import SMALLEST_CONTEXT, SYSTEM_SHARE, check_context, gib
+from moebox.runtime.processor import EXPANDED_BYTES
+
+CHUNK_TOKENS = 8192
+"""Tokens of a prompt that go through the GPU at once, where memory allows: each chunk reads every expert."""
+SMALLEST_CHUNK_TOKENS = 256
+WORKSPACE_SHARE = 0.1
+"""Part of the memory beside backbone and cache that a chunk's intermediate values may take."""
+CACHE_SHARE = 0.15
+"""Part of the memory beside the backbone that the cache may take where no context was asked for."""
+RESERVE_BYTES = 768 << 20
+"""Left alone: kernels, graphs, libraries' workspaces, fragmentation."""
+
+
+@dataclass(frozen=True)
+class GpuPlan:
+    """What a load takes of VRAM and RAM, in bytes, tokens and experts.
+
+    `slots` experts fit the GPU beside everything else, `ram_rows` the RAM; `exclusive` where an expert lies
+    in one of the two only.
+    """
+
+    context: int
+    chunk_tokens: int
+    backbone_bytes: int
+    kv_bytes: int
+    workspace_bytes: int
+    staging_bytes: int
+    slots: int
+    ram_rows: int
+    exclusive: bool
+
+    @property
+    def unquantized_backbone_bytes(self) -> int:
+        """The same as `backbone_bytes`: on a GPU the backbone stays bf16."""
+        return self.backbone_bytes
+
+    @property
+    def fixed_bytes(self) -> int:
+        """VRAM that is taken before the first expert."""
+        parts = (self.backbone_bytes, self.kv_bytes, self.workspace_bytes, self.staging_bytes)
+        return sum(parts) + RESERVE_BYTES
+
+
+def plan_gpu_memory(
+    config: ModelConfig,
+    *,
+    vram: int | None,
+    free_vram: int,
+    ram: int | None,
+    free_ram: int,
+    context: int | None,
+) -> GpuPlan:
+    """Share out VRAM and RAM; sizes in bytes, `context` in tokens, None for what is free or reasonable.
+
+    Raises:
+        PlanError: with the numbers, when it does not fit.
+    """
+    check_context(config, context)
+    for name, budget, free in (("VRAM", vram, free_vram), ("RAM", ram, free_ram)):
+        if budget is not None and budget > free:
+            raise PlanError(
+                f"{name} budget of {gib(budget)}, but only {gib(free)} are free", "Give a smaller budget."
+            )
+    room = free_vram if vram is None else vram
+    plan = _fixed_parts(config, room, context)
+    if plan.fixed_bytes > room:
+        raise PlanError(
+            f"the GPU needs {gib(plan.fixed_bytes)} before the first expert ({describe_fixed(plan)}); "
+            f"{'the VRAM budget is' if vram is not None else 'free are'} {gib(room)}",
+            "Give a larger --vram or a smaller --context, or use --device cpu.",
+        )
+    slots = min((room - plan.fixed_bytes) // row_stride(config), n_keys(config))
+    return _share_experts(config, plan, slots, int(free_ram * (1 - SYSTEM_SHARE)) if ram is None else ram)
+
+
+def n_keys(config: ModelConfig) -> int:
+    """Routed experts of all layers."""
+    return len(config.moe_layers) * config.n_routed_experts
+
+
+def describe_fixed(plan: GpuPlan) -> str:
+    """The parts of `fixed_bytes` in words."""
+    return (
+        f"backbone {gib(plan.backbone_bytes)} + cache {gib(plan.kv_bytes)} for {plan.context} tokens + "
+        f"workspace {gib(plan.workspace_bytes)} for chunks of {plan.chunk_tokens} + "
+        f"staging {gib(plan.staging_bytes)} + reserve {gib(RESERVE_BYTES)}"
+    )
+
+
+def _fixed_parts(config: ModelConfig, room: int, context: int | None) -> GpuPlan:
+    backbone_bytes = planned_bytes(config.backbone_shapes(), torch.bfloat16, "bf16")
+    per_token = bytes_per_token(config, torch.bfloat16) + 4 * config.qk_rope_head_dim  # with its rotation
+    left = room - backbone_bytes - RESERVE_BYTES
+    if context is None:
+        affordable = max(SMALLEST_CONTEXT, int(left * CACHE_SHARE) // per_token)
+        context = min(affordable, config.max_position_embeddings)
+    kv_bytes = context * per_token
+    chunk = _chunk_tokens(config, context, int((left - kv_bytes) * WORKSPACE_SHARE))
+    return GpuPlan(
+        context=context,
+        chunk_tokens=chunk,
+        backbone_bytes=backbone_bytes,
+        kv_bytes=kv_bytes,
+        workspace_bytes=workspace_bytes(config, chunk, context),
+        staging_bytes=STAGING_SLOTS * row_stride(config),
+        slots=0,
+        ram_rows=0,
+        exclusive=False,
+    )
+
+
+def _chunk_tokens(config: ModelConfig, context: int, room: int) -> int:
+    """The largest power of two whose workspace fits `room`, between the two limits."""
+    chunk = CHUNK_TOKENS
+    while chunk > SMALLEST_CHUNK_TOKENS:
+        if chunk <= 2 * context and workspace_bytes(config, chunk, context) <= room:
+            break
+        chunk //= 2
+    return chunk
+
+
+def workspace_bytes(config: ModelConfig, chunk: int, context: int) -> int:
+    """VRAM that a chunk's intermediate values take at most, in a layer of any kind."""
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    expanded = 2 * context * heads * (3 * config.qk_head_dim + config.v_head_dim)
+    # Bytes a token: the residual before and after (fp32), its norm on the way and in bf16; then the widest of
+    # attention (queries, positional parts through complex numbers, mixed values), dense MLP and experts (a
+    # row each for gate and up, their product and the fp32 output of every chosen expert, and two sums).
+    queries = heads * (4 * config.qk_head_dim + 16 * config.qk_rope_head_dim + 6 * config.v_head_dim)
+    dense = 8 * config.intermediate_size
+    pairs = config.num_experts_per_tok * (6 * config.moe_intermediate_size + 4 * hidden) + 8 * hidden
+    return chunk * (16 * hidden + max(queries, dense, pairs)) + min(EXPANDED_BYTES, expanded)
+
+
+def _share_experts(config: ModelConfig, plan: GpuPlan, slots: int, ram_room: int) -> GpuPlan:
+    keys, row_bytes = n_keys(config), row_stride(config)
+    rows = min(ram_room // row_bytes, keys)
+    lasting = max(slots - config.num_experts_per_tok, 0)  # the others are passed through
+    missing = keys - rows - lasting
+    if rows < keys and missing > 0:
+        raise PlanError(
+            f"the experts take {gib(keys * row_bytes)}; RAM holds {gib(rows * row_bytes)} and the GPU "
+            f"{gib(slots * row_bytes)} of them: {gib(missing * row_bytes)} are missing",
+            "Give more --ram or --vram or a smaller --context, or use --device cpu, which reads from disk.",
+        )
+    return GpuPlan(**{**plan.__dict__, "slots": slots, "ram_rows": rows, "exclusive": rows < keys})
