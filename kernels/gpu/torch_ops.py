@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+from moebox.kernels.gpu.experts_reference import experts_many, experts_one
 from moebox.kernels.gpu.reference import (
     absorb,
     combine_norm,
@@ -33,11 +32,3 @@ __all__ = [
     "value_up",
     "wait",
 ]
-
-
-def __getattr__(name: str) -> Any:  # until the experts' reference is there
-    if name in ("experts_one", "experts_many"):
-        from moebox.kernels.gpu import experts_reference
-
-        return getattr(experts_reference, name)
-    raise AttributeError(name)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
+    import helpers.triton_interpreter  # noqa: F401 - patches it
 
 
 @pytest.fixture(scope="session")
