@@ -52,6 +52,9 @@ class CopyStream(Protocol):
     def copy(self, target: Tensor, source: Tensor) -> None:
         """Queue a copy; both tensors are of one size and contiguous, and live until it is done."""
 
+    def copy_all(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Queue copies of (target, source)."""
+
     def record(self) -> Event:
         """An event behind all that was queued so far."""
         ...
@@ -226,8 +229,13 @@ class CudaCopyStream:
 
     def copy(self, target: Tensor, source: Tensor) -> None:
         """See `CopyStream`."""
+        self.copy_all([(target, source)])
+
+    def copy_all(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """See `CopyStream`."""
         with torch.cuda.stream(self.stream):
-            target.copy_(source, non_blocking=True)
+            for target, source in pairs:
+                target.copy_(source, non_blocking=True)
 
     def record(self) -> Event:
         """See `CopyStream`."""
@@ -363,6 +371,11 @@ class HostCopyStream:
             target.copy_(source)
 
         self._work.put(copy)
+
+    def copy_all(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """See `CopyStream`."""
+        for target, source in pairs:
+            self.copy(target, source)
 
     def record(self) -> Event:
         """See `CopyStream`."""

@@ -56,6 +56,17 @@ class GpuTier:
         """Where the slab starts in the device's memory."""
         return self.slab.data_ptr()
 
+    @property
+    def n_cached(self) -> int:
+        """Experts that the cache holds between layers, with the reserve free."""
+        return self.n_slots - self.residency.reserve
+
+    def clear(self) -> None:
+        """Forget who is in the cache; scores stay."""
+        for key in self.residency.slots():
+            if key >= 0:
+                self.residency.release(int(key))
+
     def staging(self, place: int) -> int:
         """Slot number of a place in the ring."""
         return self.n_slots + place % STAGING_SLOTS

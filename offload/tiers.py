@@ -11,13 +11,15 @@ from typing import Protocol
 from torch import Tensor
 
 from moebox.config import ModelConfig
+from moebox.errors import PlanError
 from moebox.kernels import cpu
 from moebox.offload.checkpoint import Checkpoint
 from moebox.offload.device import Device
 from moebox.offload.experts import Progress
-from moebox.offload.gpu import GpuTier
+from moebox.offload.gpu import GpuTier, spread_keys
 from moebox.offload.mailbox import Mailbox
-from moebox.offload.ram import RamTier
+from moebox.offload.prefill import PrefillRoads
+from moebox.offload.ram import CheckpointSource, RamTier, Source, SyntheticSource
 from moebox.offload.roads import DecodeRoads
 
 
@@ -40,22 +42,33 @@ class TieredExperts:
 
     Attributes:
         device, pool, ram, gpu: what it was built from.
-        mailbox, roads: see those modules.
+        mailbox, roads, prefill: see those modules.
         shape: (H, I).
         routing: replaces the router's choice where set.
         nbytes: INT4 bytes of all experts, wherever they lie.
-        records: of the last chunk's layers, see `prefill.LayerRecord`.
+        exclusive: an expert lies in RAM or on the GPU, not in both.
     """
 
-    device: Device
-    pool: cpu.ThreadPool
-    ram: RamTier
-    gpu: GpuTier
-    mailbox: Mailbox
-    roads: DecodeRoads
-    shape: tuple[int, int]
-    routing: Routing | None
-    nbytes: int
+    def __init__(
+        self,
+        config: ModelConfig,
+        device: Device,
+        pool: cpu.ThreadPool,
+        ram: RamTier,
+        gpu: GpuTier,
+        exclusive: bool,
+    ) -> None:
+        """Use `build`."""
+        self.config, self.device, self.pool, self.ram, self.gpu = config, device, pool, ram, gpu
+        self.exclusive = exclusive
+        self.shape = (config.hidden_size, config.moe_intermediate_size)
+        self.routing: Routing | None = None
+        self.nbytes = config.experts_bytes
+        self.prefill = PrefillRoads(device, pool, ram, gpu, exclusive)
+        self.mailbox = Mailbox.allocate(
+            device, len(config.moe_layers), config.num_experts_per_tok, config.hidden_size
+        )
+        self.roads = self._decode_roads()
 
     @classmethod
     def build(
@@ -73,27 +86,141 @@ class TieredExperts:
         the device has less memory than was planned.
 
         Raises:
-            PlanError: in exclusive mode RAM and slots together are too small; no memory for staging.
+            PlanError: RAM, or in exclusive mode RAM and slots together, is too small; no memory for the ring.
         """
-        raise NotImplementedError
+        gpu = GpuTier(config, device, slots)
+        _check_room(ram, gpu, exclusive)
+        experts = cls(config, device, pool, ram, gpu, exclusive)
+        if (ram.rows >= 0).all():
+            experts._warm()
+        return experts
 
     def load(self, checkpoint: Checkpoint, progress: Progress | None = None) -> None:
-        """Read all experts from disk into RAM and, as far as there are slots, onto the GPU."""
+        """Read all experts from disk into RAM and, as far as there are slots, onto the GPU.
+
+        Raises:
+            CheckpointError: as `RamTier.load`.
+        """
+        with CheckpointSource(checkpoint) as source:
+            self.fill(source, progress)
 
     def fill_synthetic(self, seed: int = 0) -> None:
-        """Random experts of the same size in the same places, without a checkpoint."""
+        """Random experts in the same places, without a checkpoint; see `RamTier.fill_synthetic`."""
+        self.fill(SyntheticSource(self.config, seed))
+
+    def fill(self, source: Source, progress: Progress | None = None) -> None:
+        """Take all experts from `source`; what lay in RAM and in the cache is forgotten.
+
+        Args:
+            progress: called with ("experts", bytes done, bytes in all).
+        """
+        self.settle()
+        self.gpu.clear()
+        if not self.exclusive:
+            self.ram.fill(source, progress=progress)
+            self._warm()
+            return
+        keys, n_cache = self._spread_keys(), self.gpu.n_cached
+        for first in range(0, n_cache, self.ram.n_rows):  # through rows that are not in use yet
+            batch = keys[first : min(first + self.ram.n_rows, n_cache)]
+            self.ram.fill(source, batch, _part(progress, first, self))
+            self.gpu.fill(self.ram, batch)
+        self.ram.fill(source, keys[n_cache:], _part(progress, n_cache, self))
+        self._measure()
 
     def forward(self, layer: int, expert_ids: Tensor, weights: Tensor, hidden: Tensor) -> Tensor:
         """See `Experts.forward`: tensors on the device, bf16 `hidden`; `layer` as the model counts.
 
-        Queues the GPU's part on the compute stream and returns when the CPU's part is queued behind it.
+        Returns when all of the GPU's work is queued, on the compute stream, and the CPU's is done. Layers
+        come in order, the first one starting a chunk.
+
+        Raises:
+            DeviceError: a copy failed.
         """
-        raise NotImplementedError
+        moe = layer - self.config.first_k_dense_replace
+        self.roads.settle()
+        if moe == 0:
+            self.gpu.residency.tick += len(hidden)
+        if self.routing is not None:
+            expert_ids = self.routing.prefill(moe, len(hidden))
+        return self.prefill.run(moe, expert_ids, weights, hidden)
 
     def begin_token(self) -> None:
         """Take all flags down: before the token program is launched, when the last one is over."""
+        self.prefill.settle()
         self.roads.clear()
 
     def run_token(self, timeout_s: float = 30.0) -> None:
         """The host's side of one token, while the program runs: see `DecodeRoads.run_token`."""
         self.roads.run_token(None if self.routing is None else self.routing.decode(), timeout_s)
+
+    def settle(self) -> None:
+        """Wait for what is under way: before others look at RAM, slots or records."""
+        self.prefill.settle()
+        self.roads.settle()
+
+    def _decode_roads(self) -> DecodeRoads:
+        box = self.mailbox
+        return DecodeRoads(
+            self.pool,
+            self.gpu.residency,
+            self.device.copier(),
+            shape=self.shape,
+            ram=self.ram.slab,
+            ram_rows=self.ram.rows,
+            slab_address=self.gpu.address,
+            slab_stride=self.gpu.stride,
+            routed=box.routed,
+            listed=box.listed,
+            summed=box.summed,
+            ids=box.ids,
+            weights=box.weights,
+            hits=box.hits,
+            hit_weights=box.hit_weights,
+            uploads=box.uploads,
+            upload_weights=box.upload_weights,
+            hidden=box.hidden,
+            sums=box.sums,
+            uploaded_address=box.uploaded.data_ptr(),
+            uploaded_stride_bytes=box.uploaded.stride(0) * box.uploaded.itemsize,
+            one_address=box.one.data_ptr(),
+            n_experts=self.config.n_routed_experts,
+            top_k=self.config.num_experts_per_tok,
+            exclusive=self.exclusive,
+            pcie_gbps=self.prefill.costs.pcie_gbps,
+            cpu_gbps=self.prefill.costs.cpu_gbps,
+        )
+
+    def _warm(self) -> None:
+        self.gpu.fill(self.ram, self._spread_keys()[: self.gpu.n_cached])
+        self._measure()
+
+    def _measure(self) -> None:
+        self.prefill.costs.pcie_gbps = self.roads.pcie_gbps = self.gpu.measure_gbps(self.ram)
+
+    def _spread_keys(self) -> list[int]:
+        return spread_keys(len(self.config.moe_layers), self.config.n_routed_experts)
+
+
+def _check_room(ram: RamTier, gpu: GpuTier, exclusive: bool) -> None:
+    room = ram.n_rows + (gpu.n_cached if exclusive else 0)
+    if room < ram.n_keys:
+        missing_bytes = (ram.n_keys - room) * ram.stride
+        raise PlanError(
+            f"{ram.n_keys} experts; RAM holds {ram.n_rows}"
+            + (f" and the GPU {gpu.n_cached} more" if exclusive else "")
+            + f": {missing_bytes} bytes too few",
+            "Give more RAM or GPU memory, or use --device cpu, which reads experts from disk.",
+        )
+
+
+def _part(progress: Progress | None, first: int, experts: TieredExperts) -> Progress | None:
+    """`progress` of a part of all experts, the one that begins with the `first`."""
+    if progress is None:
+        return None
+    nbytes = experts.config.expert_bytes
+
+    def report(stage: str, done: int, _: int) -> None:
+        progress(stage, first * nbytes + done, experts.nbytes)
+
+    return report

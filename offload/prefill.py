@@ -1,0 +1,417 @@
+"""One layer's experts for many tokens, on two roads at once.
+
+Experts in the cache are computed where they are. Of the others, those with most tokens are uploaded, in
+groups, through a ring of slots, and the GPU computes each group while the next one is on its way; those with
+fewest are computed by the CPU from RAM. One host thread does it all: it queues uploads for longer than the
+CPU's next batch will last, computes the batch, and looks again, until the roads meet.
+
+T tokens, H hidden_size, E n_routed_experts, k num_experts_per_tok; n experts and m pairs of token and expert
+in a layer.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from moebox.kernels import cpu
+from moebox.offload.admission import Admissions
+from moebox.offload.device import Device, Event
+from moebox.offload.experts import group_by_expert
+from moebox.offload.gpu import HALF_LIFE_TOKENS, STAGING_SLOTS, GpuTier
+from moebox.offload.ram import RamTier
+from moebox.offload.split import Counts, RoadCosts, cpu_share, two_roads_s
+
+RING = 2
+GROUP = STAGING_SLOTS // RING
+"""Experts that are computed together once they are uploaded; `RING` groups fit the ring."""
+TABLE = 2 * GROUP + 1
+"""int32 words that tell the GPU of a group: slots, then offsets."""
+BATCH_S = 6e-3
+"""What the CPU takes at once: long against the cost of a look, short against a layer."""
+ZERO_ROWS = 256
+CPU_GBPS_PER_THREAD = 4.0
+CPU_GFLOPS_PER_THREAD = 200.0
+"""What the CPU is taken for before it has computed anything."""
+AHEAD = 1.3
+AHEAD_S = 2e-3
+"""Uploads are queued for `AHEAD` times the CPU's next batch and `AHEAD_S` more."""
+
+
+@dataclass
+class LayerRecord:
+    """How a layer went.
+
+    Attributes:
+        layer: MoE index.
+        tokens: T.
+        residents, uploads, cpu: experts on each way.
+        expert_bytes: of one expert.
+        seconds: of the whole layer on the device, from its input to its output.
+        upload_s, cpu_s: from the first upload's start to the last one's end; the CPU's work.
+        host_s: the host's cost before the first upload was queued.
+        floor_s: the best split of the misses at the roads' live figures, see `split.two_roads_s`.
+    """
+
+    layer: int
+    tokens: int
+    residents: int
+    expert_bytes: int
+    uploads: int = 0
+    cpu: int = 0
+    seconds: float = 0.0
+    upload_s: float = 0.0
+    cpu_s: float = 0.0
+    host_s: float = 0.0
+    floor_s: float = 0.0
+
+    @property
+    def pcie_gbps(self) -> float:
+        """GB/s of the uploads."""
+        return self.uploads * self.expert_bytes / self.upload_s / 1e9 if self.upload_s else 0.0
+
+    @property
+    def cpu_gbps(self) -> float:
+        """GB/s of experts that the CPU went through."""
+        return self.cpu * self.expert_bytes / self.cpu_s / 1e9 if self.cpu_s else 0.0
+
+
+@dataclass
+class Pairs:
+    """A layer's pairs of token and expert, sorted: residents first, then experts by falling number of tokens.
+
+    Attributes:
+        experts: ids of the n experts.
+        n_resident: how many of them lie in the cache.
+        counts, offsets: int64 [n] and [n + 1], pairs of each expert.
+        tokens: int32 [m].
+        order: [m], where each pair stood in the flat ids.
+    """
+
+    experts: list[int]
+    n_resident: int
+    counts: Counts
+    offsets: Counts
+    tokens: npt.NDArray[np.int32]
+    order: npt.NDArray[np.intp]
+
+
+def sort_pairs(ids: npt.NDArray[np.int64], slots: npt.NDArray[np.int32]) -> Pairs:
+    """Sort a layer's expert ids [T, k]; `slots` [E] has each expert's slot or -1."""
+    chosen, bounds, tokens, order = group_by_expert(ids)
+    counts = np.diff(bounds).astype(np.int64)
+    missing = slots[chosen] < 0
+    ranks = np.lexsort((-counts, missing))
+    starts, counts = bounds[:-1][ranks], counts[ranks]
+    offsets = np.concatenate([[0], np.cumsum(counts)])
+    pairs = np.repeat(starts - offsets[:-1], counts) + np.arange(offsets[-1])
+    experts = [chosen[rank] for rank in ranks]
+    n_resident = len(chosen) - int(missing.sum())
+    return Pairs(experts, n_resident, counts, offsets, tokens[pairs], order[pairs])
+
+
+def recent_use(ids: npt.NDArray[np.int64], n_experts: int) -> npt.NDArray[np.float32]:
+    """Each expert's use as of the last token, older ones decayed as in decoding: fp32 [E]."""
+    n_tokens, top_k = ids.shape
+    ages = np.arange(n_tokens - 1, -1, -1)
+    weights = np.repeat(np.exp2(-ages / HALF_LIFE_TOKENS), top_k)
+    return np.bincount(ids.reshape(-1), weights, n_experts).astype(np.float32)
+
+
+class Staging:
+    """Pinned memory that prefill hands data over in, for up to `capacity` tokens."""
+
+    def __init__(self, device: Device, capacity: int, top_k: int, n_experts: int, hidden_size: int) -> None:
+        self.capacity = capacity
+        self.ids = device.pinned((capacity, top_k), torch.int64)
+        self.router_weights = device.pinned((capacity, top_k), torch.float32)
+        self.hidden = device.pinned((capacity, hidden_size), torch.bfloat16)
+        self.sums = device.pinned((capacity, hidden_size), torch.float32)
+        self.tokens = device.pinned((capacity * top_k,), torch.int32)
+        self.weights = device.pinned((capacity * top_k,), torch.float32)
+        self.residents = device.pinned((2 * n_experts + 1,), torch.int32)
+        # One row a group; at worst each is of one expert.
+        self.tables = device.pinned((n_experts, TABLE), torch.int32)
+        self.device_tables = device.empty((n_experts, TABLE), torch.int32)
+        self._zeros = device.empty((min(capacity, ZERO_ROWS), hidden_size), torch.float32).zero_()
+        self._downloads = device.downloads
+        self._downloads.wait(device.mark())
+
+    def clear_sums(self, n_tokens: int) -> None:
+        """Queue zeros for the first rows of `sums`: by the copy engine, since the CPU has better to do."""
+        for first in range(0, n_tokens, len(self._zeros)):
+            rows = self.sums[first : min(first + len(self._zeros), n_tokens)]
+            self._downloads.copy(rows, self._zeros[: len(rows)])
+
+
+class PrefillRoads:
+    """Computes layers; keeps what they teach about the roads.
+
+    Attributes:
+        costs: live figures, to be set once when they were measured.
+        records: of past layers, the last 1,024; call `settle` before you read them.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        pool: cpu.ThreadPool,
+        ram: RamTier,
+        gpu: GpuTier,
+        exclusive: bool = False,
+    ) -> None:
+        config = ram.config
+        self.device, self.pool, self.ram, self.gpu, self.exclusive = device, pool, ram, gpu, exclusive
+        self.shape = (config.hidden_size, config.moe_intermediate_size)
+        self.n_experts = config.n_routed_experts
+        self.top_k = config.num_experts_per_tok
+        self.costs = RoadCosts(
+            config.expert_bytes,
+            6.0 * config.hidden_size * config.moe_intermediate_size,
+            cpu_gbps=CPU_GBPS_PER_THREAD * pool.threads,
+            cpu_gflops=CPU_GFLOPS_PER_THREAD * pool.threads,
+        )
+        self.records: deque[LayerRecord] = deque(maxlen=1024)
+        self._staging: Staging | None = None
+        self._last: _Layer | None = None
+
+    def run(self, layer: int, expert_ids: Tensor, weights: Tensor, hidden: Tensor) -> Tensor:
+        """`Experts.forward` for the MoE layer `layer`, counted from 0.
+
+        Args:
+            expert_ids: int64 [T, k], on the device or the CPU.
+            weights: fp32 [T, k] on the device.
+            hidden: bf16 [T, H] on the device.
+
+        Raises:
+            DeviceError: a copy failed; the cache is worthless then.
+        """
+        staging = self._staging_for(len(hidden))
+        current = _Layer(self, staging, layer, hidden)
+        try:
+            current.receive(expert_ids, weights)
+            self._learn()
+            current.compute_residents()
+            current.share_misses()
+            current.combine()
+        except BaseException:
+            self.device.synchronize()  # what is under way reads this layer's tensors
+            raise
+        self._last = current
+        return current.out
+
+    def settle(self) -> None:
+        """Wait for the last layer, so that RAM, cache and records are as they will stay."""
+        if self._last is not None:
+            self._last.wait()
+            self._learn()
+
+    def _learn(self) -> None:
+        if self._last is not None:
+            self.records.append(self._last.finish())
+            self._last = None
+
+    def _staging_for(self, n_tokens: int) -> Staging:
+        if self._staging is None or self._staging.capacity < n_tokens:
+            self.settle()  # before the old memory goes
+            self._staging = None
+            self._staging = Staging(self.device, n_tokens, self.top_k, self.n_experts, self.shape[0])
+        return self._staging
+
+
+class _Layer:
+    """One layer on its way."""
+
+    def __init__(self, roads: PrefillRoads, staging: Staging, layer: int, hidden: Tensor) -> None:
+        self.roads, self.staging, self.layer, self.hidden = roads, staging, layer, hidden
+        self.device, self.gpu, self.ram = roads.device, roads.gpu, roads.ram
+        self.first_key = layer * roads.n_experts
+        self.begun_s = time.perf_counter()
+        self.begin = self.device.mark()
+        self.out = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
+        self.record = LayerRecord(layer, len(hidden), 0, roads.costs.expert_bytes)
+        self.admissions = Admissions(self.device, self.ram, self.gpu, roads.exclusive)
+        self.computed: list[Event] = []
+        self.queued: deque[tuple[Event, int]] = deque()
+        self.first_upload: Event | None = None
+
+    def receive(self, expert_ids: Tensor, weights: Tensor) -> None:
+        """Bring the routing to the host, start copying what the CPU needs, and plan."""
+        staging, n_tokens = self.staging, len(self.hidden)
+        ids, router_weights = staging.ids[:n_tokens], staging.router_weights[:n_tokens]
+        downloads = self.device.downloads
+        staging.clear_sums(n_tokens)
+        ids.copy_(expert_ids, non_blocking=True)
+        router_weights.copy_(weights, non_blocking=True)
+        routed = self.device.mark()
+        downloads.wait(routed)
+        downloads.copy(staging.hidden[:n_tokens], self.hidden)
+        self.cpu_ready = downloads.record()
+        if self.roads.exclusive:
+            self.device.uploads.wait(self.cpu_ready)  # and so for what moved to RAM in the last layer
+        routed.synchronize()
+        self._plan(ids.numpy())
+        self._send_pairs(router_weights.numpy())
+
+    def _plan(self, ids: npt.NDArray[np.int64]) -> None:
+        residency, n_experts = self.gpu.residency, self.roads.n_experts
+        self.slots = residency.table()[self.first_key : self.first_key + n_experts]
+        self.pairs = sort_pairs(ids, self.slots)
+        use = recent_use(ids, n_experts)
+        used = np.array(self.pairs.experts, np.int32)
+        residency.use(used + np.int32(self.first_key), use[used])
+        self.keys = [self.first_key + expert for expert in self.pairs.experts]
+        self.front, self.back = self.pairs.n_resident, len(self.keys)
+        if (self.ram.rows[self.keys[self.front :]] < 0).any():
+            raise RuntimeError(f"MoE layer {self.layer}: an expert lies neither in RAM nor on the GPU")
+        self.admissions.plan(self.keys[self.front :], self.keys[: self.front])
+        self.bounds = self.pairs.offsets.tolist()
+        self.counts = self.pairs.counts.tolist()
+        self.record.residents = self.front
+
+    def _send_pairs(self, router_weights: npt.NDArray[np.float32]) -> None:
+        n_pairs, staging, target = self.bounds[-1], self.staging, self.hidden.device
+        tokens, weights = staging.tokens[:n_pairs], staging.weights[:n_pairs]
+        tokens.numpy()[:] = self.pairs.tokens
+        np.take(router_weights.reshape(-1), self.pairs.order, out=weights.numpy())
+        self.tokens, self.weights = tokens.numpy(), weights.numpy()
+        self.device_tokens = tokens.to(target, non_blocking=True)
+        self.device_weights = weights.to(target, non_blocking=True)
+
+    def compute_residents(self) -> None:
+        """Queue the experts that lie in the cache."""
+        n = self.front
+        if not n:
+            return
+        table = self.staging.residents[: 2 * n + 1]
+        words = table.numpy()
+        words[:n] = self.slots[self.pairs.experts[:n]]
+        words[n:] = self.bounds[: n + 1]
+        self._compute(0, n, table.to(self.hidden.device, non_blocking=True), n)
+
+    def _compute(self, first: int, last: int, table: Tensor, at: int) -> None:
+        """Queue the experts `first` to `last`; `table` has slots in front and offsets from `at` on."""
+        begin, end, n = self.bounds[first], self.bounds[last], last - first
+        self.device.ops.experts_many(
+            self.gpu.slab,
+            self.roads.shape,
+            table[:n],
+            table[at : at + n + 1],
+            self.device_tokens[begin:end],
+            self.device_weights[begin:end],
+            self.hidden,
+            self.out,
+            self.counts[first:last],
+        )
+
+    def share_misses(self) -> None:
+        """Let uploads go up from the front and the CPU down from the back until they meet."""
+        self.record.host_s = time.perf_counter() - self.begun_s
+        self.record.floor_s = two_roads_s(self.roads.costs, self.pairs.counts[self.front :])
+        while self.front < self.back:
+            n = self._next_batch()
+            batch = self.pairs.counts[self.back - n : self.back]
+            ahead_s = AHEAD * float(self.roads.costs.cpu_s(batch).sum()) + AHEAD_S
+            while self.front < self.back - n and (n == 0 or self._ahead_s() < ahead_s):
+                self._upload(min(GROUP, self.back - n - self.front))
+            if n:
+                self._compute_on_cpu(n)
+
+    def _next_batch(self) -> int:
+        costs, left = self.roads.costs, self.pairs.counts[self.front : self.back]
+        tail_s = self.out.nbytes / costs.pcie_gbps / 1e9
+        return cpu_share(costs, left, self._ahead_s(), tail_s, BATCH_S)
+
+    def _ahead_s(self) -> float:
+        """Seconds of uploads that are queued; the one under way counts half."""
+        while self.queued and self.queued[0][0].done():
+            self.queued.popleft()
+        n = sum(n for _, n in self.queued) - (self.queued[0][1] / 2 if self.queued else 0)
+        return n * self.roads.costs.upload_s
+
+    def _upload(self, n: int) -> None:
+        """Queue the uploads of the next n experts, a group, and their computation."""
+        uploads, group = self.device.uploads, len(self.computed)
+        if self.first_upload is None:
+            self.first_upload = uploads.record()
+        if group >= RING:
+            uploads.wait(self.computed[group - RING])
+        slots = []
+        for place, key in enumerate(self.keys[self.front : self.front + n]):
+            slot = self.admissions.slot(key)
+            slots.append(self.gpu.staging(group % RING * GROUP + place) if slot is None else slot)
+        uploads.copy_all(
+            [
+                (self.gpu.slab[slot], self.ram.slab[int(self.ram.rows[key])])
+                for slot, key in zip(slots, self.keys[self.front : self.front + n], strict=True)
+            ]
+        )
+        uploaded = uploads.record()
+        self.admissions.uploaded(uploaded)
+        self.queued.append((uploaded, n))
+        self.device.compute_waits(uploaded)
+        self._compute(self.front, self.front + n, self._table(group, slots), GROUP)
+        self.computed.append(self.device.mark())
+        self.last_upload = uploaded
+        self.record.uploads += n
+        self.front += n
+
+    def _table(self, group: int, slots: Sequence[int]) -> Tensor:
+        n, base = len(slots), self.bounds[self.front]
+        words = self.staging.tables[group].numpy()
+        words[:n] = slots
+        words[GROUP : GROUP + n + 1] = self.pairs.offsets[self.front : self.front + n + 1] - base
+        table = self.staging.device_tables[group]
+        table.copy_(self.staging.tables[group], non_blocking=True)
+        return table
+
+    def _compute_on_cpu(self, n: int) -> None:
+        """Compute the last n of the experts that are left."""
+        self.cpu_ready.synchronize()
+        first, n_tokens = self.back - n, len(self.hidden)
+        begin, end = self.bounds[first], self.bounds[self.back]
+        rows = self.ram.rows[self.keys[first : self.back]].tolist()
+        began_s = time.perf_counter()
+        cpu.experts_forward(
+            self.roads.pool,
+            [self.ram.expert(row) for row in rows],
+            (self.pairs.offsets[first : self.back + 1] - begin).astype(np.int32),
+            self.tokens[begin:end],
+            self.weights[begin:end],
+            self.staging.hidden[:n_tokens],
+            self.staging.sums[:n_tokens],
+        )
+        seconds = time.perf_counter() - began_s
+        self.roads.costs.learn_cpu(self.pairs.counts[first : self.back], seconds)
+        self.record.cpu_s += seconds
+        self.record.cpu += n
+        self.back = first
+
+    def combine(self) -> None:
+        """Add the CPU's sum to the GPU's."""
+        if self.record.cpu:
+            sums = self.staging.sums[: len(self.hidden)]
+            self.out += sums.to(self.out.device, non_blocking=True)
+        self.device.compute_waits(self.cpu_ready)  # before the memory of the hidden states is used again
+        self.end = self.device.mark()
+        self.device.downloads.wait(self.end)  # before the next layer's zeros
+
+    def wait(self) -> None:
+        """Wait for all of it, copies into RAM included."""
+        self.end.synchronize()
+        self.device.downloads.record().synchronize()
+
+    def finish(self) -> LayerRecord:
+        """What it took; the device has come to its end."""
+        self.record.seconds = self.end.seconds_since(self.begin)
+        if self.first_upload is not None:
+            self.record.upload_s = self.last_upload.seconds_since(self.first_upload)
+            self.roads.costs.learn_uploads(self.record.uploads, self.record.upload_s)
+        return self.record

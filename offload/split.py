@@ -1,0 +1,103 @@
+"""What a layer's experts cost on each road, learned while it runs, and the best split between the two.
+
+An upload costs its bytes. The CPU reads the same bytes where they lie, and with many tokens it is bound by
+arithmetic instead: `max(bytes / B_cpu, tokens * flops / F_cpu)` an expert.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Counts = npt.NDArray[np.int64]
+Seconds = npt.NDArray[np.float64]
+
+LEARNING_RATE = 0.5
+LARGEST_STEP = 4.0
+
+
+@dataclass
+class RoadCosts:
+    """Live figures of both roads.
+
+    Attributes:
+        expert_bytes: of one expert.
+        token_flops: operations of one expert for one token, 6 * H * I.
+        pcie_gbps: of uploads, while the CPU reads too.
+        cpu_gbps: at which the CPU reads experts with few tokens, beside uploads.
+        cpu_gflops: at which it computes those with many.
+    """
+
+    expert_bytes: int
+    token_flops: float
+    pcie_gbps: float = 25.0
+    cpu_gbps: float = 50.0
+    cpu_gflops: float = 2000.0
+
+    @property
+    def upload_s(self) -> float:
+        """Seconds of one expert's upload."""
+        return self.expert_bytes / self.pcie_gbps / 1e9
+
+    def cpu_s(self, counts: Counts) -> Seconds:
+        """Seconds the CPU takes for each of some experts, from their numbers of tokens."""
+        seconds: Seconds = np.maximum(self._read_s, counts * self._token_s)
+        return seconds
+
+    @property
+    def _read_s(self) -> float:
+        return self.expert_bytes / self.cpu_gbps / 1e9
+
+    @property
+    def _token_s(self) -> float:
+        return self.token_flops / self.cpu_gflops / 1e9
+
+    def learn_uploads(self, n_experts: int, seconds: float) -> None:
+        """Take in what some uploads took."""
+        if n_experts and seconds > 0:
+            self.pcie_gbps /= _step(seconds / (n_experts * self.upload_s), 1.0)
+
+    def learn_cpu(self, counts: Counts, seconds: float) -> None:
+        """Take in what the CPU took for some experts: the figure that decided most learns most."""
+        expected = self.cpu_s(counts)
+        reading = float(expected[counts * self._token_s <= self._read_s].sum() / expected.sum())
+        ratio = seconds / float(expected.sum())
+        self.cpu_gbps /= _step(ratio, reading)
+        self.cpu_gflops /= _step(ratio, 1 - reading)
+
+
+def _step(ratio: float, share: float) -> float:
+    ratio = min(max(ratio, 1 / LARGEST_STEP), LARGEST_STEP)
+    return float(ratio ** (LEARNING_RATE * share))
+
+
+def cpu_share(costs: RoadCosts, counts: Counts, ahead_s: float, tail_s: float, batch_s: float) -> int:
+    """How many of some experts the CPU should take next.
+
+    Args:
+        counts: tokens of the experts that nobody has taken, descending; the CPU takes from the end.
+        ahead_s: what the uploads that are queued already will take.
+        tail_s: what the CPU's sum takes on its way to the device.
+        batch_s: what it may take at once, but always one expert.
+
+    Returns:
+        As many as the CPU finishes before the uploads of all others would be; 0: upload them all.
+    """
+    cpu_s = np.cumsum(costs.cpu_s(counts[::-1]))
+    upload_s = ahead_s + costs.upload_s * np.arange(len(counts) - 1, -1, -1)
+    in_time = int(np.searchsorted(cpu_s + tail_s - upload_s, 0.0, side="right"))
+    in_batch = max(1, int(np.searchsorted(cpu_s, batch_s, side="right")))
+    return min(in_time, in_batch)
+
+
+def two_roads_s(costs: RoadCosts, counts: Counts) -> float:
+    """The floor of a layer's misses: seconds of the best split, with nothing but the roads to wait for.
+
+    Uploads take the experts with most tokens, the CPU those with fewest.
+    """
+    ordered = np.sort(counts)[::-1]
+    cpu_s = np.concatenate([np.cumsum(costs.cpu_s(ordered)[::-1])[::-1], [0.0]])
+    upload_s = costs.upload_s * np.arange(len(ordered) + 1)
+    return float(np.maximum(cpu_s, upload_s).min())
