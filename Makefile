@@ -1,7 +1,8 @@
 # demo: install and show the main job.  test: install and pass lint, types and tests.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
-NATIVE := CMakeLists.txt $(wildcard kernels/csrc/*)
+NATIVE := CMakeLists.txt $(wildcard kernels/csrc/* offload/csrc/*)
+SOURCES := $(wildcard kernels/csrc/*.cpp kernels/csrc/*.h offload/csrc/*.cpp offload/csrc/*.h)
 PARTS := cli.py demo.py quantize runtime offload kernels src examples benchmarks tests docs
 
 .PHONY: demo test lint format docs bench clean
@@ -16,12 +17,12 @@ lint: .venv/tested
 	$(BIN)/ruff check $(PARTS)
 	$(BIN)/ruff format --check $(PARTS)
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror kernels/csrc/*.cpp kernels/csrc/*.h
+	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
 
 format: .venv/tested
 	$(BIN)/ruff check --fix $(PARTS)
 	$(BIN)/ruff format $(PARTS)
-	$(BIN)/clang-format -i kernels/csrc/*.cpp kernels/csrc/*.h
+	$(BIN)/clang-format -i $(SOURCES)
 
 docs: .venv/tested
 	$(BIN)/python docs/generate_cli.py

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from moebox import _kernels
-from moebox._kernels import CudaCopier, HostCopier, Residency, ThreadPool
+from moebox._kernels import Copier, CudaCopier, HostCopier, Residency, ThreadPool
 from moebox.errors import DeviceError
 from moebox.kernels.cpu import _export
 
-__all__ = ["FIELDS", "CudaCopier", "DecodeRoads", "HostCopier", "Residency"]
+__all__ = ["FIELDS", "Copier", "CudaCopier", "DecodeRoads", "HostCopier", "Residency"]
 
 FIELDS: tuple[str, ...] = tuple(_kernels.ROAD_FIELDS)
 """Columns of `DecodeRoads.stats`; `_s` are seconds.
@@ -69,7 +69,7 @@ class DecodeRoads(_kernels.DecodeRoads):
         self,
         pool: ThreadPool,
         residency: Residency,
-        copier: HostCopier | CudaCopier,
+        copier: Copier,
         *,
         shape: tuple[int, int],
         ram: Tensor,
@@ -97,13 +97,15 @@ class DecodeRoads(_kernels.DecodeRoads):
         cpu_gbps: float = 50.0,
         isa: str | None = None,
     ) -> None:
-        mailbox = (routed, listed, summed, ids, weights, hits, hit_weights, uploads, upload_weights, hidden, sums)
+        flags = (routed, listed, summed)
+        lists = (hits, hit_weights, uploads, upload_weights)
+        arrays = (ram, ram_rows, *flags, ids, weights, *lists, hidden, sums)
         super().__init__(
             pool,
             residency,
             copier,
             shape,
-            [_export(array) for array in (ram, ram_rows, *mailbox)],
+            [_export(array) for array in arrays],
             (slab_address, slab_stride),
             (uploaded_address, uploaded_stride_bytes, one_address),
             (n_experts, top_k),

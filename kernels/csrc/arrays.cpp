@@ -9,6 +9,8 @@ namespace nb = nanobind;
 
 const char* type_name(Type type) {
   switch (type) {
+    case Type::uint8:
+      return "uint8";
     case Type::int32:
       return "int32";
     case Type::float32:
@@ -70,6 +72,8 @@ bool is_type(const nb::dlpack::dtype& given, Type type) {
     return given.code == static_cast<std::uint8_t>(code) && given.bits == bits && given.lanes == 1;
   };
   switch (type) {
+    case Type::uint8:
+      return is(dtype_code::UInt, 8);
     case Type::int32:
       return is(dtype_code::Int, 32);
     case Type::float32:
@@ -82,7 +86,8 @@ bool is_type(const nb::dlpack::dtype& given, Type type) {
 
 void check_memory(const Array& array, const char* name) {
   const std::string prefix = std::string(name) + ": ";
-  if (array.device_type() != nb::device::cpu::value)
+  const int device = array.device_type();
+  if (device != nb::device::cpu::value && device != nb::device::cuda_host::value)
     throw nb::type_error((prefix + "the array is on another device, CPU memory is needed").c_str());
   if (!contiguous(array))
     throw nb::value_error((prefix + "not contiguous (row-major); pass array.contiguous()").c_str());

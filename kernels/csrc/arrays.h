@@ -16,7 +16,7 @@ namespace moebox {
 using Array = nanobind::ndarray<nanobind::ro>;
 using OutArray = nanobind::ndarray<>;
 
-enum class Type { int32, float32, bf16 };  // bf16: bfloat16, or uint16 holding its bits
+enum class Type { uint8, int32, float32, bf16 };  // bf16: bfloat16, or uint16 holding its bits
 
 // A dimension of an expected shape: bound by the first array that has it, compared in later ones.
 // The array's size times `divisor` is the symbol's value.

@@ -38,8 +38,8 @@ std::size_t round_up(std::size_t value, std::size_t to) { return (value + to - 1
 class Batch {
  public:
   Batch(ThreadPool::Lease& pool, const ExpertsCall& call, const ExpertKernels& kernels,
-        std::vector<Item> items)
-      : pool_(pool), call_(call), kernels_(kernels), items_(std::move(items)) {
+        std::vector<Item> items, std::function<void()> first)
+      : pool_(pool), call_(call), kernels_(kernels), items_(std::move(items)), first_(std::move(first)) {
     place();
   }
 
@@ -101,7 +101,9 @@ class Batch {
 
   template <class Task>
   void run_tasks(std::size_t tasks, Task&& task) {
-    if (!alone_) return pool_.run(tasks, task);
+    const auto first = std::exchange(first_, {});
+    if (!alone_) return pool_.run(tasks, task, first);
+    if (first) first();
     for (std::size_t i = 0; i < tasks; ++i) task(i, 0);
   }
 
@@ -164,6 +166,7 @@ class Batch {
   const ExpertsCall& call_;
   const ExpertKernels& kernels_;
   std::vector<Item> items_;
+  std::function<void()> first_;
   bool alone_ = false;
   std::byte* memory_ = nullptr;
   std::size_t workers_at_ = 0, worker_bytes_ = 0;
@@ -187,19 +190,21 @@ std::vector<Item> split(const ExpertsCall& call, const ExpertKernels& kernels) {
 
 }  // namespace
 
-void experts_forward(ThreadPool& pool, const ExpertsCall& call, const ExpertKernels& kernels) {
-  ThreadPool::Lease lease(pool);
+void experts_forward(ThreadPool::Lease& lease, const ExpertsCall& call, const ExpertKernels& kernels,
+                     std::function<void()> first) {
   std::vector<Item> batch;
   std::size_t pairs = 0;
+  const auto run_batch = [&] {
+    Batch(lease, call, kernels, std::exchange(batch, {}), std::exchange(first, {})).run();
+    pairs = 0;
+  };
   for (const Item& item : split(call, kernels)) {
-    if (pairs + item.n > kMaxBatchPairs) {
-      Batch(lease, call, kernels, std::exchange(batch, {})).run();
-      pairs = 0;
-    }
+    if (pairs + item.n > kMaxBatchPairs) run_batch();
     batch.push_back(item);
     pairs += item.n;
   }
-  if (!batch.empty()) Batch(lease, call, kernels, std::move(batch)).run();
+  if (!batch.empty()) run_batch();
+  if (first) first();
 }
 
 }  // namespace moebox

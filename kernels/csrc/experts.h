@@ -16,8 +16,10 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 
 #include "isa.h"
+#include "pool.h"
 
 namespace moebox {
 
@@ -78,9 +80,9 @@ struct ExpertsCall {
   float* out;  // [T, H]
 };
 
-class ThreadPool;
-
 // Adds in the order of the pairs, whatever the number of threads: the same bits each time.
-void experts_forward(ThreadPool& pool, const ExpertsCall& call, const ExpertKernels& kernels);
+// The calling thread calls `first`, if there is one, when the others have begun.
+void experts_forward(ThreadPool::Lease& pool, const ExpertsCall& call, const ExpertKernels& kernels,
+                     std::function<void()> first = {});
 
 }  // namespace moebox

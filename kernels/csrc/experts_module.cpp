@@ -124,7 +124,8 @@ void forward(ThreadPool& pool, const nb::sequence& sequence, const Array& offset
                          is_type(hidden.dtype(), Type::bf16),
                          static_cast<float*>(out.data())};
   const nb::gil_scoped_release unlocked;
-  experts_forward(pool, call, kernels);
+  ThreadPool::Lease lease(pool);
+  experts_forward(lease, call, kernels);
 }
 
 }  // namespace

@@ -15,4 +15,5 @@ NB_MODULE(_kernels, m) {
   moebox::register_experts(m);
   moebox::register_probes(m);
   moebox::register_quantize(m);
+  moebox::register_roads(m);
 }

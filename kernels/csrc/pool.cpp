@@ -19,12 +19,6 @@ constexpr auto kSpin = std::chrono::microseconds(50);
 constexpr int kPausesPerClockRead = 32;
 constexpr std::size_t kLine = 64;
 
-void pause() {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#endif
-}
-
 // Spins for kSpin at most; true as soon as ready() is.
 template <class Ready>
 bool spin(Ready&& ready) {
@@ -32,7 +26,7 @@ bool spin(Ready&& ready) {
   do {
     for (int i = 0; i < kPausesPerClockRead; ++i) {
       if (ready()) return true;
-      pause();
+      pause_cpu();
     }
   } while (std::chrono::steady_clock::now() < end);
   return false;
@@ -112,31 +106,44 @@ ThreadPool::Lease::Lease(ThreadPool& pool) : pool_(pool) {
   lock_ = std::unique_lock(pool.mutex_);
 }
 
-void ThreadPool::run(std::size_t tasks, void* context, Call call) {
+ThreadPool::Hot::Hot(Lease& lease) : pool_(lease.pool_) {
+  ++pool_.hot_;
+  lease.run(lease.size(), [](std::size_t, int) {});  // wakes those that sleep
+}
+
+void ThreadPool::run(std::size_t tasks, void* context, Call call, const std::function<void()>& first) {
   context_ = context;
   call_ = call;
   tasks_ = tasks;
   next_ = 0;
   if (tasks <= 1 || workers_.empty()) {
+    guarded(first);
     take_tasks(0);  // nothing to share out: wake nobody
   } else {
-    share_round();
+    share_round(first);
   }
   if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
 }
 
-void ThreadPool::share_round() {
+void ThreadPool::share_round(const std::function<void()>& first) {
   busy_ = static_cast<int>(workers_.size());
   ++round_;
   round_.notify_all();
+  guarded(first);
   take_tasks(0);
   while (!spin([this] { return busy_ == 0; })) std::this_thread::yield();
 }
 
 void ThreadPool::take_tasks(int worker) {
-  try {
+  guarded([this, worker] {
     for (std::size_t task; (task = next_.fetch_add(1, std::memory_order_relaxed)) < tasks_;)
       call_(context_, task, worker);
+  });
+}
+
+void ThreadPool::guarded(const std::function<void()>& part) {
+  try {
+    if (part) part();
   } catch (...) {
     next_ = tasks_;
     const std::lock_guard guard(error_mutex_);
@@ -145,7 +152,13 @@ void ThreadPool::take_tasks(int worker) {
 }
 
 bool ThreadPool::wait_for_round(std::uint32_t seen) {
-  if (!spin([&] { return round_ != seen; })) round_.wait(seen);
+  while (!spin([&] { return round_ != seen; })) {
+    if (hot_ == 0) {
+      round_.wait(seen);
+      break;
+    }
+    std::this_thread::yield();  // to whoever waits for this CPU
+  }
   return !stop_;
 }
 

@@ -125,39 +125,41 @@ class Residency:
     def trim(self) -> list[int]:
         """Release the weakest until `reserve` slots are free; returns their keys."""
 
-class HostCopier:
-    """Copies of a stand-in device, whose memory is the host's: one thread for each direction, in order.
+class Copier:
+    """Copies between host and device, in two orders of their own: uploads and signals, and downloads.
 
-    With `max_delay_us` each copy and signal waits for a random time before it starts.
+    Addresses are integers. Used by one thread at a time. Raises DeviceFailure.
     """
-    def __init__(self, seed: int | None = None, max_delay_us: float = 0.0) -> None: ...
+    def attach(self) -> None:
+        """Before other calls from a thread that may not have used the device."""
     def upload(self, destination: int, source: int, nbytes: int) -> None:
         """Queue a copy from host to device."""
     def download(self, destination: int, source: int, nbytes: int) -> None:
-        """Queue a copy from device to host, in an order of its own."""
+        """Queue a copy from device to host."""
     def signal(self, flag: int, one: int) -> None:
-        """Queue a copy of the int32 `one`, which is 1, after the uploads so far."""
+        """Queue a copy of the int32 at `one`, which is 1, after the uploads so far."""
     def clear(self, destination: int, nbytes: int) -> None:
         """Zero device memory, after the uploads so far; done on return."""
     def synchronize(self) -> None:
         """Wait for all that is queued."""
     def error(self) -> str | None:
-        """What failed, if something did; sticks. Copies are skipped from then on, signals are not."""
-    def fail_after(self, copies: int) -> None:
-        """Have a copy fail when so many more are done: for tests."""
+        """What failed, if something did; sticks."""
 
-class CudaCopier:
+class HostCopier(Copier):
+    """Copies of a stand-in device, whose memory is the host's: one thread for each direction.
+
+    With `max_delay_us` each copy and signal waits for a random time before it starts.
+    """
+    def __init__(self, seed: int | None = None, max_delay_us: float = 0.0) -> None: ...
+    def fail_after(self, copies: int) -> None:
+        """For tests: have a copy fail when so many more are done. Later ones are skipped, signals are not."""
+
+class CudaCopier(Copier):
     """Copies of a CUDA device by two streams of the current context, given as raw handles.
 
-    The driver (libcuda.so.1) is opened at run time; nothing links to it. RuntimeError without one.
+    The driver (libcuda.so.1) is opened at run time. DeviceFailure where there is no driver or no context.
     """
     def __init__(self, upload_stream: int, download_stream: int) -> None: ...
-    def upload(self, destination: int, source: int, nbytes: int) -> None: ...
-    def download(self, destination: int, source: int, nbytes: int) -> None: ...
-    def signal(self, flag: int, one: int) -> None: ...
-    def clear(self, destination: int, nbytes: int) -> None: ...
-    def synchronize(self) -> None: ...
-    def error(self) -> str | None: ...
 
 ROAD_FIELDS: list[str]
 
@@ -169,7 +171,7 @@ class DecodeRoads:
         self,
         pool: ThreadPool,
         residency: Residency,
-        copier: HostCopier | CudaCopier,
+        copier: Copier,
         shape: tuple[int, int],
         arrays: list[Any],
         slab: tuple[int, int],

@@ -1,0 +1,288 @@
+#include "roads.h"
+
+#include <algorithm>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <utility>
+
+namespace moebox {
+namespace {
+
+using Seconds = std::chrono::duration<double>;
+
+constexpr int kPausesPerClockRead = 32;
+constexpr Seconds kPatience{50e-6};  // of spinning, until other threads get a chance
+constexpr Seconds kErrorInterval{1e-3};
+
+std::int32_t load(std::int32_t* flag) { return std::atomic_ref(*flag).load(std::memory_order_acquire); }
+void raise(std::int32_t* flag) { std::atomic_ref(*flag).store(1, std::memory_order_release); }
+
+void write_list(const auto& picks, std::int32_t* list, float* weights) {
+  list[0] = static_cast<std::int32_t>(picks.size());
+  for (std::size_t i = 0; i < picks.size(); ++i) {
+    list[1 + i] = picks[i].slot;
+    weights[i] = picks[i].weight;
+  }
+}
+
+// The expert at an address: gate, up, down, each packed values and then scales.
+ExpertWeights expert_at(std::uintptr_t address, std::size_t hidden, std::size_t inner) {
+  const auto take = [&address](std::size_t rows, std::size_t columns) {
+    const std::uintptr_t packed = address, scale = packed + rows * columns / 2;
+    address = scale + rows * (columns / kGroup) * sizeof(std::uint16_t);
+    return Matrix{reinterpret_cast<const std::uint8_t*>(packed),
+                  reinterpret_cast<const std::uint16_t*>(scale), rows, columns / kGroup};
+  };
+  const Matrix gate = take(inner, hidden), up = take(inner, hidden);
+  return {gate, up, take(hidden, inner)};
+}
+
+}  // namespace
+
+void LiveRate::set(double gbps) {
+  constexpr double kTrust = 0.02;  // seconds
+  seconds_ = kTrust;
+  bytes_ = gbps * 1e9 * kTrust;
+}
+
+void LiveRate::add(double bytes, double seconds) {
+  constexpr double kKeep = 0.98, kOutlier = 4;
+  if (!(seconds > 0)) return;
+  const double expected = bytes * seconds_ / bytes_;
+  bytes_ = bytes_ * kKeep + bytes;
+  seconds_ = seconds_ * kKeep + std::clamp(seconds, expected / kOutlier, expected * kOutlier);
+}
+
+std::size_t split(std::size_t misses, std::size_t most, double pcie_gbps, double cpu_gbps) {
+  const auto longer = [&](std::size_t q) { return std::max(q / pcie_gbps, (misses - q) / cpu_gbps); };
+  std::size_t best = 0;
+  for (std::size_t q = 1; q <= std::min(misses, most); ++q)
+    if (longer(q) < longer(best)) best = q;
+  return best;
+}
+
+DecodeRoads::DecodeRoads(ThreadPool& pool, Residency& residency, Copier& copier, const RoadShape& shape,
+                         const Mailbox& mailbox, const Stores& stores, bool exclusive,
+                         const ExpertKernels& kernels)
+    : pool_(pool),
+      residency_(residency),
+      copier_(copier),
+      shape_(shape),
+      box_(mailbox),
+      stores_(stores),
+      kernels_(kernels),
+      turnover_(residency, copier, stores, exclusive),
+      stats_(shape.layers) {}
+
+void DecodeRoads::clear() {
+  copier_.attach();
+  for (std::int32_t* flags : {box_.routed, box_.listed, box_.summed})
+    std::memset(flags, 0, shape_.layers * kFlagWords * sizeof(std::int32_t));
+  copier_.clear(box_.uploaded, shape_.layers * box_.uploaded_stride);
+}
+
+void DecodeRoads::run_token(const std::int32_t* trace, double timeout_s) {
+  ThreadPool::Lease lease(pool_);
+  const ThreadPool::Hot hot(lease);
+  std::size_t layer = 0;
+  abort_ = false;
+  try {
+    copier_.attach();
+    learn_upload_times();
+    residency_.set_tick(residency_.tick() + 1);
+    turnover_.begin_token();
+    for (; layer < shape_.layers; ++layer)
+      run_layer(lease, layer, (trace ? trace : box_.ids) + layer * shape_.top_k, timeout_s);
+    if (const auto error = copier_.error()) throw DeviceFailure(*error);
+  } catch (...) {
+    end_early(layer);
+    recover();
+    throw;
+  }
+}
+
+void DecodeRoads::run_layer(ThreadPool::Lease& lease, std::size_t layer, const std::int32_t* ids,
+                            double timeout_s) {
+  LayerStats& stats = stats_[layer];
+  stats = {};
+  const auto start = Clock::now();
+  wait_routed(layer, timeout_s);
+  const auto seen = Clock::now();
+  turnover_.begin_step();
+  look_up(layer, ids);
+  turnover_.make_room(hit_keys_);
+  decide();
+  publish_lists(layer);
+  stats.listed_s = Seconds(Clock::now() - seen).count();
+  compute(lease, layer, seen);
+  raise(box_.summed + layer * kFlagWords);
+  stats.layer_s = Seconds(Clock::now() - seen).count();
+  stats.wait_s = Seconds(seen - start).count();
+  learn_upload_times();
+}
+
+void DecodeRoads::wait_routed(std::size_t layer, double timeout_s) {
+  std::int32_t* flag = box_.routed + layer * kFlagWords;
+  const auto start = Clock::now();
+  auto checked = start;
+  for (;;) {
+    for (int i = 0; i < kPausesPerClockRead; ++i) {
+      if (load(flag)) return;
+      pause_cpu();
+    }
+    if (abort_) throw std::runtime_error("the token was aborted at layer " + std::to_string(layer));
+    const auto now = Clock::now();
+    if (now - start > kPatience) std::this_thread::yield();
+    if (now - checked > kErrorInterval) {
+      if (const auto error = copier_.error()) throw DeviceFailure(*error);
+      checked = now;
+    }
+    if (now - start > Seconds(timeout_s))
+      throw DeviceFailure("the GPU did not route MoE layer " + std::to_string(layer) + " within " +
+                          std::to_string(timeout_s) + " s");
+  }
+}
+
+// Sorts the layer's experts into hits and, for the time being in cpu_, misses.
+void DecodeRoads::look_up(std::size_t layer, const std::int32_t* ids) {
+  const float* weights = box_.weights + layer * shape_.top_k;
+  hits_.clear(), uploads_.clear(), cpu_.clear(), hit_keys_.clear();
+  for (std::size_t i = 0; i < shape_.top_k; ++i) {
+    const std::int32_t id = ids[i];
+    if (id < 0 || static_cast<std::size_t>(id) >= shape_.n_experts || std::find(ids, ids + i, id) != ids + i)
+      throw std::runtime_error("MoE layer " + std::to_string(layer) + ": expert " + std::to_string(id) +
+                               " is out of range or chosen twice");
+    const auto key = static_cast<std::int32_t>(layer * shape_.n_experts + id);
+    const std::int32_t slot = residency_.slot(key);
+    residency_.use(key, 1);
+    (slot < 0 ? cpu_ : hits_).push_back({key, slot, weights[i]});
+    if (slot >= 0) hit_keys_.push_back(key);
+    if (slot < 0 && stores_.rows[key] < 0)
+      throw std::logic_error("expert " + std::to_string(id) + " of MoE layer " + std::to_string(layer) +
+                             " is neither in RAM nor on the GPU");
+  }
+}
+
+// The misses used most go to the GPU, which keeps them.
+void DecodeRoads::decide() {
+  const std::size_t n = split(cpu_.size(), residency_.n_free(), pcie.gbps(), cpu.gbps());
+  if (n == 0) return;
+  std::ranges::sort(cpu_, [this](const Pick& a, const Pick& b) { return residency_.weaker(a.key, b.key); });
+  for (std::size_t i = 0; i < n; ++i) {
+    Pick& pick = uploads_.emplace_back(cpu_.back());
+    cpu_.pop_back();
+    pick.slot = residency_.place(pick.key);
+    turnover_.arrives(pick.key);
+  }
+}
+
+void DecodeRoads::publish_lists(std::size_t layer) {
+  const std::size_t k = shape_.top_k;
+  write_list(hits_, box_.hits + layer * (1 + k), box_.hit_weights + layer * k);
+  write_list(uploads_, box_.uploads + layer * (1 + k), box_.upload_weights + layer * k);
+  raise(box_.listed + layer * kFlagWords);
+}
+
+void DecodeRoads::queue_uploads(std::size_t layer) {
+  if (!uploads_.empty()) {
+    const Copier::Mark begin = copier_.mark(Copier::Way::up);
+    for (const Pick& pick : uploads_)
+      copier_.upload(stores_.slot(pick.slot), stores_.row(stores_.rows[pick.key]), stores_.expert_bytes);
+    const auto bytes = static_cast<double>(uploads_.size() * stores_.expert_bytes);
+    timings_.push_back({layer, bytes, begin, copier_.mark(Copier::Way::up)});
+    stats_[layer].upload_s = std::numeric_limits<double>::quiet_NaN();
+  }
+  copier_.signal(box_.uploaded + layer * box_.uploaded_stride, box_.one);
+  turnover_.begin_downloads();
+}
+
+void DecodeRoads::compute(ThreadPool::Lease& lease, std::size_t layer, Clock::time_point seen) {
+  LayerStats& stats = stats_[layer];
+  stats.hits = static_cast<double>(hits_.size());
+  stats.uploads = static_cast<double>(uploads_.size());
+  stats.cpu = static_cast<double>(cpu_.size());
+  std::memset(box_.sums + layer * shape_.hidden, 0, shape_.hidden * sizeof(float));
+  const auto start = Clock::now();
+  sum_on_cpu(lease, layer, [&] {
+    queue_uploads(layer);
+    stats.schedule_s = Seconds(Clock::now() - seen).count();
+  });
+  if (cpu_.empty()) return;
+  stats.cpu_s = Seconds(Clock::now() - start).count();
+  cpu.add(static_cast<double>(cpu_.size() * stores_.expert_bytes), stats.cpu_s);
+}
+
+void DecodeRoads::sum_on_cpu(ThreadPool::Lease& lease, std::size_t layer,
+                             const std::function<void()>& first) {
+  experts_.clear();
+  std::vector<const ExpertWeights*> experts;
+  std::vector<std::int32_t> offsets{0}, tokens(cpu_.size(), 0);
+  std::vector<float> weights;
+  for (const Pick& pick : cpu_) {
+    experts_.push_back(expert_at(stores_.row(stores_.rows[pick.key]), shape_.hidden, shape_.inner));
+    weights.push_back(pick.weight);
+    offsets.push_back(static_cast<std::int32_t>(weights.size()));
+  }
+  for (const ExpertWeights& expert : experts_) experts.push_back(&expert);
+  const ExpertsCall call{experts.data(), experts.size(),
+                         offsets.data(), tokens.data(),
+                         weights.data(), box_.hidden + layer * shape_.hidden,
+                         true,           box_.sums + layer * shape_.hidden};
+  experts_forward(lease, call, kernels_, first);
+}
+
+void DecodeRoads::learn_upload_times() {
+  while (!timings_.empty() && copier_.reached(timings_.front().end)) {
+    const Timing& timing = timings_.front();
+    const double seconds = copier_.seconds(timing.begin, timing.end);
+    stats_[timing.layer].upload_s = seconds;
+    pcie.add(timing.bytes, seconds);
+    copier_.drop(timing.begin);
+    copier_.drop(timing.end);
+    timings_.pop_front();
+  }
+}
+
+void DecodeRoads::settle() {
+  copier_.attach();
+  copier_.synchronize();
+  learn_upload_times();
+  turnover_.settle();
+}
+
+// Lets the GPU's program run to its end with whatever is there.
+void DecodeRoads::end_early(std::size_t from) {
+  for (std::size_t layer = from; layer < shape_.layers; ++layer) {
+    std::int32_t* listed = box_.listed + layer * kFlagWords;
+    if (!load(listed)) {
+      box_.hits[layer * (1 + shape_.top_k)] = 0;
+      box_.uploads[layer * (1 + shape_.top_k)] = 0;
+      raise(listed);
+    }
+    std::memset(box_.sums + layer * shape_.hidden, 0, shape_.hidden * sizeof(float));
+    raise(box_.summed + layer * kFlagWords);
+    try {
+      copier_.signal(box_.uploaded + layer * box_.uploaded_stride, box_.one);
+    } catch (const DeviceFailure&) {
+      // a device that takes no copies runs no program either
+    }
+  }
+}
+
+void DecodeRoads::recover() {
+  for (const Timing& timing : timings_) {
+    copier_.drop(timing.begin);
+    copier_.drop(timing.end);
+  }
+  timings_.clear();
+  try {
+    copier_.synchronize();
+  } catch (const DeviceFailure&) {
+    // reported already
+  }
+  turnover_.undo();
+}
+
+}  // namespace moebox

@@ -1,0 +1,124 @@
+// The host's side of a decode step: see offload/roads.py.
+#pragma once
+
+#include <array>
+#include <atomic>
+#include <chrono>
+#include <cstddef>
+#include <cstdint>
+#include <deque>
+#include <limits>
+#include <vector>
+
+#include "copier.h"
+#include "experts.h"
+#include "pool.h"
+#include "residency.h"
+#include "turnover.h"
+
+namespace moebox {
+
+constexpr std::size_t kFlagWords = 16;  // a flag has a cache line of its own
+
+// What GPU and host share, in pinned memory: arrays of L layers, k chosen experts, H hidden_size.
+struct Mailbox {
+  std::int32_t *routed, *listed, *summed;  // [L, 16]
+  const std::int32_t* ids;                 // [L, k]
+  const float* weights;                    // [L, k]
+  std::int32_t* hits;                      // [L, 1 + k]: a count, then slots
+  float* hit_weights;                      // [L, k]
+  std::int32_t* uploads;                   // [L, 1 + k]
+  float* upload_weights;                   // [L, k]
+  const std::uint16_t* hidden;             // bf16 [L, H]
+  float* sums;                             // [L, H]
+  std::uintptr_t uploaded;                 // device int32, one every uploaded_stride bytes
+  std::size_t uploaded_stride;
+  std::uintptr_t one;
+};
+
+struct RoadShape {
+  std::size_t layers, n_experts, top_k, hidden, inner;
+};
+
+// GB/s of bytes over seconds, the older the less.
+class LiveRate {
+ public:
+  explicit LiveRate(double gbps) { set(gbps); }
+  void set(double gbps);
+  double gbps() const { return bytes_ / seconds_ * 1e-9; }
+  void add(double bytes, double seconds);
+
+ private:
+  double bytes_, seconds_;
+};
+
+struct LayerStats {
+  static constexpr std::array kFields = {"hits",       "uploads", "cpu",      "wait_s", "listed_s",
+                                         "schedule_s", "cpu_s",   "upload_s", "layer_s"};
+  double hits = 0, uploads = 0, cpu = 0, wait_s = 0, listed_s = 0, schedule_s = 0, cpu_s = 0, upload_s = 0,
+         layer_s = 0;
+};
+static_assert(sizeof(LayerStats) == LayerStats::kFields.size() * sizeof(double));
+
+// How many of `misses` to upload, at most `most`, so that the longer of the two roads is shortest.
+std::size_t split(std::size_t misses, std::size_t most, double pcie_gbps, double cpu_gbps);
+
+class DecodeRoads {
+ public:
+  DecodeRoads(ThreadPool& pool, Residency& residency, Copier& copier, const RoadShape& shape,
+              const Mailbox& mailbox, const Stores& stores, bool exclusive, const ExpertKernels& kernels);
+
+  // `trace`: expert ids [L, k] to use instead of the mailbox's, or null.
+  void run_token(const std::int32_t* trace, double timeout_s);
+  void clear();
+  void abort() { abort_ = true; }
+  void settle();
+
+  const RoadShape& shape() const { return shape_; }
+  const std::vector<LayerStats>& stats() const { return stats_; }
+  LiveRate pcie{50}, cpu{50};
+
+ private:
+  using Clock = std::chrono::steady_clock;
+  struct Pick {
+    std::int32_t key, slot;
+    float weight;
+  };
+  // Uploads of a layer whose time is not known yet.
+  struct Timing {
+    std::size_t layer;
+    double bytes;
+    Copier::Mark begin, end;
+  };
+
+  void run_layer(ThreadPool::Lease& lease, std::size_t layer, const std::int32_t* ids, double timeout_s);
+  void wait_routed(std::size_t layer, double timeout_s);
+  void look_up(std::size_t layer, const std::int32_t* ids);
+  void decide();
+  void publish_lists(std::size_t layer);
+  void queue_uploads(std::size_t layer);
+  void compute(ThreadPool::Lease& lease, std::size_t layer, Clock::time_point seen);
+  void sum_on_cpu(ThreadPool::Lease& lease, std::size_t layer, const std::function<void()>& first);
+  void learn_upload_times();
+  void end_early(std::size_t from);
+  void recover();
+
+  ThreadPool& pool_;
+  Residency& residency_;
+  Copier& copier_;
+  const RoadShape shape_;
+  const Mailbox box_;
+  const Stores stores_;
+  const ExpertKernels& kernels_;
+  Turnover turnover_;
+  std::atomic<bool> abort_{false};
+
+  std::vector<LayerStats> stats_;  // by layer
+  std::deque<Timing> timings_;
+  // The layer's chosen experts.
+  std::vector<Pick> hits_, uploads_, cpu_;
+  std::vector<std::int32_t> hit_keys_;
+  std::vector<ExpertWeights> experts_;
+};
+
+}  // namespace moebox

@@ -1,0 +1,270 @@
+"""A small model's experts, a mailbox, and a Python thread that plays the GPU of `offload.roads`."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from helpers.experts import Routing, random_arrays, reference
+from moebox.kernels.cpu import ThreadPool
+from moebox.offload.roads import DecodeRoads, HostCopier, Residency
+
+FLAG_WORDS = 16
+
+
+@dataclass
+class Spec:
+    """What a rig is made of."""
+
+    layers: int = 3
+    n_experts: int = 10
+    top_k: int = 4
+    hidden: int = 64
+    inner: int = 32
+    slots: int = 12
+    reserve: int = 3
+    rows: int | None = None
+    """of RAM; None: one for each expert"""
+    seed: int = 0
+    max_delay_us: float = 0.0
+    cpu_gbps: float = 50.0
+    threads: int = 2
+
+    @property
+    def keys(self) -> int:
+        """Experts of all layers."""
+        return self.layers * self.n_experts
+
+
+class Mailbox:
+    """The pinned arrays, in plain memory."""
+
+    def __init__(self, spec: Spec) -> None:
+        layers, k = spec.layers, spec.top_k
+        self.routed, self.listed, self.summed, self.uploaded = (
+            torch.zeros(layers, FLAG_WORDS, dtype=torch.int32) for _ in range(4)
+        )
+        self.ids = torch.zeros(layers, k, dtype=torch.int32)
+        self.hits, self.uploads = (torch.zeros(layers, 1 + k, dtype=torch.int32) for _ in range(2))
+        self.weights, self.hit_weights, self.upload_weights = (torch.zeros(layers, k) for _ in range(3))
+        self.hidden = torch.zeros(layers, spec.hidden, dtype=torch.bfloat16)
+        self.sums = torch.full((layers, spec.hidden), 7.0)
+        self.one = torch.ones(FLAG_WORDS, dtype=torch.int32)
+
+    def arrays(self) -> dict[str, Tensor]:
+        """`DecodeRoads`' arguments."""
+        names = "routed listed summed ids weights hits hit_weights uploads upload_weights hidden sums"
+        return {name: getattr(self, name) for name in names.split()}
+
+
+def expert_bytes(arrays: list[Tensor]) -> np.ndarray:
+    """The six arrays back to back, uint8."""
+    return np.concatenate([array.contiguous().view(torch.uint8).numpy().reshape(-1) for array in arrays])
+
+
+class Rig:
+    """`DecodeRoads` with everything around it, and checks of what it must keep."""
+
+    def __init__(self, spec: Spec) -> None:
+        self.spec = spec
+        generator = torch.Generator().manual_seed(spec.seed)
+        self.arrays = [random_arrays(spec.hidden, spec.inner, generator) for _ in range(spec.keys)]
+        self.gold = np.stack([expert_bytes(arrays) for arrays in self.arrays])
+        self.nbytes = self.gold.shape[1]
+        self.exclusive = spec.rows is not None
+        self._place(spec.rows if spec.rows is not None else spec.keys)
+        self.box = Mailbox(spec)
+        self.copier = HostCopier(spec.seed, spec.max_delay_us)
+        self.pool = ThreadPool(spec.threads, pin=False)
+        self.roads = self._roads()
+
+    def _place(self, rows: int) -> None:
+        """The first `rows` keys go to RAM, in a shuffled order, the others to slots."""
+        spec, stride = self.spec, (self.nbytes + 4095) // 4096 * 4096
+        self.ram = torch.zeros(rows, stride, dtype=torch.uint8)
+        self.slab = torch.zeros(max(spec.slots, 1), stride, dtype=torch.uint8)
+        self.ram_rows = torch.full((spec.keys,), -1, dtype=torch.int32)
+        self.residency = Residency(spec.keys, spec.slots, spec.reserve)
+        keys = np.random.default_rng(spec.seed).permutation(spec.keys)
+        for row, key in enumerate(keys[: min(rows, spec.keys)]):
+            self.ram[row, : self.nbytes] = torch.from_numpy(self.gold[key])
+            self.ram_rows[key] = row
+        for key in keys[rows:]:
+            slot = self.residency.place(int(key))
+            self.slab[slot, : self.nbytes] = torch.from_numpy(self.gold[key])
+
+    def _roads(self) -> DecodeRoads:
+        spec, box = self.spec, self.box
+        return DecodeRoads(
+            self.pool,
+            self.residency,
+            self.copier,
+            shape=(spec.hidden, spec.inner),
+            ram=self.ram,
+            ram_rows=self.ram_rows,
+            slab_address=self.slab.data_ptr(),
+            slab_stride=self.slab.stride(0),
+            **box.arrays(),
+            uploaded_address=box.uploaded.data_ptr(),
+            uploaded_stride_bytes=4 * FLAG_WORDS,
+            one_address=box.one.data_ptr(),
+            n_experts=spec.n_experts,
+            top_k=spec.top_k,
+            exclusive=self.exclusive,
+            pcie_gbps=50.0,
+            cpu_gbps=spec.cpu_gbps,
+        )
+
+    def check_places(self) -> None:
+        """Every expert has a home with its bytes in it; no home is shared. After `settle`."""
+        rows, table = self.ram_rows.numpy(), self.residency.table()
+        assert ((rows >= 0) | (table >= 0)).all()
+        for home in (rows[rows >= 0], table[table >= 0]):
+            assert len(set(home.tolist())) == len(home)
+        for key in range(self.spec.keys):
+            if rows[key] >= 0:
+                assert (self.ram[rows[key], : self.nbytes].numpy() == self.gold[key]).all()
+            if table[key] >= 0:
+                assert (self.slab[table[key], : self.nbytes].numpy() == self.gold[key]).all()
+        if self.exclusive:
+            assert not ((rows >= 0) & (table >= 0)).any()
+
+    def all_raised(self) -> bool:
+        """Every flag that a GPU waits for is up."""
+        self.copier.synchronize()
+        return all(
+            bool((flags[:, 0] == 1).all()) for flags in (self.box.listed, self.box.summed, self.box.uploaded)
+        )
+
+
+@dataclass
+class Layer:
+    """What the playing GPU found in one layer."""
+
+    ids: list[int]
+    weights: list[float]
+    hits: dict[int, float]
+    """slot → weight"""
+    uploads: dict[int, float]
+    slots: dict[int, int]
+    """slot → the layer's expert whose bytes lay there when it was read"""
+    hidden: Tensor
+    total: Tensor
+
+
+class Gpu(threading.Thread):
+    """Plays one token's program, with random delays; `stop_at` is a layer it never routes."""
+
+    def __init__(self, rig: Rig, seed: int, ids: np.ndarray, stop_at: int | None = None) -> None:
+        super().__init__(daemon=True)
+        self.rig, self.ids, self.stop_at = rig, ids, stop_at
+        self.random = random.Random(seed)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.layers: list[Layer] = []
+        self.error: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            for layer in range(self.rig.spec.layers if self.stop_at is None else self.stop_at):
+                self._layer(layer)
+        except BaseException as error:  # noqa: BLE001  # handed to the test's thread
+            self.error = error
+
+    def _layer(self, layer: int) -> None:
+        box, spec = self.rig.box, self.rig.spec
+        self._idle()
+        box.ids[layer] = torch.from_numpy(self.ids[layer])
+        box.weights[layer] = torch.rand(spec.top_k, generator=self.generator)
+        box.hidden[layer] = torch.randn(spec.hidden, generator=self.generator).bfloat16()
+        hidden, weights = box.hidden[layer].clone(), box.weights[layer].tolist()
+        box.routed[layer, 0] = 1
+        wait(box.listed[layer])
+        slots: dict[int, int] = {}
+        hits = self._read(layer, box.hits[layer], box.hit_weights[layer], slots)
+        wait(box.uploaded[layer])
+        uploads = self._read(layer, box.uploads[layer], box.upload_weights[layer], slots)
+        wait(box.summed[layer])
+        total = box.sums[layer].clone()
+        self.layers.append(Layer(self.ids[layer].tolist(), weights, hits, uploads, slots, hidden, total))
+
+    def _read(self, layer: int, listed: Tensor, weights: Tensor, slots: dict[int, int]) -> dict[int, float]:
+        """Look at the slots of a list, for some time: the same expert's bytes at both ends of it."""
+        chosen = listed[1 : 1 + int(listed[0])].tolist()
+        before = [self.expert_in(layer, slot) for slot in chosen]
+        self._idle()
+        assert [self.expert_in(layer, slot) for slot in chosen] == before
+        slots.update(zip(chosen, before, strict=True))
+        return dict(zip(chosen, weights.tolist(), strict=False))
+
+    def expert_in(self, layer: int, slot: int) -> int:
+        """Which of the layer's experts lies in the slot, byte by byte; -1: none."""
+        first = layer * self.rig.spec.n_experts
+        gold = self.rig.gold[first : first + self.rig.spec.n_experts]
+        same = (gold == self.rig.slab[slot, : self.rig.nbytes].numpy()).all(axis=1)
+        return int(same.argmax()) if same.any() else -1
+
+    def _idle(self) -> None:
+        if self.rig.spec.max_delay_us:
+            time.sleep(self.random.random() * self.rig.spec.max_delay_us * 1e-6)
+
+
+def wait(flag: Tensor, limit_s: float = 60.0) -> None:
+    """Until a flag is raised."""
+    values, end = flag.numpy(), time.monotonic() + limit_s
+    while values[0] == 0:
+        assert time.monotonic() < end, "the flag was never raised"
+        time.sleep(0)
+
+
+def check_layer(rig: Rig, layer: int, seen: Layer) -> None:
+    """Each expert was served once, with its weight, and the CPU's sum is right."""
+    spec = rig.spec
+    weights = dict(zip(seen.ids, seen.weights, strict=True))
+    on_gpu = {seen.slots[slot]: weight for slot, weight in (seen.hits | seen.uploads).items()}
+    assert len(on_gpu) == len(seen.hits) + len(seen.uploads)
+    assert on_gpu == {expert: weights[expert] for expert in on_gpu}
+    rest = [expert for expert in seen.ids if expert not in on_gpu]
+    arrays = [rig.arrays[layer * spec.n_experts + expert] for expert in rest]
+    routing = Routing(
+        torch.arange(len(rest) + 1).int(),
+        torch.zeros(len(rest), dtype=torch.int32),
+        torch.tensor([weights[e] for e in rest]),
+    )
+    expected = reference(arrays, routing, seen.hidden.unsqueeze(0), torch.zeros(1, spec.hidden))[0]
+    error = (seen.total.double() - expected).norm()
+    assert error <= 5e-3 * expected.norm()
+
+
+def run_token(
+    rig: Rig, ids: np.ndarray, seed: int, *, injected: bool = False, timeout_s: float = 30.0
+) -> Gpu:
+    """One token, with every check."""
+    rig.roads.clear()
+    shown = np.zeros_like(ids) if injected else ids
+    gpu = Gpu(rig, seed, shown)
+    gpu.start()
+    try:
+        rig.roads.run_token(torch.from_numpy(ids) if injected else None, timeout_s)
+    finally:
+        gpu.join(60)
+    assert not gpu.is_alive()
+    if gpu.error is not None:
+        raise gpu.error
+    for layer, seen in enumerate(gpu.layers):
+        seen.ids = ids[layer].tolist()
+        check_layer(rig, layer, seen)
+    return gpu
+
+
+def random_ids(spec: Spec, generator: np.random.Generator) -> np.ndarray:
+    """int32 [L, k], distinct within a layer, low ids more often."""
+    chance = 1.0 / np.arange(1, spec.n_experts + 1)
+    chance /= chance.sum()
+    rows = [generator.choice(spec.n_experts, spec.top_k, replace=False, p=chance) for _ in range(spec.layers)]
+    return np.array(rows, dtype=np.int32)

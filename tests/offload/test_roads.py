@@ -1,0 +1,200 @@
+"""The decode step's host side, with a Python thread that plays the GPU and a copier that takes its time."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from helpers.roads import Gpu, Rig, Spec, random_ids, run_token
+from moebox.errors import DeviceError
+from moebox.offload.roads import FIELDS
+
+PLACEMENTS = {
+    "mixed": Spec(slots=12, reserve=3),
+    "all on the CPU": Spec(slots=0, reserve=0),
+    "all on the GPU": Spec(slots=34, reserve=4),
+    "thrashing": Spec(slots=4, reserve=2),
+    "one slot for transit": Spec(slots=2, reserve=1),
+    "uploads only": Spec(slots=8, reserve=4, cpu_gbps=1e-3),
+    "exclusive": Spec(slots=12, reserve=3, rows=24),
+    "exclusive, thrashing": Spec(slots=5, reserve=3, rows=30),
+    "exclusive, without a spare row": Spec(slots=12, reserve=3, rows=21),
+    "exclusive, full": Spec(slots=10, reserve=2, rows=20),
+}
+
+
+def fields(rig: Rig) -> dict[str, np.ndarray]:
+    """The last token's figures by name."""
+    return dict(zip(FIELDS, rig.roads.stats.T, strict=True))
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("name", PLACEMENTS)
+def test_every_expert_is_served_whatever_the_order_of_events(name: str, seed: int) -> None:
+    """Slots hold the right bytes while they may be read, sums are right, no expert gets lost."""
+    spec = Spec(**{**vars(PLACEMENTS[name]), "seed": seed, "max_delay_us": (0, 30, 200, 500)[seed]})
+    rig, generator = Rig(spec), np.random.default_rng(seed)
+    for token in range(8):
+        ids = random_ids(spec, generator)
+        run_token(rig, ids, token, injected=bool(token % 2))
+        if token == 4:
+            rig.roads.settle()
+            rig.check_places()
+    rig.roads.settle()
+    rig.check_places()
+    assert rig.residency.tick == 8
+
+
+def test_what_is_used_stays() -> None:
+    """The same experts again and again are hits in the end, and the figures say so."""
+    spec = Spec(slots=16, reserve=4, cpu_gbps=1.0)
+    rig, ids = Rig(spec), random_ids(Spec(), np.random.default_rng(0))
+    run_token(rig, ids, 0)
+    stats = fields(rig)
+    assert (stats["hits"] == 0).all()
+    assert (stats["uploads"] + stats["cpu"] == spec.top_k).all()
+    for token in range(1, 6):
+        run_token(rig, ids, token)
+    stats = fields(rig)
+    assert (stats["hits"] == spec.top_k).all()
+    assert (stats["cpu_s"] == 0).all()
+    assert (stats["layer_s"] >= stats["schedule_s"]).all()
+
+
+def test_a_pool_shares_the_work() -> None:
+    """Experts large enough that the pool's threads take part."""
+    spec = Spec(layers=2, n_experts=4, hidden=640, inner=320, slots=3, reserve=1, threads=3)
+    rig, generator = Rig(spec), np.random.default_rng(1)
+    for token in range(4):
+        run_token(rig, random_ids(spec, generator), token)
+
+
+def test_upload_times_are_known_by_the_next_token() -> None:
+    """NaN until then; the averages follow."""
+    spec = Spec(slots=12, reserve=4, cpu_gbps=1.0)
+    rig, generator = Rig(spec), np.random.default_rng(2)
+    run_token(rig, random_ids(spec, generator), 0)
+    assert (fields(rig)["uploads"] > 0).any()
+    rig.roads.settle()
+    stats = fields(rig)
+    assert (stats["upload_s"][stats["uploads"] > 0] > 0).all()
+    assert rig.roads.pcie_gbps != 50.0
+    rig.roads.pcie_gbps = 40.0
+    assert rig.roads.pcie_gbps == pytest.approx(40.0)
+
+
+def test_exclusive_moves_experts_both_ways() -> None:
+    """The slots follow what is used, and RAM takes back what is not."""
+    spec = Spec(slots=12, reserve=3, rows=24, cpu_gbps=5.0)
+    rig, generator = Rig(spec), np.random.default_rng(3)
+    before = set(np.flatnonzero(rig.residency.table() >= 0).tolist())
+    for token in range(30):
+        run_token(rig, random_ids(spec, generator), token)
+    rig.roads.settle()
+    rig.check_places()
+    after = set(np.flatnonzero(rig.residency.table() >= 0).tolist())
+    assert before - after
+    assert after - before
+
+
+def run_failing(rig: Rig, error: type[Exception], match: str, **token: object) -> Gpu:
+    """A token that must fail, and yet let the GPU's program end."""
+    rig.roads.clear()
+    gpu = Gpu(
+        rig, 0, token.pop("ids", random_ids(rig.spec, np.random.default_rng(0))), token.pop("stop_at", None)
+    )
+    gpu.start()
+    with pytest.raises(error, match=match):
+        rig.roads.run_token(None, **token)
+    gpu.join(60)
+    assert rig.all_raised()
+    return gpu
+
+
+def test_timeout() -> None:
+    """The GPU never routes layer 1; afterwards all is well again."""
+    rig = Rig(Spec())
+    run_failing(rig, DeviceError, "did not route MoE layer 1 within 0.05", stop_at=1, timeout_s=0.05)
+    rig.check_places()
+    run_token(rig, random_ids(rig.spec, np.random.default_rng(5)), 1)
+
+
+def test_abort() -> None:
+    """From another thread, while layer 2 is awaited."""
+    rig = Rig(Spec())
+    stopped = threading.Event()
+
+    def stop() -> None:
+        while rig.box.summed[1, 0] == 0:
+            pass
+        rig.roads.abort()
+        stopped.set()
+
+    threading.Thread(target=stop, daemon=True).start()
+    run_failing(rig, RuntimeError, "aborted at layer 2", stop_at=2)
+    assert stopped.wait(10)
+    rig.check_places()
+    run_token(rig, random_ids(rig.spec, np.random.default_rng(5)), 1)
+
+
+@pytest.mark.parametrize("wrong", [10, -1, "twice"])
+def test_wrong_expert_ids(wrong: int | str) -> None:
+    """Named; the flags are raised."""
+    rig = Rig(Spec())
+    ids = random_ids(rig.spec, np.random.default_rng(0))
+    ids[1, 2] = ids[1, 0] if wrong == "twice" else wrong
+    run_failing(rig, RuntimeError, "MoE layer 1: expert .* out of range or chosen twice", ids=ids)
+    rig.check_places()
+
+
+@pytest.mark.parametrize("copies", [0, 1, 3])
+def test_a_failing_copy(copies: int) -> None:
+    """The token fails; what did not arrive is not taken for resident."""
+    rig = Rig(Spec(cpu_gbps=1.0, max_delay_us=50))
+    rig.copier.fail_after(copies)
+    generator = np.random.default_rng(0)
+
+    def tokens() -> None:
+        for token in range(20):
+            rig.roads.clear()
+            gpu = Gpu(rig, token, random_ids(rig.spec, generator))
+            gpu.start()
+            try:
+                rig.roads.run_token()
+            finally:
+                gpu.join(60)
+                assert not gpu.is_alive()
+
+    with pytest.raises(DeviceError, match=r"copy of the stand-in device failed.*\n.*--device cpu"):
+        tokens()
+    assert rig.all_raised()
+    rig.check_places()
+
+
+def test_an_expert_that_is_nowhere() -> None:
+    """The invariant is checked, not trusted."""
+    rig = Rig(Spec())
+    rig.ram_rows[:] = -1
+    run_failing(rig, RuntimeError, "neither in RAM nor on the GPU")
+
+
+def test_wrong_arguments() -> None:
+    """Each is named."""
+    rig = Rig(Spec())
+    rig.box.sums = torch.zeros(3, 32)
+    with pytest.raises(ValueError, match=r"sums: shape \[3, 32\] given, \[L=3, H=64\] needed"):
+        rig._roads()
+    rig = Rig(Spec())
+    rig.ram_rows[4] = 99
+    with pytest.raises(ValueError, match=r"ram_rows\[4\]: 99 given, -1 or a row of ram's 30 needed"):
+        rig._roads()
+    rig = Rig(Spec())
+    rig.slab = rig.slab[:, :100]
+    rig.slab = rig.slab.contiguous()
+    with pytest.raises(ValueError, match=r"stride: 100 bytes given, at least an expert's 3456 needed"):
+        rig._roads()
+    with pytest.raises(ValueError, match=r"ids: shape \[2, 4\] given, \[L=3, k=4\] needed"):
+        Rig(Spec()).roads.run_token(torch.zeros(2, 4, dtype=torch.int32))
