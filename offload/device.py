@@ -126,6 +126,13 @@ class Device(Protocol):
     def compute_waits(self, event: Event) -> None:
         """Let the compute stream wait for an event of a copy stream, from here on."""
 
+    def send(self, source: Tensor) -> Tensor:
+        """A copy of pinned memory on the device, queued on the compute stream."""
+        ...
+
+    def fetch(self, target: Tensor, source: Tensor) -> None:
+        """Queue a copy to pinned memory on the compute stream; `source` may lie in RAM too."""
+
     def free_vram_bytes(self) -> int:
         """Bytes that `empty` can still give."""
         ...
@@ -207,6 +214,14 @@ class CudaDevice:
         """See `Device`."""
         assert isinstance(event, _CudaEvent)
         torch.cuda.current_stream(self.torch_device).wait_event(event.event)
+
+    def send(self, source: Tensor) -> Tensor:
+        """See `Device`."""
+        return source.to(self.torch_device, non_blocking=True)
+
+    def fetch(self, target: Tensor, source: Tensor) -> None:
+        """See `Device`."""
+        target.copy_(source, non_blocking=True)
 
     def free_vram_bytes(self) -> int:
         """See `Device`."""
@@ -337,6 +352,14 @@ class StandInDevice:
         """See `Device`."""
         event.synchronize()
 
+    def send(self, source: Tensor) -> Tensor:
+        """See `Device`."""
+        return source.clone()
+
+    def fetch(self, target: Tensor, source: Tensor) -> None:
+        """See `Device`."""
+        target.copy_(source)
+
     def free_vram_bytes(self) -> int:
         """See `Device`."""
         return self._vram_bytes - self._used[0]
@@ -388,6 +411,7 @@ class HostCopyStream:
         self._work.put(event.synchronize)
 
 
+@torch.inference_mode()  # else it could not write to tensors that were made in that mode
 def _work_off(work: queue.SimpleQueue[Callable[[], object] | None], failure: list[Exception]) -> None:
     while (step := work.get()) is not None:
         try:
