@@ -217,3 +217,13 @@ def backbone_bytes(config: ModelConfig, item_bytes: int = 2) -> BackboneBytes:
         elif int(layer.group(1)) == config.first_k_dense_replace:
             moe_layer += nbytes
     return BackboneBytes(moe_layer, dense_layers, head)
+
+
+def layer_flops(config: ModelConfig, tokens: int, cached: int = 0) -> float:
+    """Operations of an MoE layer besides its routed experts, for `tokens` that follow `cached` others."""
+    stem = config.layer_name(config.first_k_dense_replace) + "."
+    shapes = [shape for name, shape in config.backbone_shapes().items() if name.startswith(stem)]
+    matrices = sum(math.prod(shape) for shape in shapes if len(shape) == 2)
+    pairs = tokens * cached + tokens * (tokens + 1) / 2
+    per_pair = config.num_attention_heads * (config.qk_head_dim + config.v_head_dim)
+    return 2.0 * (tokens * matrices + pairs * per_pair)

@@ -355,6 +355,8 @@ class TraceRouting:
     def __init__(self, trace: RoutingTrace) -> None:
         self.trace = trace
         self.position = 0
+        self.last = torch.empty(0, trace.top_k, dtype=torch.int64)
+        """What `prefill` returned last."""
         self._chunk = 0
         self._layer = -1
 
@@ -363,7 +365,8 @@ class TraceRouting:
         if layer <= self._layer:
             self._next_chunk()
         self._layer, self._chunk = layer, tokens
-        return torch.from_numpy(self._take(tokens)[:, layer].astype(np.int64))
+        self.last = torch.from_numpy(self._take(tokens)[:, layer].astype(np.int64))
+        return self.last
 
     def decode(self) -> Tensor:
         """Picks int32 [L, k] of the next token."""
@@ -372,9 +375,9 @@ class TraceRouting:
         self.position += 1
         return torch.from_numpy(picks)
 
-    def rewind(self) -> None:
-        """Start again at the first token."""
-        self.position, self._chunk, self._layer = 0, 0, -1
+    def rewind(self, position: int = 0) -> None:
+        """Go on at the token of this number."""
+        self.position, self._chunk, self._layer = position, 0, -1
 
     def _next_chunk(self) -> None:
         self.position += self._chunk

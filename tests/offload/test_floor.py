@@ -13,6 +13,7 @@ from moebox.offload.floor import (
     backbone_bytes,
     decode_floor,
     expert_flops,
+    layer_flops,
     prefill_floor,
 )
 from moebox.quantize.synth_shapes import KIMI_K2_CONFIG
@@ -144,3 +145,11 @@ def test_prefill_split_is_the_best_of_all_splits(seed):
     on_cpu = sum(cpu_s[:taken]) + (part * cpu_s[taken] if part else 0)
     on_pcie = (len(counts) - floor.cpu_experts) * expert_bytes / 50e9
     assert floor.moving_s == pytest.approx(max(on_cpu, on_pcie))
+
+
+def test_layer_flops_count_matrices_and_attended_pairs():
+    one = layer_flops(K2, 1)
+
+    assert one == 2 * (101_122_048 + 44_040_192 + 384 * 7168 + 64 * 320)
+    assert layer_flops(K2, 2) - 2 * one == 2 * 64 * 320  # the second token sees the first
+    assert layer_flops(K2, 1, cached=9) - one == 9 * 2 * 64 * 320

@@ -180,3 +180,5 @@ def test_routing_starts_again_when_used_up_and_on_rewind():
     assert np.array_equal(routing.prefill(0, 5)[3:], trace.ids[:2, 0])
     routing.rewind()
     assert np.array_equal(routing.decode(), trace.ids[0])
+    routing.rewind(2)
+    assert np.array_equal(routing.decode(), trace.ids[2])
