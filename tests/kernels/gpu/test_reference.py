@@ -77,9 +77,9 @@ def attend(module, x, table, position, cache):
     query = reference.latents(both, q_norm, module.kv_a_layernorm.weight, table, position, cache)
     if q_norm is not None:
         query = reference.gemv(query, module.q_b_proj.weight)
-    query = reference.absorb(query, module._per_head(), table, position)
+    query = reference.absorb(query, module.per_head(), table, position)
     mixed = reference.mla_decode(query, cache, position, module.config.softmax_scale, 40)
-    return reference.gemv(reference.value_up(mixed, module._per_head(), 20), module.o_proj.weight)
+    return reference.gemv(reference.value_up(mixed, module.per_head(), 20), module.o_proj.weight)
 
 
 def test_combine_norm():
