@@ -76,7 +76,7 @@ def take_step(residency: Residency, model: Model, step: str, argument: object) -
     elif step == "seed":
         key, score = argument
         residency.seed(np.array([key], np.int32), np.array([score], np.float32))
-        model.last[key] = (score, model.tick)
+        model.last[key] = (float(np.float32(score)), model.tick)
     elif step == "trim":
         assert residency.trim() == model.trim()
     elif argument in model.slots:
