@@ -49,6 +49,18 @@ class ByteSize(click.ParamType[int]):
         return int(float(match[1]) * _UNITS[match[2]])
 
 
+class DeviceName(click.ParamType[str]):
+    """`cpu`, `cuda` or `cuda:N`."""
+
+    name = "device"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Check the form of `value`; whether there is such a device turns out when it is opened."""
+        if not re.fullmatch(r"cpu|cuda(:[0-9]+)?", str(value)):
+            self.fail(f"{value!r} is not cpu, cuda or cuda:N", param, ctx)
+        return str(value)
+
+
 Command = Callable[..., Any]
 
 
@@ -62,12 +74,18 @@ def model_options(command: Command) -> Command:
     for option in reversed(
         (
             click.argument("model", type=click.Path(file_okay=False, path_type=Path)),
+            click.option(
+                "--device", type=DeviceName(), help="cpu, cuda or cuda:N.  [default: a GPU if there is one]"
+            ),
+            click.option(
+                "--vram", type=ByteSize(), help="GPU memory to use at most.  [default: what is free]"
+            ),
             click.option("--ram", type=ByteSize(), help="Memory to use at most.  [default: what is free]"),
             click.option(
                 "--backbone",
                 type=click.Choice(["bf16", "int8", "nf4"]),
                 default="bf16",
-                help="Precision of attention, shared experts, dense layers and head.",
+                help="Precision of attention, shared experts, dense layers and head; on a GPU bf16.",
             ),
             click.option(
                 "--context", type=click.IntRange(1), help="Tokens of context.  [default: the model's]"
@@ -277,6 +295,8 @@ def _load(options: dict[str, Any]) -> Model:
     with _LoadProgress(_console(stderr=True)) as show:
         model = load(
             options["model"],
+            device=options["device"],
+            vram=options["vram"],
             ram=options["ram"],
             backbone=options["backbone"],
             context=options["context"],

@@ -45,11 +45,11 @@ def load(
 
     Args:
         path: a folder that `moebox quantize` wrote, or a native INT4 checkpoint of the family.
-        device: None for the default; "cpu".
-        vram: GPU memory to use, bytes.
+        device: "cpu", "cuda" or "cuda:N"; None for the GPU if there is one.
+        vram: GPU memory to use, bytes; None for what is free.
         ram: memory to use, bytes; None for what is free.
-        backbone: precision of everything but the experts: "bf16", "int8" or "nf4".
-        dtype: `torch.bfloat16` (default) or `torch.float32`.
+        backbone: precision of everything but the experts: "bf16", or on the CPU "int8" or "nf4".
+        dtype: `torch.bfloat16` (default) or, on the CPU, `torch.float32`.
         context: tokens that a conversation may hold; None for what the model and the memory allow.
         threads: cores to compute on; None for all.
         progress: called with (what, bytes done, bytes in all).

@@ -88,7 +88,7 @@ class DecodeProgram:
         return self._moe(layer.mlp, y) if isinstance(layer.mlp, MoE) else [self._mlp(layer.mlp, y)]
 
     def _attention(self, module: Attention, y: Tensor, cache: Tensor, position: Tensor) -> Tensor:
-        """`y` bf16 [H] -> bf16 [H], in absorbed form."""
+        """`y` bf16 [H] -> fp32 [H], in absorbed form."""
         ops, config = self._ops, module.config
         q_kv = ops.gemv(y, module.q_kv_a_proj.weight)
         ranked = config.q_lora_rank is not None
@@ -100,13 +100,13 @@ class DecodeProgram:
         per_head = module.per_head()
         query = ops.absorb(query, per_head, self._rotations, position)
         mixed = ops.mla_decode(query, cache, position, config.softmax_scale, config.kv_lora_rank)
-        return ops.gemv(ops.value_up(mixed, per_head, config.v_head_dim), module.o_proj.weight)
+        values = ops.value_up(mixed, per_head, config.v_head_dim)
+        return ops.gemv(values, module.o_proj.weight, torch.float32)
 
     def _mlp(self, module: MLP, y: Tensor) -> Tensor:
-        """`y` bf16 [H] -> bf16 [H]."""
-        return self._ops.gemv(
-            self._ops.silu_mul(self._ops.gemv(y, module.gate_up_proj.weight)), module.down_proj.weight
-        )
+        """`y` bf16 [H] -> fp32 [H]."""
+        inner = self._ops.silu_mul(self._ops.gemv(y, module.gate_up_proj.weight))
+        return self._ops.gemv(inner, module.down_proj.weight, torch.float32)
 
     def _moe(self, module: MoE, y: Tensor) -> list[Tensor]:
         """The mixture's terms: shared expert, resident experts, uploaded ones, and the CPU's sum."""

@@ -92,6 +92,11 @@ def plan_gpu_memory(
     return _share_experts(config, plan, slots, int(free_ram * (1 - SYSTEM_SHARE)) if ram is None else ram)
 
 
+def least_vram_bytes(config: ModelConfig, context: int) -> int:
+    """VRAM without which a model cannot be loaded: everything but experts, with the smallest chunks."""
+    return _fixed_parts(config, 0, context).fixed_bytes
+
+
 def n_keys(config: ModelConfig) -> int:
     """Routed experts of all layers."""
     return len(config.moe_layers) * config.n_routed_experts
