@@ -19,9 +19,6 @@ constexpr std::size_t kMaxItemPairs = 128;
 constexpr std::size_t kMaxTaskRows = 128;
 // Enough tasks that the last ones end together.
 constexpr std::size_t kTasksPerWorker = 8;
-// Packed bytes times tokens, some 50 us of work: below it waking the other threads costs more than it saves,
-// and far more where they have to wait for a core.
-constexpr std::size_t kShareFromBytes = 512 << 10;
 
 // Some pairs of one expert, multiplied by one engine.
 struct Item {

@@ -26,6 +26,9 @@ namespace moebox {
 constexpr std::size_t kGroup = 32;       // weights per scale
 constexpr std::size_t kGroupBytes = 16;  // packed bytes per group
 constexpr std::size_t kRowBlock = 32;    // rows are handed to kernels in multiples of this
+// Packed bytes times tokens, some 50 us of work: below it waking the other threads costs more than it saves,
+// and far more where they have to wait for a core.
+constexpr std::size_t kShareFromBytes = 512 << 10;
 
 struct Matrix {
   const std::uint8_t* packed;  // [rows, groups, 16]
@@ -51,6 +54,10 @@ struct Engine {
   // c[t * ldc + r] = dot(matrix row first + r, token t), fp32 [n, ldc], for r < rows.
   void (*multiply)(const Matrix& matrix, std::size_t first, std::size_t rows, const std::byte* operands,
                    std::size_t n, float* c, std::size_t ldc, std::byte* scratch);
+  // Engines of one token a bundle only, whose multiply takes any number of rows and no scratch: a part of
+  // prepare(), `n` groups from `first` on, into an operand of zeros.
+  void (*prepare_groups)(const void* row, bool bf16, std::size_t first, std::size_t n, std::size_t groups,
+                         std::byte* operand) = nullptr;
 };
 
 struct ExpertKernels {

@@ -86,14 +86,21 @@ struct RowByRow {
 
   static void prepare(const Rows& rows, std::size_t groups, std::byte* operand) {
     std::memset(operand, 0, Math::bytes(groups));
-    for (std::size_t g = 0; g < groups; ++g) {
+    prepare_groups(rows.row[0], rows.bf16, 0, groups, groups, operand);
+  }
+
+  static void prepare_groups(const void* row, bool bf16, std::size_t first, std::size_t n, std::size_t groups,
+                             std::byte* operand) {
+    for (std::size_t g = first; g < first + n; ++g) {
       float values[kGroup];
-      load_group(rows.row[0], g, rows.bf16, values);
+      load_group(row, g, bf16, values);
       Math::prepare(values, g, groups, operand);
     }
   }
 
-  static constexpr Engine engine() { return {1, Math::bytes, scratch_bytes, prepare, multiply}; }
+  static constexpr Engine engine() {
+    return {1, Math::bytes, scratch_bytes, prepare, multiply, prepare_groups};
+  }
 };
 
 }  // namespace

@@ -203,7 +203,6 @@ void DecodeRoads::compute(ThreadPool::Lease& lease, std::size_t layer, Clock::ti
   stats.hits = static_cast<double>(hits_.size());
   stats.uploads = static_cast<double>(uploads_.size());
   stats.cpu = static_cast<double>(cpu_.size());
-  std::memset(box_.sums + layer * shape_.hidden, 0, shape_.hidden * sizeof(float));
   const auto start = Clock::now();
   sum_on_cpu(lease, layer, [&] {
     queue_uploads(layer);
@@ -216,21 +215,19 @@ void DecodeRoads::compute(ThreadPool::Lease& lease, std::size_t layer, Clock::ti
 
 void DecodeRoads::sum_on_cpu(ThreadPool::Lease& lease, std::size_t layer,
                              const std::function<void()>& first) {
-  experts_.clear();
-  std::vector<const ExpertWeights*> experts;
-  std::vector<std::int32_t> offsets{0}, tokens(cpu_.size(), 0);
-  std::vector<float> weights;
+  float* sum = box_.sums + layer * shape_.hidden;
+  if (cpu_.empty()) {
+    first();
+    std::memset(sum, 0, shape_.hidden * sizeof(float));
+    return;
+  }
+  experts_.clear(), weights_.clear();
   for (const Pick& pick : cpu_) {
     experts_.push_back(expert_at(stores_.row(stores_.rows[pick.key]), shape_.hidden, shape_.inner));
-    weights.push_back(pick.weight);
-    offsets.push_back(static_cast<std::int32_t>(weights.size()));
+    weights_.push_back(pick.weight);
   }
-  for (const ExpertWeights& expert : experts_) experts.push_back(&expert);
-  const ExpertsCall call{experts.data(), experts.size(),
-                         offsets.data(), tokens.data(),
-                         weights.data(), box_.hidden + layer * shape_.hidden,
-                         true,           box_.sums + layer * shape_.hidden};
-  experts_forward(lease, call, kernels_, first);
+  const std::uint16_t* hidden = box_.hidden + layer * shape_.hidden;
+  experts_one(lease, {experts_.data(), experts_.size(), weights_.data(), hidden, sum}, kernels_, first);
 }
 
 void DecodeRoads::learn_upload_times() {

@@ -11,7 +11,7 @@
 #include <vector>
 
 #include "copier.h"
-#include "experts.h"
+#include "experts_one.h"
 #include "pool.h"
 #include "residency.h"
 #include "turnover.h"
@@ -119,6 +119,7 @@ class DecodeRoads {
   std::vector<Pick> hits_, uploads_, cpu_;
   std::vector<std::int32_t> hit_keys_;
   std::vector<ExpertWeights> experts_;
+  std::vector<float> weights_;
 };
 
 }  // namespace moebox

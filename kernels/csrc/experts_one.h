@@ -1,0 +1,25 @@
+// One token's experts, for decoding: see experts.h for shapes and layout.
+#pragma once
+
+#include <functional>
+
+#include "experts.h"
+#include "pool.h"
+
+namespace moebox {
+
+struct OneCall {
+  const ExpertWeights* experts;
+  std::size_t n;
+  const float* weights;  // [n]
+  const void* hidden;    // bf16 [H]
+  float* out;            // [H], overwritten; n > 0
+};
+
+// The same bits as experts_forward into zeros, in one round of the pool: no worker waits for all the others
+// between an expert's two steps. The calling thread calls `first`, if there is one, when the others have
+// begun.
+void experts_one(ThreadPool::Lease& pool, const OneCall& call, const ExpertKernels& kernels,
+                 const std::function<void()>& first = {});
+
+}  // namespace moebox
