@@ -49,6 +49,23 @@ class ByteSize(click.ParamType[int]):
         return int(float(match[1]) * _UNITS[match[2]])
 
 
+class Lengths(click.ParamType[tuple[int, ...]]):
+    """Numbers of tokens such as `512,4096`."""
+
+    name = "lengths"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, ...]:
+        """Parse `value`; an empty one is no length at all."""
+        if isinstance(value, tuple):
+            return value
+        parts = [part.strip() for part in str(value).split(",") if part.strip()]
+        if not all(part.isdecimal() and int(part) >= 2 for part in parts):
+            self.fail(f"{value!r} is not a list of lengths of at least 2, such as 512,4096", param, ctx)
+        return tuple(int(part) for part in parts)
+
+
 class DeviceName(click.ParamType[str]):
     """`cpu`, `cuda` or `cuda:N`."""
 
@@ -282,6 +299,54 @@ def demo() -> None:
     from moebox.demo import run_demo
 
     run_demo(_console(), _console(stderr=True))
+
+
+@main_group.command()
+@click.argument("model", type=click.Path(file_okay=False, path_type=Path), required=False)
+@click.option("--shape", type=click.Choice(["kimi-k2", "tiny"]), help="Random weights of this shape instead.")
+@click.option("--layers", type=click.IntRange(1), help="Depth of the random model, dense layers included.")
+@click.option("--device", type=DeviceName(), help="cpu, cuda or cuda:N.  [default: a GPU if there is one]")
+@click.option(
+    "--vram",
+    type=ByteSize(),
+    help="GPU memory for the whole model; fewer --layers get their share. 0: no experts on the GPU.  "
+    "[default: what is free]",
+)
+@click.option(
+    "--ram", type=ByteSize(), help="Memory for the whole model's experts, likewise.  [default: all of them]"
+)
+@click.option("--context", type=click.IntRange(1), help="Tokens of cache in --vram.  [default: a part of it]")
+@click.option("--prompt-tokens", type=Lengths(), default="512,4096", help="Prompts to measure; empty: none.")
+@click.option("--decode-tokens", type=click.IntRange(0), default=128, help="Tokens after the last prompt.")
+@click.option(
+    "--routing",
+    help="synthetic: a trace with published locality; model: the router's picks; or a trace's file.  "
+    "[default: model for MODEL, else synthetic]",
+)
+@click.option("--threads", type=click.IntRange(1), help="Cores to use.  [default: all, less one for a GPU]")
+@json_option
+def bench(as_json: bool, **options: Any) -> None:
+    """Measure prompts and decoding beside what the box could do at best.
+
+    MODEL is a quantized checkpoint. With --shape, random weights of that shape are made in memory; where
+    they are fewer --layers than the shape has, budgets are for the whole model, the run gets its share, and
+    the report says what that is at full depth.
+
+    \b
+    Examples:
+      moebox bench /nvme/k2
+      moebox bench --shape kimi-k2 --layers 9 --vram 80GB --prompt-tokens 512 --json
+      moebox bench out/tiny-k2 --device cpu --prompt-tokens 64 --decode-tokens 32
+    """
+    from moebox.runtime.bench import bench as run_bench
+    from moebox.runtime.bench_rigs import BenchOptions
+    from moebox.runtime.bench_text import render_bench
+
+    if (options["model"] is None) == (options["shape"] is None):
+        raise click.UsageError("give a checkpoint's folder or --shape, one of them")
+    with _LoadProgress(_console(stderr=True)) as show:
+        report = run_bench(BenchOptions(**options), show)
+    _report(report.to_dict(), as_json, lambda: render_bench(report, _console()))
 
 
 def _sampling(options: dict[str, Any]) -> dict[str, Any]:

@@ -93,8 +93,8 @@ def _decode(decode: DecodeReport, report: BenchReport, console: Console) -> None
         console,
         f"\ndecode of {decode.tokens} tokens behind {decode.cached_tokens:,}: "
         f"{decode.tokens_per_s:.2f} tok/s, {_ms(decode.token_s)} ms a token (median "
-        f"{_ms(decode.token_p50_s)}, 95 % within {_ms(decode.token_p95_s)}), {decode.of_floor:.2f} of the floor"
-        + _energy(decode.joules_per_token, "token"),
+        f"{_ms(decode.token_p50_s)}, 95 % within {_ms(decode.token_p95_s)}), "
+        f"{decode.of_floor:.2f} of the floor" + _energy(decode.joules_per_token, "token"),
         "bold",
     )
     _line(console, f"  floor: {_floor(decode, report.ceilings)}")
