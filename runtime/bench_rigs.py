@@ -187,7 +187,8 @@ def _cpu_rig(
     runner = CpuRunner(model, pool, torch.bfloat16)
     lines = [f"RAM: experts {gib(config.experts_bytes)}; no GPU"]
     residents = {"slots": 0, "of": n_keys(config), "full_slots": 0, "full_of": n_keys(config)}
-    return Rig(subject, runner, watch, config.max_position_embeddings, lines, residents)
+    context = min(options.context or config.max_position_embeddings, config.max_position_embeddings)
+    return Rig(subject, runner, watch, context, lines, residents)
 
 
 @dataclass(frozen=True)
