@@ -12,11 +12,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moebox.kernels.gpu.overlap import after_previous, launch_options
+
 LOG2_E = 1.4426950408889634
-SPLIT_TOKENS = 128
-"""Rows a program takes at least: fewer cost more in merging than they save."""
+BLOCK_TOKENS = 64
+"""Rows of the cache that a program takes at once, and at least."""
 PROGRAMS = 132
-MERGE_SPLITS = 16
+"""As many as an H200 runs at once."""
+SHORT_CAPACITY = 8192
+"""Up to so many tokens a few heads a program are faster: more programs share a short sequence."""
+MERGE_SPLITS = 32
+MERGE_COLUMNS = 64
+ABSORB_COLUMNS = 64
+VALUE_ROWS = 8
 
 
 @triton.jit
@@ -57,7 +65,9 @@ def _latents(
     QUERY: tl.constexpr,
     RANK: tl.constexpr,
     ROPE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    after_previous(OVERLAP)
     if tl.program_id(0) == 0:
         place = tl.load(position)
         row = cache + place * (RANK + ROPE)
@@ -93,6 +103,7 @@ def latents(
         QUERY=width,
         RANK=rank,
         ROPE=rope,
+        **launch_options(),
     )
     return query
 
@@ -110,17 +121,20 @@ def _absorb(
     ROPE: tl.constexpr,
     RANK: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     head, part = tl.program_id(0), tl.program_id(1)
     q += head * (NOPE + ROPE)
     out += head * (RANK + ROPE)
     if part == tl.num_programs(1) - 1:
+        after_previous(OVERLAP)
         _rotate_row(q + NOPE, rotations, tl.load(position), capacity, out + RANK, ROPE)
     else:
         row = tl.arange(0, triton.next_power_of_2(NOPE))[:, None]
         column = part * BLOCK_R + tl.arange(0, BLOCK_R)[None, :]
         inside = (row < NOPE) & (column < RANK)
         weights = tl.load(kv_b + (head * head_rows + row) * RANK + column, mask=inside, other=0.0)
+        after_previous(OVERLAP)
         x = tl.load(q + row, mask=row < NOPE, other=0.0).to(tl.float32)
         sums = tl.sum(weights.to(tl.float32) * x, 0)
         column = part * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -132,7 +146,7 @@ def absorb(q: Tensor, kv_b: Tensor, rotations: Tensor, position: Tensor) -> Tens
     heads, head_rows, rank = kv_b.shape
     rope = 2 * rotations.shape[2]
     out = torch.empty(heads, rank + rope, dtype=q.dtype, device=q.device)
-    block = min(128, triton.next_power_of_2(rank))
+    block = min(ABSORB_COLUMNS, triton.next_power_of_2(rank))
     _absorb[(heads, triton.cdiv(rank, block) + 1)](
         q,
         kv_b,
@@ -145,12 +159,24 @@ def absorb(q: Tensor, kv_b: Tensor, rotations: Tensor, position: Tensor) -> Tens
         ROPE=rope,
         RANK=rank,
         BLOCK_R=block,
+        num_warps=8,
+        **launch_options(),
     )
     return out
 
 
 @triton.jit
-def _value_up(o, kv_b, out, first, head_rows, V: tl.constexpr, RANK: tl.constexpr, BLOCK_V: tl.constexpr):
+def _value_up(
+    o,
+    kv_b,
+    out,
+    first,
+    head_rows,
+    V: tl.constexpr,
+    RANK: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
     head = tl.program_id(0)
     row = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     column = tl.arange(0, triton.next_power_of_2(RANK))[None, :]
@@ -158,6 +184,7 @@ def _value_up(o, kv_b, out, first, head_rows, V: tl.constexpr, RANK: tl.constexp
     weights = tl.load(
         kv_b + (head * head_rows + first + row[:, None]) * RANK + column, mask=inside, other=0.0
     )
+    after_previous(OVERLAP)
     x = tl.load(o + head * RANK + column, mask=column < RANK, other=0.0).to(tl.float32)
     sums = tl.sum(weights.to(tl.float32) * x, 1)
     tl.store(out + head * V + row, sums.to(out.dtype.element_ty), mask=row < V)
@@ -167,18 +194,27 @@ def value_up(o: Tensor, kv_b: Tensor, v_head_dim: int) -> Tensor:
     """See `Ops.value_up`: for each head, programs for blocks of rows."""
     heads, head_rows, rank = kv_b.shape
     out = torch.empty(heads * v_head_dim, dtype=kv_b.dtype, device=kv_b.device)
-    block = min(32, triton.next_power_of_2(v_head_dim))
+    block = min(VALUE_ROWS, triton.next_power_of_2(v_head_dim))
     _value_up[(heads, triton.cdiv(v_head_dim, block))](
-        o, kv_b, out, head_rows - v_head_dim, head_rows, V=v_head_dim, RANK=rank, BLOCK_V=block
+        o,
+        kv_b,
+        out,
+        head_rows - v_head_dim,
+        head_rows,
+        V=v_head_dim,
+        RANK=rank,
+        BLOCK_V=block,
+        num_warps=2,
+        **launch_options(),
     )
     return out
 
 
 @triton.jit
-def _share(position, splits, SPLIT: tl.constexpr):
-    """Tokens there are, and how many of them each program takes: a multiple of `SPLIT`."""
+def _share(position, splits, BLOCK_S: tl.constexpr):
+    """Tokens there are, and how many of them each program takes: a multiple of `BLOCK_S`."""
     total = tl.load(position).to(tl.int32) + 1
-    return total, tl.cdiv(tl.cdiv(total, splits), SPLIT) * SPLIT
+    return total, tl.cdiv(tl.cdiv(total, splits), BLOCK_S) * BLOCK_S
 
 
 @triton.jit
@@ -194,14 +230,15 @@ def _attend(
     ROPE: tl.constexpr,
     BLOCK_A: tl.constexpr,
     BLOCK_S: tl.constexpr,
-    SPLIT: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Softmax and sum over one program's share of the tokens, for a block of heads.
 
     Leaves the normed sum in `partial [splits, A, R]` and the scores' log2-sum-exp2 in `log_sums [splits, A]`.
     """
+    after_previous(OVERLAP)
     split = tl.program_id(0)
-    total, share = _share(position, tl.num_programs(0), SPLIT)
+    total, share = _share(position, tl.num_programs(0), BLOCK_S)
     begin = split * share
     end = tl.minimum(begin + share, total)
     if begin < end:
@@ -247,12 +284,14 @@ def _merge(
     RANK: tl.constexpr,
     BLOCK_R: tl.constexpr,
     SPLITS: tl.constexpr,
-    SPLIT: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Sum the shares' results, each weighed by its part of the whole softmax."""
+    after_previous(OVERLAP)
     head = tl.program_id(0)
     r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
-    total, share = _share(position, splits, SPLIT)
+    total, share = _share(position, splits, BLOCK_S)
     used = tl.cdiv(total, share)
     highest = float("-inf")
     sums = 0.0
@@ -275,13 +314,12 @@ def _merge(
 def mla_decode(q: Tensor, cache: Tensor, position: Tensor, scale: float, rank: int) -> Tensor:
     """See `Ops.mla_decode`: flash decoding, then the shares are merged."""
     heads, width = q.shape
-    block_a, block_s, warps, stages = 64, 64, 8, 2
-    block_a = min(block_a, max(16, triton.next_power_of_2(heads)))
+    block_a, warps = attend_blocks(heads, cache.shape[0])
     blocks = triton.cdiv(heads, block_a)
-    splits = max(1, min(PROGRAMS // blocks, triton.cdiv(cache.shape[0], SPLIT_TOKENS)))
+    splits = max(1, min(PROGRAMS // blocks, triton.cdiv(cache.shape[0], BLOCK_TOKENS)))
     partial = torch.empty(splits, heads, rank, dtype=torch.float32, device=q.device)
     log_sums = torch.empty(splits, heads, dtype=torch.float32, device=q.device)
-    sizes = {"RANK": rank, "ROPE": width - rank, "BLOCK_A": block_a, "BLOCK_S": block_s}
+    sizes = {"RANK": rank, "ROPE": width - rank, "BLOCK_A": block_a, "BLOCK_S": BLOCK_TOKENS}
     _attend[(splits, blocks)](
         q,
         cache,
@@ -291,17 +329,24 @@ def mla_decode(q: Tensor, cache: Tensor, position: Tensor, scale: float, rank: i
         scale * LOG2_E,
         heads,
         **sizes,
-        SPLIT=SPLIT_TOKENS,
         num_warps=warps,
-        num_stages=stages,
+        num_stages=2,
+        **launch_options(),
     )
     return _merged(partial, log_sums, position)
+
+
+def attend_blocks(heads: int, capacity: int) -> tuple[int, int]:
+    """Heads of a program, and its warps. More heads read the cache less often, fewer start sooner."""
+    if capacity <= SHORT_CAPACITY or heads <= 32:
+        return 16, 4
+    return 64, 8
 
 
 def _merged(partial: Tensor, log_sums: Tensor, position: Tensor) -> Tensor:
     splits, heads, rank = partial.shape
     out = torch.empty(heads, rank, dtype=torch.float32, device=partial.device)
-    block = min(128, triton.next_power_of_2(rank))
+    block = min(MERGE_COLUMNS, triton.next_power_of_2(rank))
     _merge[(heads, triton.cdiv(rank, block))](
         partial,
         log_sums,
@@ -312,7 +357,8 @@ def _merged(partial: Tensor, log_sums: Tensor, position: Tensor) -> Tensor:
         RANK=rank,
         BLOCK_R=block,
         SPLITS=MERGE_SPLITS,
-        SPLIT=SPLIT_TOKENS,
+        BLOCK_S=BLOCK_TOKENS,
         num_warps=4,
+        **launch_options(),
     )
     return out

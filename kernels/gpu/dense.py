@@ -9,15 +9,30 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moebox.kernels.gpu.overlap import after_previous, launch_options
+
 MAX_TERMS = 4
 
 
 @triton.jit
 def _combine_norm(
-    x, a, b, c, d, weight, out, eps, WIDTH: tl.constexpr, TERMS: tl.constexpr, BLOCK: tl.constexpr
+    x,
+    a,
+    b,
+    c,
+    d,
+    weight,
+    out,
+    eps,
+    WIDTH: tl.constexpr,
+    TERMS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     index = tl.arange(0, BLOCK)
     inside = index < WIDTH
+    scale = tl.load(weight + index, mask=inside, other=0.0)
+    after_previous(OVERLAP)
     total = tl.load(x + index, mask=inside, other=0.0)
     if TERMS > 0:
         total += tl.load(a + index, mask=inside, other=0.0).to(tl.float32)
@@ -29,9 +44,8 @@ def _combine_norm(
         total += tl.load(d + index, mask=inside, other=0.0).to(tl.float32)
     if TERMS > 0:
         tl.store(x + index, total, mask=inside)
-    scale = tl.rsqrt(tl.sum(total * total, 0) / WIDTH + eps)
-    normed = total * scale * tl.load(weight + index, mask=inside, other=0.0)
-    tl.store(out + index, normed.to(out.dtype.element_ty), mask=inside)
+    scale *= tl.rsqrt(tl.sum(total * total, 0) / WIDTH + eps)
+    tl.store(out + index, (total * scale).to(out.dtype.element_ty), mask=inside)
 
 
 def combine_norm(
@@ -42,45 +56,76 @@ def combine_norm(
     out = torch.empty(width, dtype=out_dtype, device=x.device)
     operands = [*terms, *[x] * (MAX_TERMS - len(terms))]
     block = triton.next_power_of_2(width)
-    warps = min(16, max(1, block // 512))
     _combine_norm[(1,)](
-        x, *operands, weight, out, eps, WIDTH=width, TERMS=len(terms), BLOCK=block, num_warps=warps
+        x,
+        *operands,
+        weight,
+        out,
+        eps,
+        WIDTH=width,
+        TERMS=len(terms),
+        BLOCK=block,
+        num_warps=min(32, max(1, block // 256)),
+        **launch_options(),
     )
     return out
 
 
 @triton.jit
-def _gemv(x, w, out, n, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, UNROLL: tl.constexpr):
+def _gemv(
+    x,
+    w,
+    out,
+    n,
+    K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    AHEAD: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
     row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     rows = w + row[:, None].to(tl.int64) * K
+    column = tl.arange(0, BLOCK_K)[None, :]
+    ahead = ()
+    for block in tl.static_range(AHEAD):
+        place = block * BLOCK_K + column
+        inside = (place < K) & (row[:, None] < n)
+        weights = tl.load(rows + place, mask=inside, other=0.0, eviction_policy="evict_first")
+        ahead = ahead + (weights,)  # noqa: RUF005 - Triton knows no stars
+    after_previous(OVERLAP)
     sums = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-    for start in tl.range(0, K, BLOCK_K, loop_unroll_factor=UNROLL):
-        column = start + tl.arange(0, BLOCK_K)[None, :]
-        inside = (column < K) & (row[:, None] < n)
-        weights = tl.load(rows + column, mask=inside, other=0.0, eviction_policy="evict_first")
-        sums += weights.to(tl.float32) * tl.load(x + column, mask=column < K, other=0.0).to(tl.float32)
+    for block in tl.static_range(AHEAD):
+        place = block * BLOCK_K + column
+        sums += ahead[block].to(tl.float32) * tl.load(x + place, mask=place < K, other=0.0).to(tl.float32)
+    for block in tl.static_range(AHEAD, (K + BLOCK_K - 1) // BLOCK_K):
+        place = block * BLOCK_K + column
+        inside = (place < K) & (row[:, None] < n)
+        weights = tl.load(rows + place, mask=inside, other=0.0, eviction_policy="evict_first")
+        sums += weights.to(tl.float32) * tl.load(x + place, mask=place < K, other=0.0).to(tl.float32)
     tl.store(out + row, tl.sum(sums, 1).to(out.dtype.element_ty), mask=row < n)
 
 
 def gemv(x: Tensor, w: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
-    """See `Ops.gemv`: a few whole rows a program, all of its loads independent."""
+    """See `Ops.gemv`: a few whole rows a program, their first blocks read ahead of the kernel before."""
     n, k = w.shape
     out = torch.empty(n, dtype=out_dtype or w.dtype, device=w.device)
-    block_n, block_k, warps, unroll = gemv_blocks(n, k, w.element_size())
-    grid = (triton.cdiv(n, block_n),)
-    _gemv[grid](x, w, out, n, K=k, BLOCK_N=block_n, BLOCK_K=block_k, UNROLL=unroll, num_warps=warps)
+    block_n, block_k, ahead = gemv_blocks(n, k)
+    _gemv[(triton.cdiv(n, block_n),)](
+        x, w, out, n, K=k, BLOCK_N=block_n, BLOCK_K=block_k, AHEAD=ahead, num_warps=4, **launch_options()
+    )
     return out
 
 
-def gemv_blocks(n: int, k: int, itemsize: int) -> tuple[int, int, int, int]:
-    """Rows and columns of a block, warps, and blocks loaded at once."""
-    block_k = min(triton.next_power_of_2(k), 2048 // itemsize)
-    block_n = 4 if n * k * itemsize > 1 << 24 else 1
-    return block_n, block_k, 4, 4
+def gemv_blocks(n: int, k: int) -> tuple[int, int, int]:
+    """Rows and columns of a block, and blocks of columns read ahead; see docs/LOG.md for what was tried."""
+    block_k = min(triton.next_power_of_2(k), 1024)
+    block_n = 1 if n <= 1024 else 2 if k <= 4096 else 4
+    return block_n, block_k, min(triton.cdiv(k, block_k), 2)
 
 
 @triton.jit
-def _silu_mul(gate_up, out, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def _silu_mul(gate_up, out, WIDTH: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
+    after_previous(OVERLAP)
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = index < WIDTH
     gate = tl.load(gate_up + index, mask=inside).to(tl.float32)
@@ -92,5 +137,6 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     """See `Ops.silu_mul`."""
     width, block = gate_up.shape[0] // 2, 256
     out = torch.empty(width, dtype=gate_up.dtype, device=gate_up.device)
-    _silu_mul[(triton.cdiv(width, block),)](gate_up, out, WIDTH=width, BLOCK=block, num_warps=2)
+    grid = (triton.cdiv(width, block),)
+    _silu_mul[grid](gate_up, out, WIDTH=width, BLOCK=block, num_warps=2, **launch_options())
     return out

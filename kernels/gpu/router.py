@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moebox.kernels.gpu.overlap import after_previous, launch_options
 from moebox.kernels.gpu.reference import RouterSpec
 from moebox.kernels.gpu.signals import COPY_BLOCK, copy_vector, raise_flag
 
@@ -92,7 +93,9 @@ def _route(
     KEPT: tl.constexpr,
     TOP_K: tl.constexpr,
     NORM: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    after_previous(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     row = logits + token * MEMBERS * GROUPS
     ids, weights = _choose(row, bias, scale, MEMBERS, GROUPS, KEPT, TOP_K, NORM)
@@ -118,7 +121,9 @@ def _route_and_post(
     TOP_K: tl.constexpr,
     NORM: tl.constexpr,
     BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    after_previous(OVERLAP)
     copy_vector(hidden, box_hidden, width, BLOCK)  # on its way over the bus while the choice is made
     ids, weights = _choose(logits, bias, scale, MEMBERS, GROUPS, KEPT, TOP_K, NORM)
     place = tl.arange(0, triton.next_power_of_2(TOP_K))
@@ -128,7 +133,7 @@ def _route_and_post(
 
 
 def _settings(n_experts: int, spec: RouterSpec) -> dict[str, int | bool]:
-    return {
+    return launch_options() | {
         "MEMBERS": n_experts // spec.n_group,
         "GROUPS": spec.n_group,
         "KEPT": spec.topk_group,

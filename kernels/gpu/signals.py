@@ -9,15 +9,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moebox.kernels.gpu.overlap import after_previous, launch_options
+
 COPY_BLOCK = 8192
 
 
 @triton.jit
-def _wait(flag):
+def _wait(flag, OVERLAP: tl.constexpr):
     seen = tl.load(flag, volatile=True)
     while seen == 0:
         # A plain load: a read-modify-write of host memory could undo the host's own store.
         seen = tl.load(flag, volatile=True)
+    after_previous(OVERLAP)
 
 
 @triton.jit
@@ -37,8 +40,19 @@ def raise_flag(flag):
 
 @triton.jit
 def _post(
-    ids, weights, hidden, box_ids, box_weights, box_hidden, flag, width, K: tl.constexpr, BLOCK: tl.constexpr
+    ids,
+    weights,
+    hidden,
+    box_ids,
+    box_weights,
+    box_hidden,
+    flag,
+    width,
+    K: tl.constexpr,
+    BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    after_previous(OVERLAP)
     copy_vector(hidden, box_hidden, width, BLOCK)
     copy_vector(ids, box_ids, K, triton.next_power_of_2(K))
     copy_vector(weights, box_weights, K, triton.next_power_of_2(K))
@@ -47,7 +61,7 @@ def _post(
 
 def wait(flag: Tensor) -> None:
     """See `Ops.wait`: one warp polls."""
-    _wait[(1,)](flag, num_warps=1)
+    _wait[(1,)](flag, num_warps=1, **launch_options())
 
 
 def post(
@@ -60,5 +74,17 @@ def post(
     flag: Tensor,
 ) -> None:
     """See `Ops.post`."""
-    boxes = (box_ids, box_weights, box_hidden, flag)
-    _post[(1,)](ids, weights, hidden, *boxes, hidden.shape[0], K=ids.shape[0], BLOCK=COPY_BLOCK, num_warps=8)
+    _post[(1,)](
+        ids,
+        weights,
+        hidden,
+        box_ids,
+        box_weights,
+        box_hidden,
+        flag,
+        hidden.shape[0],
+        K=ids.shape[0],
+        BLOCK=COPY_BLOCK,
+        num_warps=8,
+        **launch_options(),
+    )

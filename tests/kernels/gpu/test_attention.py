@@ -110,7 +110,7 @@ def test_mla_decode_over_several_programs(count, device):
 def test_mla_decode_with_long_shares(splits, count, device, monkeypatch):
     """More tokens than programs: each takes several blocks, the last ones may have none."""
     monkeypatch.setattr(attention, "PROGRAMS", splits)
-    monkeypatch.setattr(attention, "SPLIT_TOKENS", 16)
+    monkeypatch.setattr(attention, "BLOCK_TOKENS", 16)
     check_mla(ODD, count, device)
 
 
