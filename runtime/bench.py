@@ -32,7 +32,6 @@ from moebox.runtime.energy import Joules, joule_counter
 from moebox.runtime.kv_cache import KVCache
 from moebox.runtime.loader import Progress
 from moebox.runtime.synthetic import shape_config
-from moebox.runtime.tokenizer import Tokenizer
 
 log = logging.getLogger("moebox")
 
@@ -221,6 +220,8 @@ def _prompt_ids(options: BenchOptions, config: ModelConfig, count: int) -> list[
     if options.model is None:
         ids: list[int] = np.random.default_rng(SEED).integers(0, config.vocab_size, count).tolist()
         return ids
+    from moebox.runtime.tokenizer import Tokenizer  # random weights need none
+
     text = "\n".join(path.read_text("utf-8") for path in sorted(Path(__file__).parent.glob("*.py")))
     ids = Tokenizer.load(options.model, config.vocab_size).encode(text)
     return (ids * (count // len(ids) + 1))[:count]
