@@ -91,7 +91,7 @@ def _gemv(
         place = block * BLOCK_K + column
         inside = (place < K) & (row[:, None] < n)
         weights = tl.load(rows + place, mask=inside, other=0.0, eviction_policy="evict_first")
-        ahead = ahead + (weights,)  # noqa: RUF005 - Triton knows no stars
+        ahead = ahead + (weights,)  # type: ignore[assignment]  # noqa: RUF005 - Triton has no stars
     after_previous(OVERLAP)
     sums = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     for block in tl.static_range(AHEAD):
