@@ -36,8 +36,8 @@ LRU_CURVE = ((0.055, 0.425), (0.11, 0.6), (0.22, 0.75), (0.44, 0.865))
 REPEAT_SPREAD = 30.0
 """Concentration of the Beta distribution of a token's share of repeats: tokens differ, the mean holds."""
 POPULARITY_SIGMA = 1.5
-"""Experts differ in use by a lognormal factor of this width: with it the decayed score beats LRU by about as
-much as on traces of a trained model (DESIGN principle 4)."""
+"""Experts differ in use by a lognormal factor of this width: with it the decayed score beats LRU by as much
+as on tiny-k2's own routing of English text (0.05 where the picks of 4.3 tokens fit), as K2's 9 % do."""
 POPULARITY_TOKENS = 250
 """Tokens after which an expert's popularity has forgotten all but 1/e of what it was."""
 DRIFT_EVERY = 10
