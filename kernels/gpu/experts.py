@@ -6,9 +6,40 @@ of expert and token, k the most experts of one token. Slots: see `slots.py`.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import torch
+import triton
 from torch import Tensor
 
-from moebox.kernels.gpu import experts_reference
+from moebox.kernels.gpu import many_kernels, one_kernels
+from moebox.kernels.gpu.slots import GROUP, check_slab, slot_layout
+
+MAX_PAIRS = 8192
+"""Pairs of one round of `experts_many`: their results take 4 (H + I / 2) bytes each."""
+
+
+class RowTiles(NamedTuple):
+    """How `experts_one` shares rows out: each program has `warps` warps of `rows` rows."""
+
+    warps: int
+    rows: int
+
+
+class Tiles(NamedTuple):
+    """A product's tiles in `experts_many`: rows and packed words of weights, tokens, and how it is run."""
+
+    rows: int
+    tokens: int
+    words: int
+    warps: int
+    stages: int
+
+
+GATE_UP_ONE = RowTiles(4, 4)
+DOWN_ONE = RowTiles(4, 4)
+GATE_UP_MANY = Tiles(64, 64, 16, 4, 3)
+DOWN_MANY = Tiles(128, 64, 16, 4, 3)
 
 
 def experts_one(
@@ -16,8 +47,8 @@ def experts_one(
 ) -> None:
     """One token through listed experts: `out = sum of weights[j] * expert_j(hidden)`; zeros for none.
 
-    How many there are is read on the device, so the call can stand in a CUDA graph. The same inputs give
-    the same bits.
+    How many there are is read on the device, so the call can stand in a CUDA graph. Products and sums are
+    fp32. The same inputs give the same bits.
 
     Args:
         slab: uint8 [slots, stride].
@@ -30,7 +61,33 @@ def experts_one(
     Raises:
         ValueError: a shape or dtype does not fit.
     """
-    experts_reference.experts_one(slab, shape, listed, weights, hidden, out)
+    layout = slot_layout(shape)
+    check_slab(slab, layout)
+    columns, rows = shape
+    top_k = weights.shape[0]
+    _check("listed", listed, (1 + top_k,), torch.int32)
+    _check("weights", weights, (top_k,), torch.float32)
+    _check("hidden", hidden, (columns,), torch.bfloat16)
+    _check("out", out, (columns,), torch.float32)
+    step = GATE_UP_ONE.warps * GATE_UP_ONE.rows
+    operand, offset, inner, inner_offset, weights_copy = torch.empty(
+        columns + columns // GROUP + top_k * (rows + rows // step) + top_k, device=slab.device
+    ).split([columns, columns // GROUP, top_k * rows, top_k * (rows // step), top_k])
+    listed_copy = torch.empty(1 + top_k, dtype=torch.int32, device=slab.device)
+    words = columns // 8
+    one_kernels.prepare[(triton.cdiv(words, 128),)](
+        listed, weights, hidden, listed_copy, weights_copy, operand, offset,
+        words, top_k, triton.next_power_of_2(top_k), 128, num_warps=4,
+    )  # fmt: skip
+    magic = one_kernels.MAGIC
+    one_kernels.gate_up[(rows // step, top_k)](
+        slab, slab.stride(0), listed_copy, weights_copy, operand, offset, inner, inner_offset, 0, magic,
+        columns, rows, GATE_UP_ONE.warps, GATE_UP_ONE.rows, num_warps=GATE_UP_ONE.warps,
+    )  # fmt: skip
+    one_kernels.down[(columns // (DOWN_ONE.warps * DOWN_ONE.rows),)](
+        slab, slab.stride(0), listed_copy, inner, inner_offset, out, 0, magic,
+        columns, rows, GROUP // step, DOWN_ONE.warps, DOWN_ONE.rows, num_warps=DOWN_ONE.warps,
+    )  # fmt: skip
 
 
 def experts_many(
@@ -47,7 +104,8 @@ def experts_many(
     """Add each expert's output for its tokens to `out`, as `moebox.kernels.cpu.experts_forward` does.
 
     The expert in `slots[i]` gets the pairs j from `offsets[i]` to `offsets[i + 1]`, and
-    `out[tokens[j]] += weights[j] * expert_i(hidden[tokens[j]])`. The same inputs give the same bits.
+    `out[tokens[j]] += weights[j] * expert_i(hidden[tokens[j]])`. Weights and inner activations are rounded
+    to bf16, sums are fp32. The same inputs give the same bits.
 
     Args:
         slab: uint8 [slots, stride].
@@ -63,4 +121,96 @@ def experts_many(
     Raises:
         ValueError: a shape or dtype does not fit.
     """
-    experts_reference.experts_many(slab, shape, slots, offsets, tokens, weights, hidden, out, counts)
+    check_slab(slab, slot_layout(shape))
+    n_tokens, n_pairs, n_experts = hidden.shape[0], tokens.shape[0], slots.shape[0]
+    _check("slots", slots, (n_experts,), torch.int32)
+    _check("offsets", offsets, (n_experts + 1,), torch.int32)
+    _check("tokens", tokens, (n_pairs,), torch.int32)
+    _check("weights", weights, (n_pairs,), torch.float32)
+    _check("hidden", hidden, (n_tokens, shape[0]), torch.bfloat16)
+    _check("out", out, (n_tokens, shape[0]), torch.float32)
+    if counts is None:
+        counts = offsets.diff().tolist()
+    if len(counts) != n_experts or sum(counts) != n_pairs:
+        raise ValueError(
+            f"{len(counts)} counts of {sum(counts)} pairs, for {n_experts} experts and {n_pairs} pairs"
+        )
+    if n_pairs == 0:
+        return
+    operand = _regroup(hidden)
+    first = 0
+    for begin, end in _rounds(counts):
+        last = first + sum(counts[begin:end])
+        result = _pair_results(
+            slab, shape, slots[begin:end], offsets[begin : end + 1], tokens, operand, first, counts[begin:end]
+        )
+        _combine(result, tokens[first:last], weights[first:last], out)
+        first = last
+
+
+def _check(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    if tensor.shape != shape or tensor.dtype != dtype or not tensor.is_contiguous():
+        raise ValueError(
+            f"{name} is {tensor.dtype} {list(tensor.shape)}, strides {tensor.stride()}: "
+            f"contiguous {dtype} {list(shape)} is needed"
+        )
+
+
+def _rounds(counts: list[int]) -> list[tuple[int, int]]:
+    """Ranges of experts with at most `MAX_PAIRS` pairs each, unless one expert alone has more."""
+    rounds, begin, pairs = [], 0, 0
+    for i, count in enumerate(counts):
+        if pairs + count > MAX_PAIRS and i > begin:
+            rounds.append((begin, i))
+            begin, pairs = i, 0
+        pairs += count
+    return [*rounds, (begin, len(counts))]
+
+
+def _regroup(hidden: Tensor) -> Tensor:
+    """bf16 [T, 8, H / 8]: each row by k mod 8."""
+    operand = torch.empty_like(hidden)
+    n_tokens, columns = hidden.shape
+    many_kernels.regroup[(n_tokens, triton.cdiv(columns // 8, 256))](hidden, operand, columns, 256)
+    return operand
+
+
+def _pair_results(
+    slab: Tensor,
+    shape: tuple[int, int],
+    slots: Tensor,
+    offsets: Tensor,
+    tokens: Tensor,
+    operand: Tensor,
+    first: int,
+    counts: list[int],
+) -> Tensor:
+    """fp32 [pairs, H]: each expert's output for each of its tokens, not weighted yet."""
+    columns, rows = shape
+    n_pairs, most = sum(counts), max(counts)
+    native = not triton.knobs.runtime.interpret
+    inner = torch.empty(n_pairs, rows, dtype=torch.bfloat16, device=slab.device)
+    result = torch.empty(n_pairs, columns, device=slab.device)
+    tiles = GATE_UP_MANY
+    many_kernels.gate_up[(triton.cdiv(rows, tiles.rows), len(counts), triton.cdiv(most, tiles.tokens))](
+        slab, slab.stride(0), slots, offsets, tokens, operand, inner, first, columns, rows,
+        tiles.rows, tiles.tokens, tiles.words, tiles.stages, native, num_warps=tiles.warps,
+    )  # fmt: skip
+    tiles = DOWN_MANY
+    many_kernels.down[(triton.cdiv(columns, tiles.rows), len(counts), triton.cdiv(most, tiles.tokens))](
+        slab, slab.stride(0), slots, offsets, inner, result, first, columns, rows,
+        tiles.rows, tiles.tokens, tiles.words, tiles.stages, native, num_warps=tiles.warps,
+    )  # fmt: skip
+    return result
+
+
+def _combine(result: Tensor, tokens: Tensor, weights: Tensor, out: Tensor) -> None:
+    """Add the pairs' results to their tokens, in the order of the pairs."""
+    in_order, order = torch.sort(tokens, stable=True)
+    bounds = torch.searchsorted(
+        in_order, torch.arange(out.shape[0] + 1, dtype=torch.int32, device=out.device), out_int32=True
+    )
+    columns = out.shape[1]
+    many_kernels.combine[(out.shape[0], triton.cdiv(columns, 1024))](
+        result, weights, order, bounds, out, columns, 1024
+    )
