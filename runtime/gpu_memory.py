@@ -22,6 +22,8 @@ from moebox.runtime.processor import EXPANDED_BYTES
 CHUNK_TOKENS = 8192
 """Tokens of a prompt that go through the GPU at once, where memory allows: each chunk reads every expert."""
 SMALLEST_CHUNK_TOKENS = 256
+EXPERT_PAIRS = 8192
+"""Pairs of token and expert that the GPU's kernel for many tokens takes in one round."""
 WORKSPACE_SHARE = 0.1
 """Part of the memory beside backbone and cache that a chunk's intermediate values may take."""
 CACHE_SHARE = 0.15
@@ -88,7 +90,8 @@ def plan_gpu_memory(
             f"{'the VRAM budget is' if vram is not None else 'free are'} {gib(room)}",
             "Give a larger --vram or a smaller --context, or use --device cpu.",
         )
-    slots = min((room - plan.fixed_bytes) // row_stride(config), n_keys(config))
+    most = n_keys(config) + config.num_experts_per_tok  # some are kept free for uploads
+    slots = min((room - plan.fixed_bytes) // row_stride(config), most)
     return _share_experts(config, plan, slots, int(free_ram * (1 - SYSTEM_SHARE)) if ram is None else ram)
 
 
@@ -137,7 +140,7 @@ def _chunk_tokens(config: ModelConfig, context: int, room: int) -> int:
     """The largest power of two whose workspace fits `room`, between the two limits."""
     chunk = CHUNK_TOKENS
     while chunk > SMALLEST_CHUNK_TOKENS:
-        if chunk <= 2 * context and workspace_bytes(config, chunk, context) <= room:
+        if chunk < 2 * context and workspace_bytes(config, chunk, context) <= room:
             break
         chunk //= 2
     return chunk
@@ -148,12 +151,13 @@ def workspace_bytes(config: ModelConfig, chunk: int, context: int) -> int:
     hidden, heads = config.hidden_size, config.num_attention_heads
     expanded = 2 * context * heads * (3 * config.qk_head_dim + config.v_head_dim)
     # Bytes a token: the residual before and after (fp32), its norm on the way and in bf16; then the widest of
-    # attention (queries, positional parts through complex numbers, mixed values), dense MLP and experts (a
-    # row each for gate and up, their product and the fp32 output of every chosen expert, and two sums).
+    # attention (queries, positional parts through complex numbers, mixed values), dense MLP (gate and up,
+    # silu and product) and experts (regrouped input and two sums, beside a round's pairs).
     queries = heads * (4 * config.qk_head_dim + 16 * config.qk_rope_head_dim + 6 * config.v_head_dim)
-    dense = 8 * config.intermediate_size
-    pairs = config.num_experts_per_tok * (6 * config.moe_intermediate_size + 4 * hidden) + 8 * hidden
-    return chunk * (16 * hidden + max(queries, dense, pairs)) + min(EXPANDED_BYTES, expanded)
+    widest = max(queries, 8 * config.intermediate_size, 10 * hidden)
+    pairs = min(max(EXPERT_PAIRS, chunk), chunk * config.num_experts_per_tok)
+    per_pair = 4 * hidden + 2 * config.moe_intermediate_size
+    return chunk * (16 * hidden + widest) + pairs * per_pair + min(EXPANDED_BYTES, expanded)
 
 
 def _share_experts(config: ModelConfig, plan: GpuPlan, slots: int, ram_room: int) -> GpuPlan:

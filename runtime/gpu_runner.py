@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Callable
 
@@ -17,15 +18,19 @@ from moebox.offload.hardware import available_ram_bytes
 from moebox.offload.ram import RamTier
 from moebox.offload.tiers import TieredExperts
 from moebox.runtime.decode_program import DecodeProgram
-from moebox.runtime.gpu_memory import GpuPlan, plan_gpu_memory
+from moebox.runtime.gpu_memory import GpuPlan, describe_fixed, n_keys, plan_gpu_memory
 from moebox.runtime.kv_cache import KVCache
 from moebox.runtime.loader import LoadOptions, load_backbone
 from moebox.runtime.memory import gib
 from moebox.runtime.model import KimiK2
 from moebox.runtime.processor import GpuProcessor
 
+log = logging.getLogger("moebox")
+
 CORES_FOR_UPLOADS = 1
 """Left free of the experts' threads by default: spinning on every core starves what queues the uploads."""
+SMALLEST_RETRY_TOKENS = 8
+"""Where a chunk of twice as many does not fit, no smaller one is tried."""
 LOGITS_ROWS = 256
 """Tokens whose logits are computed at once: 160 MiB of fp32 at K2's vocabulary."""
 
@@ -85,12 +90,36 @@ class GpuRunner:
         """See `Runner.forward`."""
         if not isinstance(cache, DeviceCache):
             raise TypeError("the cache was not made by this runner")
+        # Torch's own threads would spin on the cores of the experts'; what is left for them here is small.
+        torch.set_num_threads(1)
         if len(token_ids) == 1:
             if between_layers is not None:
                 between_layers()
             return self.decode(token_ids[0], cache)[None]
-        hidden = self.model(token_ids, cache, between_layers)
-        return self._to_logits(hidden[-1:] if last_only else hidden)
+        try:
+            hidden = self.model(token_ids, cache, between_layers)
+        except torch.OutOfMemoryError:
+            half = self._halve_chunks(len(token_ids))
+        else:
+            return self._to_logits(hidden[-1:] if last_only else hidden)
+        parts = [token_ids[start : start + half] for start in range(0, len(token_ids), half)]
+        logits = [
+            self.forward(part, cache, last_only=last_only, between_layers=between_layers) for part in parts
+        ]
+        return logits[-1] if last_only else torch.cat(logits)
+
+    def _halve_chunks(self, count: int) -> int:
+        """Go on with chunks of half as many tokens as there was no memory for; returns how many."""
+        if count < 2 * SMALLEST_RETRY_TOKENS:
+            free = gib(self._device.free_vram_bytes())
+            raise RequestError(
+                f"no GPU memory for a chunk of {count} tokens ({free} are free)",
+                "Other programs may have taken it; end them, or load the model with a smaller --vram.",
+            ) from None
+        half = -(-count // 2)
+        log.warning("no GPU memory for chunks of %d tokens: going on with %d, which is slower", count, half)
+        self.chunk_tokens = min(self.chunk_tokens, half)
+        return half
 
     def _to_logits(self, hidden: Tensor) -> Tensor:
         """`hidden [T, H]` on the device -> fp32 [T, vocab_size] on the CPU."""
@@ -102,8 +131,8 @@ class GpuRunner:
         self._inputs[0], self._inputs[1] = token, len(cache)  # compiling runs it too
         launch = self._launch(cache.memory)
         self.experts.begin_token()
-        launch.start()
         try:
+            launch.start()
             self.experts.run_token()
         except BaseException:
             self._release()
@@ -120,7 +149,9 @@ class GpuRunner:
             tensor.zero_()
         for flags in (box.listed, box.summed):
             flags.fill_(1)
-        self._device.uploads.copy(box.uploaded, box.summed)  # the compute stream waits, and cannot do it
+        uploads = self._device.uploads  # the compute stream waits, and cannot do it
+        uploads.copy(box.uploaded, box.summed)
+        uploads.record().synchronize()
 
     def _launch(self, memory: CacheMemory) -> Launch:
         """The program for this memory, compiled at its first token."""
@@ -172,15 +203,28 @@ def load_on_gpu(name: str, checkpoint: Checkpoint, options: LoadOptions) -> tupl
         free_ram=available_ram_bytes(),
         context=options.context,
     )
+    log.info("%s: %s; %d of %d experts resident", name, describe_fixed(plan), plan.slots, n_keys(config))
+    try:
+        return _load_planned(checkpoint, device, plan, options), plan
+    except torch.OutOfMemoryError:
+        raise PlanError(
+            f"{name} ran out of memory while loading: {gib(device.free_vram_bytes())} are free, "
+            f"{gib(plan.fixed_bytes)} were planned beside the experts",
+            "Other programs may have taken it; end them, or give a smaller --vram.",
+        ) from None
+
+
+def _load_planned(checkpoint: Checkpoint, device: Device, plan: GpuPlan, options: LoadOptions) -> GpuRunner:
+    config = checkpoint.config
     processor = GpuProcessor(device.torch_device, device.ops)
     model = load_backbone(checkpoint, None, torch.bfloat16, "bf16", options.progress, processor)
-    pool = cpu.ThreadPool(options.threads or max(1, cpu.allowed_cpus() - CORES_FOR_UPLOADS))
-    # The slab comes last: it is what shrinks where memory turns out to be short.
+    # The experts' slab comes last: it is what shrinks where memory turns out to be short.
     memory = CacheMemory(model, device, plan.context)
+    pool = cpu.ThreadPool(options.threads or max(1, cpu.allowed_cpus() - CORES_FOR_UPLOADS))
     ram = RamTier(config, plan.ram_rows, device, options.progress)
     experts = TieredExperts.build(config, device, pool, ram, plan.slots, plan.exclusive)
     experts.load(checkpoint, options.progress)
-    return GpuRunner(model, device, experts, memory, plan.chunk_tokens), plan
+    return GpuRunner(model, device, experts, memory, plan.chunk_tokens)
 
 
 def _check_options(name: str, options: LoadOptions) -> None:

@@ -1,0 +1,108 @@
+"""The plan of VRAM and RAM: what it gives to experts, and what it refuses, with the numbers."""
+
+import pytest
+
+from moebox.config import parse_config
+from moebox.errors import PlanError
+from moebox.offload.gpu import STAGING_SLOTS
+from moebox.offload.ram import row_stride
+from moebox.quantize.synth_shapes import synth_config
+from moebox.runtime.gpu_memory import (
+    CHUNK_TOKENS,
+    RESERVE_BYTES,
+    SMALLEST_CHUNK_TOKENS,
+    GpuPlan,
+    least_vram_bytes,
+    n_keys,
+    plan_gpu_memory,
+    workspace_bytes,
+)
+
+GIB = 1 << 30
+K2 = parse_config(synth_config("kimi-k2", format="int4"))
+TINY = parse_config(synth_config("tiny", format="int4"))
+
+
+def plan(config=K2, *, vram=None, free_vram=80 * GIB, ram=None, free_ram=700 * GIB, context=None) -> GpuPlan:
+    return plan_gpu_memory(
+        config, vram=vram, free_vram=free_vram, ram=ram, free_ram=free_ram, context=context
+    )
+
+
+def test_an_80_gb_card():
+    made = plan(context=32768)
+    assert made.backbone_bytes == pytest.approx(23e9, rel=0.05)
+    assert made.kv_bytes == 32768 * (61 * 576 * 2 + 256)
+    assert made.chunk_tokens == CHUNK_TOKENS
+    assert made.fixed_bytes + made.slots * row_stride(K2) <= 80 * GIB
+    assert made.fixed_bytes + (made.slots + 1) * row_stride(K2) > 80 * GIB
+    assert 0.07 < made.slots / n_keys(K2) < 0.1
+    assert (made.ram_rows, made.exclusive) == (n_keys(K2), False)
+
+
+def test_context_is_bounded_where_none_is_asked_for():
+    made = plan(free_vram=40 * GIB)
+    left = 40 * GIB - made.backbone_bytes - RESERVE_BYTES
+    assert 0.14 * left < made.kv_bytes <= 0.15 * left
+    assert plan(free_vram=400 * GIB).context == K2.max_position_embeddings
+
+
+def test_chunks_shrink_with_the_room():
+    sizes = [plan(free_vram=size * GIB, context=8192).chunk_tokens for size in (27, 32, 40, 80)]
+    assert sizes == sorted(sizes)
+    assert sizes[0] < sizes[-1] == CHUNK_TOKENS
+    assert plan(TINY, free_vram=80 * GIB, context=200).chunk_tokens == SMALLEST_CHUNK_TOKENS
+
+
+def test_workspace_grows_with_chunk_and_context():
+    assert workspace_bytes(K2, 8192, 8192) < 4 * GIB
+    assert workspace_bytes(K2, 512, 8192) < workspace_bytes(K2, 1024, 8192)
+    assert workspace_bytes(TINY, 256, 100) < workspace_bytes(TINY, 256, 1000)
+
+
+def test_budget_below_what_is_free():
+    wanted = least_vram_bytes(TINY, 100) + 5 * row_stride(TINY)
+    made = plan(TINY, vram=wanted, context=100)
+    assert made.slots == 5
+    assert made.staging_bytes == STAGING_SLOTS * row_stride(TINY)
+
+
+def test_all_experts_fit_the_gpu():
+    assert plan(TINY, context=100).slots == n_keys(TINY) + TINY.num_experts_per_tok
+
+
+def test_ram_and_vram_hold_the_model_together():
+    made = plan(TINY, ram=5 * row_stride(TINY), context=100)
+    assert made.exclusive
+    assert made.ram_rows == 5
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"vram": 81 * GIB}, r"VRAM budget of 81.0 GiB, but only 80.0 GiB are free"),
+        ({"ram": 701 * GIB}, r"RAM budget of 701.0 GiB, but only 700.0 GiB"),
+        (
+            {"free_vram": 20 * GIB, "context": 4096},
+            r"needs 2\d\.\d GiB before the first expert .*free are 20",
+        ),
+        ({"vram": 20 * GIB, "context": 4096}, r"the VRAM budget is 20"),
+        ({"ram": 400 * GIB, "context": 4096}, r"take 53\d\.\d GiB; RAM holds 400\.0 GiB.*are missing"),
+        ({"context": 1 << 20}, r"context of 1048576 tokens"),
+    ],
+)
+def test_refusals(options, message):
+    with pytest.raises(PlanError, match=message):
+        plan(**options)
+
+
+def test_missing_bytes_add_up():
+    """What is said to be missing is what makes it fit."""
+    with pytest.raises(PlanError) as raised:
+        plan(TINY, vram=least_vram_bytes(TINY, 100), ram=3 * row_stride(TINY), context=100)
+    missing = n_keys(TINY) - 3
+    assert f"{missing * row_stride(TINY) / 2**20:.1f} MiB are missing" in str(raised.value)
+    more = (missing + TINY.num_experts_per_tok) * row_stride(TINY)
+    assert plan(
+        TINY, vram=least_vram_bytes(TINY, 100) + more, ram=3 * row_stride(TINY), context=100
+    ).exclusive
