@@ -54,12 +54,12 @@ class Admissions:
             return None
         if residency.n_free <= residency.reserve and not self.exclusive:
             residency.release(self.victims.pop())
-        slot = residency.place(key)
-        if slot < 0:
+        if not residency.n_free:
             return None
+        self._moved_in.append(key)
+        slot = residency.place(key)
         if slot in self._vacated:
             self.device.uploads.wait(self._vacated.pop(slot))
-        self._moved_in.append(key)
         return slot
 
     def uploaded(self, event: Event) -> None:
@@ -80,5 +80,14 @@ class Admissions:
         slot = residency.slot(victim)
         self.device.downloads.copy(self.ram.slab[row], self.gpu.slab[slot])
         self._vacated[slot] = self.device.downloads.record()
+        self.ram.rows[victim] = row  # first, so that no interrupt leaves it nowhere
         residency.release(victim)
-        self.ram.rows[victim] = row
+
+    def undo(self) -> None:
+        """Forget what may not have arrived; all that was queued is done."""
+        if not self.exclusive:
+            self.gpu.clear()
+            return
+        for key in self._moved_in:
+            if self.ram.rows[key] >= 0 and self.gpu.residency.slot(key) >= 0:
+                self.gpu.residency.release(key)

@@ -382,7 +382,9 @@ class HostCopyStream:
         self._failure: list[Exception] = []
         self._random = random.Random(seed)
         self._max_delay_s = max_delay_us / 1e6
-        threading.Thread(target=_work_off, args=(self._work, self._failure), daemon=True).start()
+        threading.Thread(
+            target=_work_off, args=(self._work, self._failure), name="moebox-copy", daemon=True
+        ).start()
         weakref.finalize(self, self._work.put, None)
 
     def copy(self, target: Tensor, source: Tensor) -> None:

@@ -2,8 +2,8 @@
 
 Experts in the cache are computed where they are. Of the others, those with most tokens are uploaded, in
 groups, through a ring of slots, and the GPU computes each group while the next one is on its way; those with
-fewest are computed by the CPU from RAM. One host thread does it all: it queues uploads for longer than the
-CPU's next batch will last, computes the batch, and looks again, until the roads meet.
+fewest are computed by the CPU from RAM, batch by batch. While a batch runs, in a thread of its own, uploads
+are queued that will last longer; then the split is looked at again, until the roads meet.
 
 T tokens, H hidden_size, E n_routed_experts, k num_experts_per_tok; n experts and m pairs of token and expert
 in a layer.
@@ -14,6 +14,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,7 +25,6 @@ from torch import Tensor
 from moebox.kernels import cpu
 from moebox.offload.admission import Admissions
 from moebox.offload.device import Device, Event
-from moebox.offload.experts import group_by_expert
 from moebox.offload.gpu import HALF_LIFE_TOKENS, STAGING_SLOTS, GpuTier
 from moebox.offload.ram import RamTier
 from moebox.offload.split import Counts, RoadCosts, cpu_share, two_roads_s
@@ -36,12 +36,12 @@ TABLE = 2 * GROUP + 1
 """int32 words that tell the GPU of a group: slots, then offsets."""
 BATCH_S = 6e-3
 """What the CPU takes at once: long against the cost of a look, short against a layer."""
-ZERO_ROWS = 256
+ZERO_ROWS = 512
 CPU_GBPS_PER_THREAD = 4.0
 CPU_GFLOPS_PER_THREAD = 200.0
 """What the CPU is taken for before it has computed anything."""
-AHEAD = 1.3
-AHEAD_S = 2e-3
+AHEAD = 1.2
+AHEAD_S = 1e-3
 """Uploads are queued for `AHEAD` times the CPU's next batch and `AHEAD_S` more."""
 
 
@@ -105,16 +105,19 @@ class Pairs:
 
 def sort_pairs(ids: npt.NDArray[np.int64], slots: npt.NDArray[np.int32]) -> Pairs:
     """Sort a layer's expert ids [T, k]; `slots` [E] has each expert's slot or -1."""
-    chosen, bounds, tokens, order = group_by_expert(ids)
-    counts = np.diff(bounds).astype(np.int64)
-    missing = slots[chosen] < 0
-    ranks = np.lexsort((-counts, missing))
-    starts, counts = bounds[:-1][ranks], counts[ranks]
+    flat = ids.reshape(-1)
+    all_counts = np.bincount(flat, minlength=len(slots))
+    experts = np.nonzero(all_counts)[0]
+    missing = slots[experts] < 0
+    experts = experts[np.lexsort((-all_counts[experts], missing))]
+    ranks = np.zeros(len(slots), np.uint16)  # numpy sorts 16-bit integers by radix
+    ranks[experts] = np.arange(len(experts))
+    order = np.argsort(ranks[flat], kind="stable")
+    tokens = (order // ids.shape[1]).astype(np.int32)
+    counts = all_counts[experts]
     offsets = np.concatenate([[0], np.cumsum(counts)])
-    pairs = np.repeat(starts - offsets[:-1], counts) + np.arange(offsets[-1])
-    experts = [chosen[rank] for rank in ranks]
-    n_resident = len(chosen) - int(missing.sum())
-    return Pairs(experts, n_resident, counts, offsets, tokens[pairs], order[pairs])
+    n_resident = len(experts) - int(missing.sum())
+    return Pairs(experts.tolist(), n_resident, counts, offsets, tokens, order)
 
 
 def recent_use(ids: npt.NDArray[np.int64], n_experts: int) -> npt.NDArray[np.float32]:
@@ -139,7 +142,6 @@ class Staging:
         self.residents = device.pinned((2 * n_experts + 1,), torch.int32)
         # One row a group; at worst each is of one expert.
         self.tables = device.pinned((n_experts, TABLE), torch.int32)
-        self.device_tables = device.empty((n_experts, TABLE), torch.int32)
         self._zeros = device.empty((min(capacity, ZERO_ROWS), hidden_size), torch.float32).zero_()
         self._downloads = device.downloads
         self._downloads.wait(device.mark())
@@ -179,6 +181,7 @@ class PrefillRoads:
             cpu_gflops=CPU_GFLOPS_PER_THREAD * pool.threads,
         )
         self.records: deque[LayerRecord] = deque(maxlen=1024)
+        self.cpu_thread = ThreadPoolExecutor(1, "moebox-prefill")
         self._staging: Staging | None = None
         self._last: _Layer | None = None
 
@@ -200,12 +203,12 @@ class PrefillRoads:
             self._learn()
             current.compute_residents()
             current.share_misses()
-            current.combine()
+            out = current.combine()
         except BaseException:
-            self.device.synchronize()  # what is under way reads this layer's tensors
+            current.abandon()
             raise
         self._last = current
-        return current.out
+        return out
 
     def settle(self) -> None:
         """Wait for the last layer, so that RAM, cache and records are as they will stay."""
@@ -241,6 +244,7 @@ class _Layer:
         self.computed: list[Event] = []
         self.queued: deque[tuple[Event, int]] = deque()
         self.first_upload: Event | None = None
+        self.running: Future[tuple[int, int, float]] | None = None
 
     def receive(self, expert_ids: Tensor, weights: Tensor) -> None:
         """Bring the routing to the host, start copying what the CPU needs, and plan."""
@@ -248,8 +252,8 @@ class _Layer:
         ids, router_weights = staging.ids[:n_tokens], staging.router_weights[:n_tokens]
         downloads = self.device.downloads
         staging.clear_sums(n_tokens)
-        ids.copy_(expert_ids, non_blocking=True)
-        router_weights.copy_(weights, non_blocking=True)
+        self.device.fetch(ids, expert_ids)
+        self.device.fetch(router_weights, weights)
         routed = self.device.mark()
         downloads.wait(routed)
         downloads.copy(staging.hidden[:n_tokens], self.hidden)
@@ -277,13 +281,13 @@ class _Layer:
         self.record.residents = self.front
 
     def _send_pairs(self, router_weights: npt.NDArray[np.float32]) -> None:
-        n_pairs, staging, target = self.bounds[-1], self.staging, self.hidden.device
+        n_pairs, staging = self.bounds[-1], self.staging
         tokens, weights = staging.tokens[:n_pairs], staging.weights[:n_pairs]
         tokens.numpy()[:] = self.pairs.tokens
         np.take(router_weights.reshape(-1), self.pairs.order, out=weights.numpy())
         self.tokens, self.weights = tokens.numpy(), weights.numpy()
-        self.device_tokens = tokens.to(target, non_blocking=True)
-        self.device_weights = weights.to(target, non_blocking=True)
+        self.device_tokens = self.device.send(tokens)
+        self.device_weights = self.device.send(weights)
 
     def compute_residents(self) -> None:
         """Queue the experts that lie in the cache."""
@@ -294,7 +298,7 @@ class _Layer:
         words = table.numpy()
         words[:n] = self.slots[self.pairs.experts[:n]]
         words[n:] = self.bounds[: n + 1]
-        self._compute(0, n, table.to(self.hidden.device, non_blocking=True), n)
+        self._compute(0, n, self.device.send(table), n)
 
     def _compute(self, first: int, last: int, table: Tensor, at: int) -> None:
         """Queue the experts `first` to `last`; `table` has slots in front and offsets from `at` on."""
@@ -317,12 +321,11 @@ class _Layer:
         self.record.floor_s = two_roads_s(self.roads.costs, self.pairs.counts[self.front :])
         while self.front < self.back:
             n = self._next_batch()
-            batch = self.pairs.counts[self.back - n : self.back]
-            ahead_s = AHEAD * float(self.roads.costs.cpu_s(batch).sum()) + AHEAD_S
-            while self.front < self.back - n and (n == 0 or self._ahead_s() < ahead_s):
-                self._upload(min(GROUP, self.back - n - self.front))
-            if n:
-                self._compute_on_cpu(n)
+            batch_s = self._begin_on_cpu(n) if n else float("inf")
+            while self.front < self.back and self._ahead_s() < AHEAD * batch_s + AHEAD_S:
+                self._upload(min(GROUP, self.back - self.front))
+            if self.running is not None:
+                self._end_on_cpu()
 
     def _next_batch(self) -> int:
         costs, left = self.roads.costs, self.pairs.counts[self.front : self.back]
@@ -368,40 +371,58 @@ class _Layer:
         words = self.staging.tables[group].numpy()
         words[:n] = slots
         words[GROUP : GROUP + n + 1] = self.pairs.offsets[self.front : self.front + n + 1] - base
-        table = self.staging.device_tables[group]
-        table.copy_(self.staging.tables[group], non_blocking=True)
-        return table
+        return self.device.send(self.staging.tables[group])
 
-    def _compute_on_cpu(self, n: int) -> None:
-        """Compute the last n of the experts that are left."""
+    def _begin_on_cpu(self, n: int) -> float:
+        """Let the CPU start on the last n of the experts that are left; returns what it should take."""
+        first, self.back = self.back - n, self.back - n
+        self.running = self.roads.cpu_thread.submit(self._compute_on_cpu, first, first + n)
+        self.record.cpu += n
+        return float(self.roads.costs.cpu_s(self.pairs.counts[first : first + n]).sum())
+
+    def _end_on_cpu(self) -> None:
+        assert self.running is not None
+        first, last, seconds = self.running.result()
+        self.running = None
+        self.record.cpu_s += seconds
+        self.roads.costs.learn_cpu(self.pairs.counts[first:last], seconds)
+
+    def _compute_on_cpu(self, first: int, last: int) -> tuple[int, int, float]:
+        """In the other thread, which changes nothing but the sums."""
         self.cpu_ready.synchronize()
-        first, n_tokens = self.back - n, len(self.hidden)
-        begin, end = self.bounds[first], self.bounds[self.back]
-        rows = self.ram.rows[self.keys[first : self.back]].tolist()
+        n_tokens, begin, end = len(self.hidden), self.bounds[first], self.bounds[last]
+        rows = self.ram.rows[self.keys[first:last]].tolist()
         began_s = time.perf_counter()
         cpu.experts_forward(
             self.roads.pool,
             [self.ram.expert(row) for row in rows],
-            (self.pairs.offsets[first : self.back + 1] - begin).astype(np.int32),
+            (self.pairs.offsets[first : last + 1] - begin).astype(np.int32),
             self.tokens[begin:end],
             self.weights[begin:end],
             self.staging.hidden[:n_tokens],
             self.staging.sums[:n_tokens],
         )
-        seconds = time.perf_counter() - began_s
-        self.roads.costs.learn_cpu(self.pairs.counts[first : self.back], seconds)
-        self.record.cpu_s += seconds
-        self.record.cpu += n
-        self.back = first
+        return first, last, time.perf_counter() - began_s
 
-    def combine(self) -> None:
-        """Add the CPU's sum to the GPU's."""
+    def combine(self) -> Tensor:
+        """Add the CPU's sum to the GPU's, and let go of what the layer was given."""
         if self.record.cpu:
-            sums = self.staging.sums[: len(self.hidden)]
-            self.out += sums.to(self.out.device, non_blocking=True)
+            self.out += self.device.send(self.staging.sums[: len(self.hidden)])
         self.device.compute_waits(self.cpu_ready)  # before the memory of the hidden states is used again
         self.end = self.device.mark()
         self.device.downloads.wait(self.end)  # before the next layer's zeros
+        out = self.out
+        del self.out, self.hidden
+        return out
+
+    def abandon(self) -> None:
+        """Something was raised: leave a cache that holds what it says, and nothing under way."""
+        if self.running is not None:
+            wait([self.running])
+        try:
+            self.device.synchronize()
+        finally:
+            self.admissions.undo()
 
     def wait(self) -> None:
         """Wait for all of it, copies into RAM included."""

@@ -232,11 +232,11 @@ class CheckpointSource:
     def read(self, key: int, row: Bytes) -> None:
         """See `Source`."""
         begin = 0
-        for path, offset, nbytes in self._pieces(key):
+        for path, offset, nbytes in self.pieces(key):
             _read_exactly(self._files[path], path, offset, row[begin : begin + nbytes])
             begin += nbytes
 
-    def _pieces(self, key: int) -> list[tuple[Path, int, int]]:
+    def pieces(self, key: int) -> list[tuple[Path, int, int]]:
         """File, offset and length of each run of tensors that lie one behind the other."""
         pieces: list[tuple[Path, int, int]] = []
         for info in self._tensors[key]:

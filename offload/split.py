@@ -80,7 +80,7 @@ def cpu_share(costs: RoadCosts, counts: Counts, ahead_s: float, tail_s: float, b
         counts: tokens of the experts that nobody has taken, descending; the CPU takes from the end.
         ahead_s: what the uploads that are queued already will take.
         tail_s: what the CPU's sum takes on its way to the device.
-        batch_s: what it may take at once, but always one expert.
+        batch_s: about what it may take at once; up to twice that where it is the last batch.
 
     Returns:
         As many as the CPU finishes before the uploads of all others would be; 0: upload them all.
@@ -88,8 +88,9 @@ def cpu_share(costs: RoadCosts, counts: Counts, ahead_s: float, tail_s: float, b
     cpu_s = np.cumsum(costs.cpu_s(counts[::-1]))
     upload_s = ahead_s + costs.upload_s * np.arange(len(counts) - 1, -1, -1)
     in_time = int(np.searchsorted(cpu_s + tail_s - upload_s, 0.0, side="right"))
-    in_batch = max(1, int(np.searchsorted(cpu_s, batch_s, side="right")))
-    return min(in_time, in_batch)
+    if in_time == 0 or cpu_s[in_time - 1] <= 2 * batch_s:
+        return in_time
+    return max(1, int(np.searchsorted(cpu_s, batch_s, side="right")))
 
 
 def two_roads_s(costs: RoadCosts, counts: Counts) -> float:

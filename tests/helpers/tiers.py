@@ -1,0 +1,240 @@
+"""Small tiers on a stand-in device, what they should compute, and a detector of races between streams."""
+
+from __future__ import annotations
+
+import threading
+from collections import defaultdict
+from functools import cache
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from helpers import experts as arithmetic
+from moebox.config import ModelConfig
+from moebox.kernels import cpu
+from moebox.offload.device import StandInDevice
+from moebox.offload.experts import group_by_expert
+from moebox.offload.layout import ExpertLayout
+from moebox.offload.ram import RamTier, SyntheticSource, row_tensors
+from moebox.offload.tiers import TieredExperts
+
+EXPERTS, TOP_K, LAYERS = 32, 4, 2
+FIRST = 1
+"""The first MoE layer, as the model counts."""
+
+
+def small_config(**changes) -> ModelConfig:
+    """Two MoE layers of 32 experts, H 64, I 32, top 4."""
+    values = {
+        "model_type": "kimi_k2", "vocab_size": 64, "hidden_size": 64, "intermediate_size": 64,
+        "moe_intermediate_size": 32, "num_hidden_layers": FIRST + LAYERS, "num_attention_heads": 2,
+        "n_routed_experts": EXPERTS, "n_shared_experts": 1, "num_experts_per_tok": TOP_K,
+        "first_k_dense_replace": FIRST, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16,
+        "v_head_dim": 16, "rms_norm_eps": 1e-6, "rope_theta": 5e4, "max_position_embeddings": 512,
+    }  # fmt: skip
+    return ModelConfig(**(values | changes))
+
+
+@cache
+def all_bytes(config: ModelConfig) -> Tensor:
+    """What `fill_synthetic` makes of each key: uint8 [L * E, nbytes]."""
+    source = SyntheticSource(config, 0)
+    rows = np.empty((LAYERS * config.n_routed_experts, config.expert_bytes), np.uint8)
+    for key, row in enumerate(rows):
+        source.read(key, row)
+    return torch.from_numpy(rows)
+
+
+def build(device, slots: int, exclusive: bool = False, threads: int = 1, **changes) -> TieredExperts:
+    """Filled tiers; in exclusive mode with as few rows in RAM as will do."""
+    config = small_config(**changes)
+    reserve = min(config.num_experts_per_tok, slots // 2)
+    rows = LAYERS * config.n_routed_experts - (slots - reserve if exclusive else 0)
+    ram = RamTier(config, rows, device)
+    tiers = TieredExperts.build(config, device, cpu.ThreadPool(threads, pin=False), ram, slots, exclusive)
+    tiers.fill_synthetic()
+    return tiers
+
+
+class Oracle:
+    """fp64 results, from the experts' source."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        layout = ExpertLayout(config)
+        self.n_experts = config.n_routed_experts
+        self.arrays = [row_tensors(row, layout) for row in all_bytes(config)]
+
+    def forward(self, layer: int, ids: Tensor, weights: Tensor, hidden: Tensor) -> Tensor:
+        """As `Experts.forward`, in fp64."""
+        chosen, offsets, tokens, order = group_by_expert(ids.numpy())
+        routing = arithmetic.Routing(
+            torch.from_numpy(offsets), torch.from_numpy(tokens), weights.reshape(-1)[torch.from_numpy(order)]
+        )
+        first = (layer - FIRST) * self.n_experts
+        arrays = [self.arrays[first + expert] for expert in chosen]
+        return arithmetic.reference(arrays, routing, hidden, torch.zeros(hidden.shape))
+
+
+def random_chunk(n_tokens: int, generator: torch.Generator, skew: float = 1.0, n_experts: int = EXPERTS):
+    """Ids [T, 4], weights and hidden states; a larger skew has some experts used more."""
+    popularity = torch.rand(n_experts, generator=generator) ** skew
+    ids = (torch.rand(n_tokens, n_experts, generator=generator) * popularity).topk(TOP_K).indices
+    weights = torch.rand(n_tokens, TOP_K, generator=generator)
+    return ids, weights, torch.randn(n_tokens, 64, generator=generator).bfloat16()
+
+
+def check_places(tiers: TieredExperts) -> None:
+    """Every expert lies where the tables say, whole, and in exclusive mode in one place only."""
+    tiers.settle()
+    table, rows = tiers.gpu.residency.table(), tiers.ram.rows
+    assert tiers.gpu.residency.n_free >= tiers.gpu.residency.reserve
+    for key, (slot, row) in enumerate(zip(table.tolist(), rows.tolist(), strict=True)):
+        expected = all_bytes(tiers.config)[key]
+        if tiers.exclusive:
+            assert (slot < 0) != (row < 0), key
+        else:
+            assert row >= 0
+        for slab, place in ((tiers.gpu.slab, slot), (tiers.ram.slab, row)):
+            assert place < 0 or torch.equal(slab[place, : len(expected)], expected), key
+    for places in (table[table >= 0], rows[rows >= 0]):
+        assert len(set(places.tolist())) == len(places)
+
+
+class Races:
+    """Vector clocks of the host and the streams, and what each step read and wrote."""
+
+    def __init__(self) -> None:
+        self.clocks: defaultdict[str, dict[str, int]] = defaultdict(dict)
+        self.steps: list[tuple[str, int, dict[str, int], list[Tensor], list[Tensor]]] = []
+
+    def join(self, who: str, clock: dict[str, int]) -> None:
+        """`who` goes on after all that `clock` knows."""
+        mine = self.clocks[who]
+        for stream, position in clock.items():
+            mine[stream] = max(mine.get(stream, 0), position)
+
+    def step(self, who: str, reads: list[Tensor], writes: list[Tensor]) -> None:
+        """A step of the host, one that it queues, or one of the CPU's thread."""
+        if who != "cpu":
+            self.join(who, self.clocks["host"])
+        clock = self.clocks[who]
+        clock[who] = clock.get(who, 0) + 1
+        self.steps.append((who, clock[who], dict(clock), reads, writes))
+
+    def find(self) -> list[str]:
+        """Pairs of steps that touch the same memory, one writing, and that nothing puts in order."""
+        found = []
+        for later, (who, _, clock, reads, writes) in enumerate(self.steps):
+            for other, position, _, other_reads, other_writes in self.steps[:later]:
+                if other == who or clock.get(other, 0) >= position:
+                    continue
+                if (
+                    _overlap(writes, other_writes)
+                    or _overlap(writes, other_reads)
+                    or _overlap(reads, other_writes)
+                ):
+                    found.append(f"{who} and {other}")
+        return found
+
+
+def _overlap(some: list[Tensor], others: list[Tensor]) -> bool:
+    return any(
+        a.data_ptr() < b.data_ptr() + b.nbytes and b.data_ptr() < a.data_ptr() + a.nbytes
+        for a in some
+        for b in others
+    )
+
+
+class _Event:
+    def __init__(self, races: Races, real, clock: dict[str, int]) -> None:
+        self.races, self.real, self.clock = races, real, clock
+
+    def done(self) -> bool:
+        return self.real.done()
+
+    def synchronize(self) -> None:
+        self.real.synchronize()
+        main = threading.current_thread() is threading.main_thread()
+        self.races.join("host" if main else "cpu", self.clock)
+
+    def seconds_since(self, earlier) -> float:
+        return self.real.seconds_since(earlier.real)
+
+
+class _Stream:
+    def __init__(self, races: Races, name: str, real) -> None:
+        self.races, self.name, self.real = races, name, real
+
+    def copy(self, target: Tensor, source: Tensor) -> None:
+        self.races.step(self.name, [source], [target])
+        self.real.copy(target, source)
+
+    def copy_all(self, pairs) -> None:
+        for pair in pairs:
+            self.copy(*pair)
+
+    def record(self) -> _Event:
+        return _Event(self.races, self.real.record(), dict(self.races.clocks[self.name]))
+
+    def wait(self, event: _Event) -> None:
+        self.races.join(self.name, event.clock)
+        self.real.wait(event.real)
+
+
+class RecordingThread:
+    """In the place of `PrefillRoads.cpu_thread`."""
+
+    def __init__(self, races: Races, real) -> None:
+        self.races, self.real = races, real
+
+    def submit(self, task, *arguments):
+        """Begin a task that knows what the host knows."""
+        self.races.join("cpu", self.races.clocks["host"])
+        future = self.real.submit(task, *arguments)
+        return SimpleNamespace(result=lambda: self._result(future))
+
+    def _result(self, future):
+        result = future.result()
+        self.races.join("host", self.races.clocks["cpu"])
+        return result
+
+
+class RecordingDevice(StandInDevice):
+    """A stand-in that keeps account of who may touch memory when, as if it computed beside the host."""
+
+    def __init__(self, races: Races, seed: int = 0) -> None:
+        super().__init__(seed, max_delay_us=0)
+        self.races = races
+        self.uploads = _Stream(races, "uploads", self.uploads)
+        self.downloads = _Stream(races, "downloads", self.downloads)
+        real = self.ops
+        self.ops = SimpleNamespace(experts_many=lambda *call: self._experts_many(real, *call))
+
+    def _experts_many(self, real, slab, shape, slots, offsets, tokens, weights, hidden, out, counts) -> None:
+        reads = [*slab[slots.long()].unbind(), slots, offsets, tokens, weights, hidden]
+        reads[: len(slots)] = [slab[slot] for slot in slots.tolist()]
+        self.races.step("compute", reads, [out])
+        real.experts_many(slab, shape, slots, offsets, tokens, weights, hidden, out, counts)
+
+    def mark(self) -> _Event:
+        return _Event(self.races, super().mark(), dict(self.races.clocks["compute"]))
+
+    def compute_waits(self, event: _Event) -> None:
+        self.races.join("compute", event.clock)
+        event.real.synchronize()
+
+    def send(self, source: Tensor) -> Tensor:
+        self.races.step("host", [], [source])  # the host has just filled it
+        self.races.step("compute", [source], [])
+        return super().send(source)
+
+    def fetch(self, target: Tensor, source: Tensor) -> None:
+        self.races.step("compute", [source], [target])
+        super().fetch(target, source)
+
+    def synchronize(self) -> None:
+        self.uploads.record().synchronize()
+        self.downloads.record().synchronize()
+        self.mark().synchronize()
