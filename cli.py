@@ -368,6 +368,8 @@ def _load(options: dict[str, Any]) -> Model:
             threads=options["threads"],
             progress=show,
         )
+    if model.engine.plan.note:
+        click.secho(model.engine.plan.note, dim=True, err=True)
     saved = model.engine.backbone_saved_bytes
     if saved:
         note = f"backbone in {options['backbone']}: {model.engine.backbone_bytes / 1e6:,.1f} MB, "

@@ -18,7 +18,7 @@ from moebox.offload.hardware import available_ram_bytes
 from moebox.offload.ram import RamTier
 from moebox.offload.tiers import TieredExperts
 from moebox.runtime.decode_program import DecodeProgram
-from moebox.runtime.gpu_memory import GpuPlan, describe_fixed, n_keys, plan_gpu_memory
+from moebox.runtime.gpu_memory import GpuPlan, plan_gpu_memory
 from moebox.runtime.kv_cache import KVCache
 from moebox.runtime.loader import LoadOptions, load_backbone
 from moebox.runtime.memory import gib
@@ -203,7 +203,6 @@ def load_on_gpu(name: str, checkpoint: Checkpoint, options: LoadOptions) -> tupl
         free_ram=available_ram_bytes(),
         context=options.context,
     )
-    log.info("%s: %s; %d of %d experts resident", name, describe_fixed(plan), plan.slots, n_keys(config))
     try:
         return _load_planned(checkpoint, device, plan, options), plan
     except torch.OutOfMemoryError:

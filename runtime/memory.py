@@ -30,6 +30,8 @@ class MemoryPlan:
     experts_bytes: int
     context: int
     experts_fit: bool
+    note: str = ""
+    """What a user may want to know of it: nothing."""
 
 
 def plan_memory(

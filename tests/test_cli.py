@@ -40,6 +40,13 @@ def test_the_reference_is_what_the_commands_say():
     assert check.returncode == 0, check.stderr
 
 
+def test_devices_are_named_or_refused():
+    for name in ("tpu", "cuda:", "stand-in"):
+        refused = CliRunner().invoke(main_group, ["run", "model", "hello", "--device", name])
+        assert refused.exit_code == 2
+        assert "is not cpu, cuda or cuda:N" in refused.output
+
+
 def test_every_option_is_explained():
     for name, command in main_group.commands.items():
         assert command.help, name

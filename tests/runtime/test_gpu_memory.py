@@ -38,6 +38,8 @@ def test_an_80_gb_card():
     assert made.fixed_bytes + (made.slots + 1) * row_stride(K2) > 80 * GIB
     assert 0.07 < made.slots / n_keys(K2) < 0.1
     assert (made.ram_rows, made.exclusive) == (n_keys(K2), False)
+    assert "for 32,768 tokens" in made.note
+    assert "all 23,040 of them in RAM" in made.note
 
 
 def test_context_is_bounded_where_none_is_asked_for():
@@ -75,6 +77,7 @@ def test_ram_and_vram_hold_the_model_together():
     made = plan(TINY, ram=5 * row_stride(TINY), context=100)
     assert made.exclusive
     assert made.ram_rows == 5
+    assert "room for 20 experts; the others in RAM only" in made.note
 
 
 @pytest.mark.parametrize(
