@@ -14,9 +14,13 @@ from moebox.runtime.bench_report import BenchReport, DecodeReport, PrefillReport
 if TYPE_CHECKING:
     from rich.console import Console
 
+TABLE_WIDTH = 120
+"""Columns printed even where the terminal is narrower, or none: cells that are cut off say nothing."""
+
 
 def render_bench(report: BenchReport, console: Console) -> None:
     """Print all of `report`."""
+    console.width = max(console.width, TABLE_WIDTH)
     machine = report.machine
     processors = f"{machine['cpu']}, {machine['threads']} threads"
     _line(console, f"{report.subject.name} on {machine.get('gpu', 'the CPU alone')}; {processors}")

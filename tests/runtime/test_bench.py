@@ -186,7 +186,7 @@ def test_report_as_json_has_every_figure_and_no_nan():
 
 
 def test_report_as_text_shows_the_figures_and_how_they_come_about():
-    console = Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: PTH123, SIM115
+    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: PTH123, SIM115
     render_bench(made_up_report(), console)
 
     text = console.export_text()
@@ -201,6 +201,7 @@ def test_report_as_text_shows_the_figures_and_how_they_come_about():
         "1.50 J a token on the GPU",
         "GB / (100.0 + 50.0) GB/s",
         "note: made up",
+        "CPU MB",
     ):
         assert part in text
 
