@@ -267,7 +267,7 @@ class SyntheticSource:
     """Random experts, cut from a few random megabytes at random places."""
 
     STEP_BYTES = 64
-    PLACES = 1 << 16
+    PLACES = 1 << 14
 
     def __init__(self, config: ModelConfig, seed: int) -> None:
         self._layout = ExpertLayout(config)

