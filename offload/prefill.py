@@ -129,7 +129,10 @@ def recent_use(ids: npt.NDArray[np.int64], n_experts: int) -> npt.NDArray[np.flo
 
 
 class Staging:
-    """Pinned memory that prefill hands data over in, for up to `capacity` tokens."""
+    """Pinned memory that prefill hands data over in, for up to `capacity` tokens.
+
+    Between layers `sums` is zero, or zeros are on their way by `downloads`.
+    """
 
     def __init__(self, device: Device, capacity: int, top_k: int, n_experts: int, hidden_size: int) -> None:
         self.capacity = capacity
@@ -147,7 +150,7 @@ class Staging:
         self._downloads.wait(device.mark())
 
     def clear_sums(self, n_tokens: int) -> None:
-        """Queue zeros for the first rows of `sums`: by the copy engine, since the CPU has better to do."""
+        """Queue zeros for the first rows of `sums`: by PCIe, since the CPU has better to do."""
         for first in range(0, n_tokens, len(self._zeros)):
             rows = self.sums[first : min(first + len(self._zeros), n_tokens)]
             self._downloads.copy(rows, self._zeros[: len(rows)])
@@ -225,7 +228,8 @@ class PrefillRoads:
         if self._staging is None or self._staging.capacity < n_tokens:
             self.settle()  # before the old memory goes
             self._staging = None
-            self._staging = Staging(self.device, n_tokens, self.top_k, self.n_experts, self.shape[0])
+            capacity = 1 << (n_tokens - 1).bit_length()  # pinning takes 75 ms for 4,096 tokens
+            self._staging = Staging(self.device, capacity, self.top_k, self.n_experts, self.shape[0])
         return self._staging
 
 
@@ -251,7 +255,6 @@ class _Layer:
         staging, n_tokens = self.staging, len(self.hidden)
         ids, router_weights = staging.ids[:n_tokens], staging.router_weights[:n_tokens]
         downloads = self.device.downloads
-        staging.clear_sums(n_tokens)
         self.device.fetch(ids, expert_ids)
         self.device.fetch(router_weights, weights)
         routed = self.device.mark()
@@ -406,11 +409,14 @@ class _Layer:
 
     def combine(self) -> Tensor:
         """Add the CPU's sum to the GPU's, and let go of what the layer was given."""
+        n_tokens = len(self.hidden)
         if self.record.cpu:
-            self.out += self.device.send(self.staging.sums[: len(self.hidden)])
+            self.out += self.device.send(self.staging.sums[:n_tokens])
         self.device.compute_waits(self.cpu_ready)  # before the memory of the hidden states is used again
         self.end = self.device.mark()
-        self.device.downloads.wait(self.end)  # before the next layer's zeros
+        if self.record.cpu:
+            self.device.downloads.wait(self.end)
+            self.staging.clear_sums(n_tokens)
         out = self.out
         del self.out, self.hidden
         return out
@@ -421,6 +427,7 @@ class _Layer:
             wait([self.running])
         try:
             self.device.synchronize()
+            self.staging.sums.zero_()
         finally:
             self.admissions.undo()
 
