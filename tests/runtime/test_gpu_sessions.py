@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from helpers.gpu import DEVICES, need
-from helpers.runtime import make_checkpoint
 from moebox.errors import DeviceError, RequestError
 from moebox.offload.ram import row_stride
+from moebox.quantize.synth import synth
 from moebox.runtime.engine import Cancelled, Engine
 from moebox.runtime.gpu_memory import least_vram_bytes
 
@@ -20,7 +20,8 @@ CONTEXT = 100
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Every expert is chosen, so that routing cannot flip."""
-    return make_checkpoint(tmp_path_factory.mktemp("gpu") / "model", n_routed_experts=4)
+    folder = tmp_path_factory.mktemp("gpu") / "model"
+    return synth(folder, "tiny", format="int4", config_overrides={"n_routed_experts": 4}).folder
 
 
 @pytest.fixture(scope="module", params=DEVICES)
