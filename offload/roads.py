@@ -11,9 +11,11 @@ I moe_intermediate_size. A slot or row holds one expert's bytes in the layout of
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 
 from moebox import _kernels
@@ -128,14 +130,35 @@ class DecodeRoads(_kernels.DecodeRoads):
             DeviceError: the GPU did not answer in time, or a copy failed.
             RuntimeError: `abort` was called, or an expert id is out of range or given twice.
         """
-        try:
+        with _device_errors():
             super().run_token(None if ids is None else _export(ids), timeout_s)
-        except _kernels.DeviceFailure as error:
-            raise DeviceError(
-                str(error), "Start again; if it comes back, see the driver's log, or use --device cpu."
-            ) from None
+
+    def clear(self) -> None:
+        """Zero all flags: before each launch of the GPU's program, when the last one is over.
+
+        Raises:
+            DeviceError: the device does not answer.
+        """
+        with _device_errors():
+            super().clear()
+
+    def settle(self) -> None:
+        """Wait for copies in flight and finish the changes of residency that hang on them.
+
+        Before anyone else touches residency, slab, `ram` or `ram_rows`; cheap when nothing is in flight.
+
+        Raises:
+            DeviceError: a copy failed.
+        """
+        with _device_errors():
+            super().settle()
 
 
-def as_int32(ids: Tensor | npt.NDArray[np.int64]) -> Tensor:
-    """Expert ids as `run_token` takes them: contiguous int32."""
-    return torch.as_tensor(ids).to(torch.int32).contiguous()
+@contextmanager
+def _device_errors() -> Iterator[None]:
+    try:
+        yield
+    except _kernels.DeviceFailure as error:
+        raise DeviceError(
+            str(error), "Start again; if it comes back, see the driver's log, or use --device cpu."
+        ) from None

@@ -13,10 +13,10 @@ namespace {
 
 constexpr std::size_t kLine = 64;
 constexpr std::size_t kPrepareGroups = 16;
-// Rows of the output per task, and of gate and up: long enough to be worth a start without prefetched
-// weights, short enough that the last ones end together.
-constexpr std::size_t kDownRows = 64;
-constexpr std::size_t kGateRows = 32, kGateRowsOfFew = 16, kFewExperts = 2;
+// Rows of a task: long enough to be worth a start without prefetched weights, short enough that the last
+// tasks end together, which matters more where there are few.
+constexpr std::size_t kGateRows = 32, kDownRows = 128;
+constexpr std::size_t kFewExperts = 2, kGateRowsOfFew = 16, kDownRowsOfFew = 64;
 
 std::size_t round_up(std::size_t value, std::size_t to) { return (value + to - 1) / to * to; }
 std::size_t pieces(std::size_t whole, std::size_t piece) { return (whole + piece - 1) / piece; }
@@ -48,9 +48,10 @@ class OneToken {
     hidden_groups_ = gate.groups;
     inner_groups_ = call.experts[0].down.groups;
     gate_rows_ = call.n <= kFewExperts ? kGateRowsOfFew : kGateRows;
+    down_rows_ = call.n <= kFewExperts ? kDownRowsOfFew : kDownRows;
     prepare_tasks_ = pieces(hidden_groups_, kPrepareGroups);
     gate_tasks_ = inner() / gate_rows_;
-    down_tasks_ = pieces(hidden(), kDownRows);
+    down_tasks_ = pieces(hidden(), down_rows_);
     place(pool);
   }
 
@@ -116,7 +117,7 @@ class OneToken {
   }
 
   void down(std::size_t expert, std::size_t block) {
-    const std::size_t first = block * kDownRows, rows = std::min(kDownRows, hidden() - first);
+    const std::size_t first = block * down_rows_, rows = std::min(down_rows_, hidden() - first);
     inner_ready_[expert].wait(inner_groups_);
     engine_.multiply(call_.experts[expert].down, first, rows, h_operand(expert), 1, part(expert) + first,
                      rows, nullptr);
@@ -134,7 +135,7 @@ class OneToken {
   const OneCall& call_;
   const Engine& engine_;
   void (*const silu_mul_)(const float* gate, const float* up, float* h, std::size_t n);
-  std::size_t hidden_groups_, inner_groups_, gate_rows_, prepare_tasks_, gate_tasks_, down_tasks_;
+  std::size_t hidden_groups_, inner_groups_, gate_rows_, down_rows_, prepare_tasks_, gate_tasks_, down_tasks_;
   std::size_t h_operand_bytes_;
   std::byte *x_operand_, *h_operand_;
   float *h_, *parts_;

@@ -269,16 +269,16 @@ void DecodeRoads::end_early(std::size_t from) {
 }
 
 void DecodeRoads::recover() {
-  for (const Timing& timing : timings_) {
-    copier_.drop(timing.begin);
-    copier_.drop(timing.end);
-  }
-  timings_.clear();
   try {
     copier_.synchronize();
   } catch (const DeviceFailure&) {
     // reported already
   }
+  for (const Timing& timing : timings_) {
+    copier_.drop(timing.begin);
+    copier_.drop(timing.end);
+  }
+  timings_.clear();
   turnover_.undo();
 }
 

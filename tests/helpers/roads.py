@@ -35,6 +35,7 @@ class Spec:
     max_delay_us: float = 0.0
     cpu_gbps: float = 50.0
     threads: int = 2
+    isa: str | None = None
 
     @property
     def keys(self) -> int:
@@ -119,6 +120,7 @@ class Rig:
             exclusive=self.exclusive,
             pcie_gbps=50.0,
             cpu_gbps=spec.cpu_gbps,
+            isa=spec.isa,
         )
 
     def check_places(self) -> None:

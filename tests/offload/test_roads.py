@@ -10,6 +10,7 @@ import torch
 
 from helpers.roads import Gpu, Rig, Spec, random_ids, run_token
 from moebox.errors import DeviceError
+from moebox.kernels import cpu
 from moebox.offload.roads import FIELDS
 
 PLACEMENTS = {
@@ -19,6 +20,8 @@ PLACEMENTS = {
     "thrashing": Spec(slots=4, reserve=2),
     "one slot for transit": Spec(slots=2, reserve=1),
     "uploads only": Spec(slots=8, reserve=4, cpu_gbps=1e-3),
+    "one layer, hits among the weakest": Spec(layers=1, slots=4, reserve=3, cpu_gbps=1.0),
+    "exclusive, one layer": Spec(layers=1, n_experts=14, slots=8, reserve=3, rows=10, cpu_gbps=1.0),
     "exclusive": Spec(slots=12, reserve=3, rows=24),
     "exclusive, thrashing": Spec(slots=5, reserve=3, rows=30),
     "exclusive, without a spare row": Spec(slots=12, reserve=3, rows=21),
@@ -70,6 +73,31 @@ def test_a_pool_shares_the_work() -> None:
     rig, generator = Rig(spec), np.random.default_rng(1)
     for token in range(4):
         run_token(rig, random_ids(spec, generator), token)
+
+
+@pytest.mark.parametrize("isa", cpu.isa_paths())
+@pytest.mark.parametrize("shape", [(96, 160), (224, 32), (1024, 384)], ids=str)
+@pytest.mark.parametrize("top_k", [1, 5])
+def test_the_cpu_computes_the_same_bits_as_in_prefill(isa: str, shape: tuple[int, int], top_k: int) -> None:
+    """One round of the pool or several, many threads or one: nothing depends on it."""
+    hidden, inner = shape
+    spec = Spec(1, 6, top_k, hidden, inner, slots=0, reserve=0, threads=3, isa=isa)
+    rig = Rig(spec)
+    for token in range(3):
+        ids = random_ids(spec, np.random.default_rng(token))
+        seen = run_token(rig, ids, token).layers[0]
+        expected = torch.zeros(1, hidden)
+        cpu.experts_forward(
+            rig.pool,
+            [cpu.Expert(*rig.arrays[key]) for key in seen.ids],
+            torch.arange(top_k + 1, dtype=torch.int32),
+            torch.zeros(top_k, dtype=torch.int32),
+            torch.tensor(seen.weights),
+            seen.hidden.unsqueeze(0),
+            expected,
+            isa,
+        )
+        assert torch.equal(seen.total, expected[0])
 
 
 def test_upload_times_are_known_by_the_next_token() -> None:
