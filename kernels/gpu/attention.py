@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moebox.kernels.gpu.overlap import after_previous, launch_options
+from moebox.kernels.gpu.overlap import after_previous, launch_options, start_next
 
 LOG2_E = 1.4426950408889634
 BLOCK_TOKENS = 64
@@ -21,7 +21,7 @@ PROGRAMS = 132
 """As many as an H200 runs at once."""
 SHORT_CAPACITY = 8192
 """Up to so many tokens a few heads a program are faster: more programs share a short sequence."""
-MERGE_SPLITS = 32
+MERGE_SPLITS = 64
 MERGE_COLUMNS = 64
 ABSORB_COLUMNS = 64
 VALUE_ROWS = 8
@@ -67,6 +67,7 @@ def _latents(
     ROPE: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
+    start_next(OVERLAP)
     after_previous(OVERLAP)
     if tl.program_id(0) == 0:
         place = tl.load(position)
@@ -123,6 +124,7 @@ def _absorb(
     BLOCK_R: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
+    start_next(OVERLAP)
     head, part = tl.program_id(0), tl.program_id(1)
     q += head * (NOPE + ROPE)
     out += head * (RANK + ROPE)
@@ -177,6 +179,7 @@ def _value_up(
     BLOCK_V: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
+    start_next(OVERLAP)
     head = tl.program_id(0)
     row = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     column = tl.arange(0, triton.next_power_of_2(RANK))[None, :]
@@ -236,6 +239,7 @@ def _attend(
 
     Leaves the normed sum in `partial [splits, A, R]` and the scores' log2-sum-exp2 in `log_sums [splits, A]`.
     """
+    start_next(OVERLAP)
     after_previous(OVERLAP)
     split = tl.program_id(0)
     total, share = _share(position, tl.num_programs(0), BLOCK_S)
@@ -288,6 +292,7 @@ def _merge(
     OVERLAP: tl.constexpr,
 ):
     """Sum the shares' results, each weighed by its part of the whole softmax."""
+    start_next(OVERLAP)
     after_previous(OVERLAP)
     head = tl.program_id(0)
     r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -356,7 +361,7 @@ def _merged(partial: Tensor, log_sums: Tensor, position: Tensor) -> Tensor:
         splits,
         RANK=rank,
         BLOCK_R=block,
-        SPLITS=MERGE_SPLITS,
+        SPLITS=min(MERGE_SPLITS, triton.next_power_of_2(splits)),
         BLOCK_S=BLOCK_TOKENS,
         num_warps=4,
         **launch_options(),

@@ -9,9 +9,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moebox.kernels.gpu.overlap import after_previous, launch_options
+from moebox.kernels.gpu.overlap import after_previous, launch_options, start_next
 
 MAX_TERMS = 4
+GEMV_REGISTERS = 128
+"""A thread's, so that four programs share a multiprocessor: with 130 there are three, and a sixth less speed."""
 
 
 @triton.jit
@@ -29,6 +31,7 @@ def _combine_norm(
     BLOCK: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
+    start_next(OVERLAP)
     index = tl.arange(0, BLOCK)
     inside = index < WIDTH
     scale = tl.load(weight + index, mask=inside, other=0.0)
@@ -72,33 +75,17 @@ def combine_norm(
 
 
 @triton.jit
-def _gemv(
-    x,
-    w,
-    out,
-    n,
-    K: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    AHEAD: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
+def _gemv(x, w, out, n, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, OVERLAP: tl.constexpr):
+    start_next(OVERLAP)
     row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     rows = w + row[:, None].to(tl.int64) * K
-    column = tl.arange(0, BLOCK_K)[None, :]
-    ahead = ()
-    for block in tl.static_range(AHEAD):
-        place = block * BLOCK_K + column
-        inside = (place < K) & (row[:, None] < n)
-        weights = tl.load(rows + place, mask=inside, other=0.0, eviction_policy="evict_first")
-        ahead = ahead + (weights,)  # type: ignore[assignment]  # noqa: RUF005 - Triton has no stars
+    place = tl.arange(0, BLOCK_K)[None, :]
+    inside = (place < K) & (row[:, None] < n)
+    weights = tl.load(rows + place, mask=inside, other=0.0, eviction_policy="evict_first")
     after_previous(OVERLAP)
-    sums = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-    for block in tl.static_range(AHEAD):
-        place = block * BLOCK_K + column
-        sums += ahead[block].to(tl.float32) * tl.load(x + place, mask=place < K, other=0.0).to(tl.float32)
-    for block in tl.static_range(AHEAD, (K + BLOCK_K - 1) // BLOCK_K):
-        place = block * BLOCK_K + column
+    sums = weights.to(tl.float32) * tl.load(x + place, mask=place < K, other=0.0).to(tl.float32)
+    for _ in tl.static_range(1, (K + BLOCK_K - 1) // BLOCK_K):
+        place += BLOCK_K
         inside = (place < K) & (row[:, None] < n)
         weights = tl.load(rows + place, mask=inside, other=0.0, eviction_policy="evict_first")
         sums += weights.to(tl.float32) * tl.load(x + place, mask=place < K, other=0.0).to(tl.float32)
@@ -106,25 +93,33 @@ def _gemv(
 
 
 def gemv(x: Tensor, w: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
-    """See `Ops.gemv`: a few whole rows a program, their first blocks read ahead of the kernel before."""
+    """See `Ops.gemv`: a few whole rows a program, their first block read ahead of the kernel before."""
     n, k = w.shape
     out = torch.empty(n, dtype=out_dtype or w.dtype, device=w.device)
-    block_n, block_k, ahead = gemv_blocks(n, k)
+    block_n, block_k = gemv_blocks(n, k)
     _gemv[(triton.cdiv(n, block_n),)](
-        x, w, out, n, K=k, BLOCK_N=block_n, BLOCK_K=block_k, AHEAD=ahead, num_warps=4, **launch_options()
+        x,
+        w,
+        out,
+        n,
+        K=k,
+        BLOCK_N=block_n,
+        BLOCK_K=block_k,
+        num_warps=4,
+        maxnreg=GEMV_REGISTERS if k <= 7 * block_k else None,  # longer rows would spill
+        **launch_options(),
     )
     return out
 
 
-def gemv_blocks(n: int, k: int) -> tuple[int, int, int]:
-    """Rows and columns of a block, and blocks of columns read ahead; see docs/LOG.md for what was tried."""
-    block_k = min(triton.next_power_of_2(k), 1024)
-    block_n = 1 if n <= 1024 else 2 if k <= 4096 else 4
-    return block_n, block_k, min(triton.cdiv(k, block_k), 2)
+def gemv_blocks(n: int, k: int) -> tuple[int, int]:
+    """Rows and columns of a block: fastest of twenty for each of K2's shapes (docs/LOG.md)."""
+    return 1 if n <= 1024 else 2 if k <= 4096 else 4, min(triton.next_power_of_2(k), 1024)
 
 
 @triton.jit
 def _silu_mul(gate_up, out, WIDTH: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
+    start_next(OVERLAP)
     after_previous(OVERLAP)
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = index < WIDTH

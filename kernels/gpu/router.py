@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moebox.kernels.gpu.overlap import after_previous, launch_options
+from moebox.kernels.gpu.overlap import after_previous, launch_options, start_next
 from moebox.kernels.gpu.reference import RouterSpec
 from moebox.kernels.gpu.signals import COPY_BLOCK, copy_vector, raise_flag
 
@@ -95,6 +95,7 @@ def _route(
     NORM: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
+    start_next(OVERLAP)
     after_previous(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     row = logits + token * MEMBERS * GROUPS
@@ -123,6 +124,7 @@ def _route_and_post(
     BLOCK: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
+    start_next(OVERLAP)
     after_previous(OVERLAP)
     copy_vector(hidden, box_hidden, width, BLOCK)  # on its way over the bus while the choice is made
     ids, weights = _choose(logits, bias, scale, MEMBERS, GROUPS, KEPT, TOP_K, NORM)

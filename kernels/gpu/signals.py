@@ -9,13 +9,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moebox.kernels.gpu.overlap import after_previous, launch_options
+from moebox.kernels.gpu.overlap import after_previous, launch_options, start_next
 
 COPY_BLOCK = 8192
 
 
 @triton.jit
 def _wait(flag, OVERLAP: tl.constexpr):
+    start_next(OVERLAP)
     seen = tl.load(flag, volatile=True)
     while seen == 0:
         # A plain load: a read-modify-write of host memory could undo the host's own store.
@@ -52,6 +53,7 @@ def _post(
     BLOCK: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
+    start_next(OVERLAP)
     after_previous(OVERLAP)
     copy_vector(hidden, box_hidden, width, BLOCK)
     copy_vector(ids, box_ids, K, triton.next_power_of_2(K))

@@ -1,0 +1,227 @@
+"""The dense part of a decode step on the GPU, beside what its memory can do.
+
+    python benchmarks/gpu_dense.py
+
+K2's shapes, batch 1. `gemv`: every matrix of a layer and the head, GB/s of weights beside torch.mv and a
+device copy; several matrices in turn, so that none is found in the cache. `layer`: attention, norms, router
+and shared expert of a layer in a CUDA graph, as the decode step runs them but without experts, flags being
+raised already; with kernels that start ahead of their predecessor's end and without. `mla_decode`: by length
+of the context. Times are medians over replays. The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moebox.kernels.gpu import attention, dense, overlap, router, signals, triton_ops
+
+HIDDEN, QUERY, RANK, ROPE, HEADS, NOPE, V, INNER, EXPERTS, TOP_K = (
+    7168,
+    1536,
+    512,
+    64,
+    64,
+    128,
+    128,
+    2048,
+    384,
+    8,
+)
+LAYER_MATRICES = {
+    "q_kv_a_proj": (QUERY + RANK + ROPE, HIDDEN),
+    "q_b_proj": (HEADS * (NOPE + ROPE), QUERY),
+    "o_proj": (HIDDEN, HEADS * V),
+    "gate_up_proj": (2 * INNER, HIDDEN),
+    "down_proj": (HIDDEN, INNER),
+}
+MATRICES = LAYER_MATRICES | {"gate": (EXPERTS, HIDDEN), "lm_head": (163840, HIDDEN)}
+LENGTHS = (17, 512, 4096, 32768, 100_000)
+BEYOND_CACHE_BYTES = 400 << 20
+
+
+@dataclass(frozen=True)
+class Spec:
+    """K2's router."""
+
+    num_experts_per_tok: int = TOP_K
+    n_group: int = 1
+    topk_group: int = 1
+    norm_topk_prob: bool = True
+    routed_scaling_factor: float = 2.827
+
+
+def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """A matrix on the device that keeps vectors' sizes."""
+    return (torch.randn(shape, device="cuda") / shape[-1] ** 0.5).type(dtype)
+
+
+def microseconds(calls: Sequence[Callable[[], object]], replays: int = 5) -> float:
+    """Median time of one of the calls, all of them in one CUDA graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for call in calls:
+            call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    times = []
+    for _ in range(10):
+        begin.record()
+        for _ in range(replays):
+            graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) * 1e3 / replays / len(calls))
+    return statistics.median(times[1:])
+
+
+def copy_tbps() -> float:
+    """A device copy, read and written bytes; not in a graph, where it is another and slower one."""
+    source = torch.empty(2 << 30, dtype=torch.uint8, device="cuda").random_()
+    target = torch.empty_like(source)
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    times = []
+    for _ in range(6):
+        begin.record()
+        target.copy_(source)
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end))
+    return 2 * source.numel() / statistics.median(times[1:]) / 1e9
+
+
+def measure_gemv(name: str) -> dict[str, float]:
+    """One matrix: ours and torch's."""
+    n, k = MATRICES[name]
+    dtype = torch.float32 if name == "gate" else torch.bfloat16
+    nbytes = n * k * dtype.itemsize
+    matrices = [random(n, k, dtype=dtype) for _ in range(BEYOND_CACHE_BYTES // nbytes + 1)]
+    x = random(k)
+    expected = matrices[0].double() @ x.double()
+    error = float((dense.gemv(x, matrices[0], torch.float32) - expected).norm() / expected.norm())
+    wide = x.type(dtype)
+    ours = microseconds([lambda w=w: dense.gemv(x, w) for w in matrices])
+    theirs = microseconds([lambda w=w: torch.mv(w, wide) for w in matrices])
+    return {"us": ours, "tbps": nbytes / ours / 1e6, "torch_us": theirs, "error": error, "mb": nbytes / 1e6}
+
+
+class Layer:
+    """A layer's weights and mailbox."""
+
+    def __init__(self, capacity: int) -> None:
+        self.matrices = {name: random(*shape) for name, shape in LAYER_MATRICES.items()}
+        self.gate = random(EXPERTS, HIDDEN, dtype=torch.float32)
+        self.kv_b = random(HEADS, NOPE + V, RANK)
+        self.norms = {width: torch.rand(width, device="cuda") for width in (HIDDEN, QUERY, RANK)}
+        self.bias = torch.rand(EXPERTS, device="cuda")
+        self.cache = random(capacity, RANK + ROPE)
+        pinned: dict[str, Any] = {"pin_memory": True}
+        self.ids, self.weights = torch.zeros(TOP_K, dtype=torch.int32, **pinned), torch.zeros(TOP_K, **pinned)
+        self.hidden = torch.zeros(HIDDEN, dtype=torch.bfloat16, **pinned)
+        self.flag = torch.ones(16, dtype=torch.int32, **pinned)
+        self.sums = torch.zeros(HIDDEN, **pinned)
+        self.uploaded = torch.ones(16, dtype=torch.int32, device="cuda")
+
+    @property
+    def nbytes(self) -> int:
+        """Weights that a token reads."""
+        return sum(w.nbytes for w in (*self.matrices.values(), self.gate, self.kv_b))
+
+    def run(self, x: Tensor, terms: list[Tensor], rotations: Tensor, position: Tensor) -> list[Tensor]:
+        """As `DecodeProgram` has it, without the experts."""
+        ops, w = triton_ops, self.matrices
+        y = ops.combine_norm(x, terms, self.norms[HIDDEN], 1e-6)
+        both = ops.gemv(y, w["q_kv_a_proj"])
+        q = ops.latents(both, self.norms[QUERY], self.norms[RANK], rotations, position, self.cache)
+        q = ops.absorb(ops.gemv(q, w["q_b_proj"]), self.kv_b, rotations, position)
+        values = ops.value_up(ops.mla_decode(q, self.cache, position, 0.13, RANK), self.kv_b, V)
+        y = ops.combine_norm(x, [ops.gemv(values, w["o_proj"])], self.norms[HIDDEN], 1e-6)
+        logits = ops.gemv(y, self.gate)
+        ops.route_and_post(logits, self.bias, Spec(), y, self.ids, self.weights, self.hidden, self.flag)
+        shared = ops.gemv(ops.silu_mul(ops.gemv(y, w["gate_up_proj"])), w["down_proj"])
+        for flag in (self.flag, self.uploaded, self.flag):
+            ops.wait(flag)
+        return [shared, self.sums]
+
+
+def measure_layer(capacity: int = 4096, layers: int = 8, length: int = 600) -> dict[str, float]:
+    """Microseconds of a layer, and what its bytes alone would take at the best rate measured for them."""
+    stack = [Layer(capacity) for _ in range(layers)]
+    x, position = random(HIDDEN, dtype=torch.float32), torch.tensor([length - 1], device="cuda")
+    rotations = torch.randn(2, capacity, ROPE // 2, device="cuda")
+
+    def run() -> None:
+        terms: list[Tensor] = []
+        for layer in stack:
+            terms = layer.run(x, terms, rotations, position)
+
+    results = {"mb": stack[0].nbytes / 1e6, "us": microseconds([run]) / layers}
+    for module in (attention, dense, router, signals):
+        module.launch_options = lambda: {"OVERLAP": False, "launch_pdl": False}
+    results["us_without_overlap"] = microseconds([run]) / layers
+    for module in (attention, dense, router, signals):
+        module.launch_options = overlap.launch_options
+    return results
+
+
+def measure_attention(length: int) -> dict[str, float]:
+    """`mla_decode` over so many tokens, in a cache that is just large enough."""
+    q, cache = random(HEADS, RANK + ROPE), torch.randn(length, RANK + ROPE, device="cuda").bfloat16()
+    position = torch.tensor([length - 1], device="cuda")
+    seen = cache.double()
+    expected = torch.softmax(q.double() @ seen.T * 0.13, dim=-1) @ seen[:, :RANK]
+    out = attention.mla_decode(q, cache, position, 0.13, RANK)
+    us = microseconds([lambda: attention.mla_decode(q, cache, position, 0.13, RANK)] * 4)
+    error = float((out - expected).norm() / expected.norm())
+    return {"us": us, "tbps": cache.nbytes / us / 1e6, "error": error}
+
+
+def main() -> int:
+    """Measure, print a table, then JSON."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.parse_args()
+    if not torch.cuda.is_available():
+        print("this benchmark needs a CUDA device", file=sys.stderr)
+        return 1
+    results: dict[str, Any] = {"device": torch.cuda.get_device_name(), "copy_tbps": copy_tbps()}
+    print(f"{results['device']}: copy {results['copy_tbps']:.2f} TB/s")
+    results["gemv"] = {name: measure_gemv(name) for name in MATRICES}
+    for name, row in results["gemv"].items():
+        print(
+            f"gemv {name:12} {row['mb']:7.1f} MB {row['us']:6.1f} us {row['tbps']:.2f} TB/s "
+            f"(torch.mv {row['torch_us']:.1f} us), error {row['error']:.0e}"
+        )
+    results["layer"] = measure_layer()
+    layer = results["layer"]
+    print(
+        f"layer {layer['mb']:.0f} MB: {layer['us']:.1f} us, "
+        f"{layer['us_without_overlap']:.1f} without overlap, "
+        f"{layer['mb'] / results['copy_tbps']:.1f} at the rate of a copy"
+    )
+    results["mla_decode"] = {str(length): measure_attention(length) for length in LENGTHS}
+    for length, row in results["mla_decode"].items():
+        print(
+            f"mla_decode {length:>6} tokens {row['us']:6.1f} us {row['tbps']:.2f} TB/s, "
+            f"error {row['error']:.0e}"
+        )
+    print(json.dumps(results))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
