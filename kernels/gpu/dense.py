@@ -13,7 +13,7 @@ from moebox.kernels.gpu.overlap import after_previous, launch_options, start_nex
 
 MAX_TERMS = 4
 GEMV_REGISTERS = 128
-"""A thread's, so that four programs share a multiprocessor: with 130 there are three, and a sixth less speed."""
+"""Of a thread, so that four programs share a multiprocessor: with 130 there are three, a sixth slower."""
 
 
 @triton.jit
