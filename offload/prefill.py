@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from statistics import median
 
 import numpy as np
 import numpy.typing as npt
@@ -247,7 +248,7 @@ class _Layer:
         self.admissions = Admissions(self.device, self.ram, self.gpu, roads.exclusive)
         self.computed: list[Event] = []
         self.queued: deque[tuple[Event, int]] = deque()
-        self.first_upload: Event | None = None
+        self.uploads: list[tuple[Event, int]] = []  # where each group ends, behind where the first begins
         self.running: Future[tuple[int, int, float]] | None = None
 
     def receive(self, expert_ids: Tensor, weights: Tensor) -> None:
@@ -345,8 +346,8 @@ class _Layer:
     def _upload(self, n: int) -> None:
         """Queue the uploads of the next n experts, a group, and their computation."""
         uploads, group = self.device.uploads, len(self.computed)
-        if self.first_upload is None:
-            self.first_upload = uploads.record()
+        if not self.uploads:
+            self.uploads.append((uploads.record(), 0))
         if group >= RING:
             uploads.wait(self.computed[group - RING])
         slots = []
@@ -365,7 +366,7 @@ class _Layer:
         self.device.compute_waits(uploaded)
         self._compute(self.front, self.front + n, self._table(group, slots), GROUP)
         self.computed.append(self.device.mark())
-        self.last_upload = uploaded
+        self.uploads.append((uploaded, n))
         self.record.uploads += n
         self.front += n
 
@@ -439,7 +440,14 @@ class _Layer:
     def finish(self) -> LayerRecord:
         """What it took; the device has come to its end."""
         self.record.seconds = self.end.seconds_since(self.begin)
-        if self.first_upload is not None:
-            self.record.upload_s = self.last_upload.seconds_since(self.first_upload)
-            self.roads.costs.learn_uploads(self.record.uploads, self.record.upload_s)
+        if self.uploads:
+            self.record.upload_s = self.uploads[-1][0].seconds_since(self.uploads[0][0])
+            # The median: where the host was late, as when a kernel is compiled, the road stood empty.
+            self.roads.costs.learn_uploads(1, median(self._seconds_per_upload()))
         return self.record
+
+    def _seconds_per_upload(self) -> list[float]:
+        return [
+            end.seconds_since(begin) / n
+            for (begin, _), (end, n) in zip(self.uploads[:-1], self.uploads[1:], strict=True)
+        ]

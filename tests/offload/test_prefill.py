@@ -1,7 +1,9 @@
 """Prefill on two roads: the same answers wherever experts lie, bytes where the tables say, no races."""
 
 import itertools
+import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -29,6 +31,15 @@ from moebox.offload.device import StandInDevice
 from moebox.offload.prefill import recent_use, sort_pairs
 
 PLACEMENTS = [(0, False), (4, False), (20, False), (64 + 4, False), (4, True), (24, True)]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """torch's threads wait for each other at sizes like these, longest where cores are few."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -230,3 +241,25 @@ def test_use_counts_as_if_decoded():
         residency.tick += 1
         residency.use(row.astype(np.int32))
     assert np.allclose(residency.scores()[:EXPERTS], recent_use(ids, EXPERTS), rtol=1e-4)
+
+
+def test_a_late_host_does_not_count_against_the_uploads(monkeypatch):
+    tiers = build(StandInDevice(max_delay_us=0), 0)
+    tiers.prefill.costs.cpu_gbps = 1e-9
+    learned = []
+    monkeypatch.setattr(tiers.prefill.costs, "learn_uploads", lambda n, seconds: learned.append(seconds / n))
+    experts_many = tiers.device.ops.experts_many
+    calls = itertools.count()
+
+    def compile_first(*call):
+        if next(calls) == 0:
+            time.sleep(0.3)
+        experts_many(*call)
+
+    monkeypatch.setattr(tiers.device, "ops", SimpleNamespace(experts_many=compile_first))
+    _, *rest = random_chunk(EXPERTS, torch.Generator().manual_seed(12))
+    every = (torch.arange(EXPERTS)[:, None] + torch.arange(TOP_K)) % EXPERTS
+    tiers.forward(FIRST, every, *rest)
+    tiers.settle()
+    assert tiers.prefill.records[0].upload_s > 0.3
+    assert learned[0] < 0.3 / EXPERTS

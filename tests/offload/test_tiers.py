@@ -24,6 +24,15 @@ from moebox.offload.ram import RamTier
 from moebox.offload.tiers import TieredExperts
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """torch's threads wait for each other at sizes like these, longest where cores are few."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def oracle():
     return Oracle(small_config())
