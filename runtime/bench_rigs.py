@@ -225,12 +225,15 @@ def scale_budgets(
         context=options.context,
     )
     full_slots = 0 if options.vram == 0 else plan.slots
-    slots, rows = _scaled(full_slots, keys, full_keys), _scaled(plan.ram_rows, keys, full_keys)
+    passing = min(full_slots, full.num_experts_per_tok)  # free for a layer's uploads, at any depth
+    slots = passing + _scaled(full_slots - passing, keys, full_keys)
+    rows = _scaled(plan.ram_rows, keys, full_keys)
     _check_ram(config, rows, free_ram)
-    lines = _plan_lines(plan, full_slots, full_keys, free_vram if options.vram is None else options.vram)
+    vram = free_vram if options.vram is None else options.vram
+    lines = _plan_lines(plan, full_slots - passing, full_keys, vram)
     lines.append(
-        f"this run: {len(config.moe_layers)} of {len(full.moe_layers)} MoE layers, so {slots:,} slots for "
-        f"{keys:,} experts, {rows:,} of them in RAM"
+        f"this run: {len(config.moe_layers)} of {len(full.moe_layers)} MoE layers, so {slots - passing:,} of "
+        f"{keys:,} experts and {passing} slots that uploads pass through; {rows:,} experts in RAM"
     )
     return Share(slots, rows, plan.exclusive, plan.context, plan.chunk_tokens, full_slots, lines)
 
@@ -239,12 +242,12 @@ def _scaled(count: int, keys: int, full_keys: int) -> int:
     return -(-count * keys // full_keys)
 
 
-def _plan_lines(plan: GpuPlan, slots: int, keys: int, vram: int) -> list[str]:
-    if slots == 0 and vram == 0:
+def _plan_lines(plan: GpuPlan, lasting: int, keys: int, vram: int) -> list[str]:
+    if vram == 0:
         return ["no expert is kept on the GPU"]
     return [
         f"whole model in {gib(vram)} of GPU memory: {describe_fixed(plan)}",
-        f"what is left holds {slots:,} of {keys:,} experts ({slots / keys:.1%})",
+        f"what is left keeps {lasting:,} of {keys:,} experts ({lasting / keys:.1%})",
     ]
 
 
