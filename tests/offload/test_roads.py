@@ -128,6 +128,16 @@ def test_exclusive_moves_experts_both_ways() -> None:
     assert after - before
 
 
+def test_downloads_outlast_a_token() -> None:
+    """Their rows stay theirs."""
+    spec = Spec(1, 14, slots=8, reserve=3, rows=10, cpu_gbps=1.0, max_delay_us=4000)
+    rig, generator = Rig(spec), np.random.default_rng(4)
+    for token in range(15):
+        run_token(rig, random_ids(spec, generator), token)
+    rig.roads.settle()
+    rig.check_places()
+
+
 def run_failing(rig: Rig, error: type[Exception], match: str, **token: object) -> Gpu:
     """A token that must fail, and yet let the GPU's program end."""
     rig.roads.clear()
