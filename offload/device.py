@@ -10,12 +10,14 @@ random, seeded times: the code that schedules is the same, and its races show.
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import queue
 import random
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -202,7 +204,7 @@ class CudaDevice:
             program()
         stream.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        with _no_collection(), torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             program()
         return _Graph(graph, program)
 
@@ -368,6 +370,19 @@ class StandInDevice:
         """See `Device`."""
         self.uploads.record().synchronize()
         self.downloads.record().synchronize()
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """An older graph that the garbage collector frees during a capture would break it."""
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _give_back(used: list[int], nbytes: int) -> None:
