@@ -60,7 +60,7 @@ class Ceilings:
 
     @property
     def both_roads_gbps(self) -> float:
-        """B_cpu + B_pcie, each alone: what DESIGN's floor divides by. Together they may do less."""
+        """B_cpu + B_pcie, each alone: what the floor divides by. Together they may do less."""
         return self.ram_gbps + self.pcie_gbps
 
     @property
@@ -105,7 +105,7 @@ class DecodeFloor:
 
 
 def decode_floor(moved: DecodeBytes, ceilings: Ceilings) -> DecodeFloor:
-    """DESIGN's floor of one token, or of one layer of it."""
+    """The floor of one token, or of one layer of it."""
     fast = ceilings.fast_gbps * GIGA
     backbone_s, hits_s = moved.backbone / fast, moved.hits / fast
     misses_s = _over(moved.ram_misses, ceilings.both_roads_gbps)

@@ -15,7 +15,7 @@ Output, for one tool:
     }
 
 Required properties come first, each group by name; `$defs` become interfaces in their own order.
-The layout follows what the checkpoints' own tokenizer prints (FACTS: K2.5); skipping it costs accuracy.
+The layout follows what the checkpoints' own tokenizer prints (K2.5's); skipping it costs accuracy.
 """
 
 from __future__ import annotations
