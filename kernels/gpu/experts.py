@@ -13,6 +13,7 @@ import triton
 from torch import Tensor
 
 from moebox.kernels.gpu import many_kernels, one_kernels
+from moebox.kernels.gpu.overlap import launch_options
 from moebox.kernels.gpu.slots import GROUP, check_slab, slot_layout
 
 MAX_PAIRS = 8192
@@ -27,19 +28,24 @@ class RowTiles(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """A product's tiles in `experts_many`: rows and packed words of weights, tokens, and how it is run."""
+    """A product's tiles in `experts_many`: rows and packed words of weights, tokens, and how it is run.
+
+    `rest` is a smaller number of tokens for what an expert has left after whole tiles, or 0.
+    """
 
     rows: int
     tokens: int
+    rest: int
     words: int
     warps: int
     stages: int
+    registers: int | None = None
 
 
-GATE_UP_ONE = RowTiles(4, 4)
+GATE_UP_ONE = RowTiles(4, 2)
 DOWN_ONE = RowTiles(4, 4)
-GATE_UP_MANY = Tiles(64, 64, 16, 4, 3)
-DOWN_MANY = Tiles(128, 64, 16, 4, 3)
+GATE_UP_MANY = Tiles(64, 64, 32, 16, 4, 3, 168)
+DOWN_MANY = Tiles(128, 64, 32, 16, 4, 3, 168)
 
 
 def experts_one(
@@ -74,19 +80,18 @@ def experts_one(
         columns + columns // GROUP + top_k * (rows + rows // step) + top_k, device=slab.device
     ).split([columns, columns // GROUP, top_k * rows, top_k * (rows // step), top_k])
     listed_copy = torch.empty(1 + top_k, dtype=torch.int32, device=slab.device)
-    words = columns // 8
+    words, magic, options = columns // 8, one_kernels.MAGIC, launch_options()
     one_kernels.prepare[(triton.cdiv(words, 128),)](
         listed, weights, hidden, listed_copy, weights_copy, operand, offset,
-        words, top_k, triton.next_power_of_2(top_k), 128, num_warps=4,
+        words, top_k, triton.next_power_of_2(top_k), 128, num_warps=4, **options,
     )  # fmt: skip
-    magic = one_kernels.MAGIC
     one_kernels.gate_up[(rows // step, top_k)](
         slab, slab.stride(0), listed_copy, weights_copy, operand, offset, inner, inner_offset, 0, magic,
-        columns, rows, GATE_UP_ONE.warps, GATE_UP_ONE.rows, num_warps=GATE_UP_ONE.warps,
+        columns, rows, GATE_UP_ONE.warps, GATE_UP_ONE.rows, num_warps=GATE_UP_ONE.warps, **options,
     )  # fmt: skip
     one_kernels.down[(columns // (DOWN_ONE.warps * DOWN_ONE.rows),)](
         slab, slab.stride(0), listed_copy, inner, inner_offset, out, 0, magic,
-        columns, rows, GROUP // step, DOWN_ONE.warps, DOWN_ONE.rows, num_warps=DOWN_ONE.warps,
+        columns, rows, GROUP // step, DOWN_ONE.warps, DOWN_ONE.rows, num_warps=DOWN_ONE.warps, **options,
     )  # fmt: skip
 
 
@@ -192,25 +197,23 @@ def _pair_results(
     inner = torch.empty(n_pairs, rows, dtype=torch.bfloat16, device=slab.device)
     result = torch.empty(n_pairs, columns, device=slab.device)
     tiles = GATE_UP_MANY
-    many_kernels.gate_up[(triton.cdiv(rows, tiles.rows), len(counts), triton.cdiv(most, tiles.tokens))](
+    many_kernels.gate_up[(triton.cdiv(rows, tiles.rows), triton.cdiv(most, tiles.tokens), len(counts))](
         slab, slab.stride(0), slots, offsets, tokens, operand, inner, first, columns, rows,
-        tiles.rows, tiles.tokens, tiles.words, tiles.stages, native, num_warps=tiles.warps,
+        tiles.rows, tiles.tokens, tiles.rest, tiles.words, tiles.stages, native,
+        num_warps=tiles.warps, maxnreg=tiles.registers,
     )  # fmt: skip
     tiles = DOWN_MANY
-    many_kernels.down[(triton.cdiv(columns, tiles.rows), len(counts), triton.cdiv(most, tiles.tokens))](
+    many_kernels.down[(triton.cdiv(columns, tiles.rows), triton.cdiv(most, tiles.tokens), len(counts))](
         slab, slab.stride(0), slots, offsets, inner, result, first, columns, rows,
-        tiles.rows, tiles.tokens, tiles.words, tiles.stages, native, num_warps=tiles.warps,
+        tiles.rows, tiles.tokens, tiles.rest, tiles.words, tiles.stages, native,
+        num_warps=tiles.warps, maxnreg=tiles.registers,
     )  # fmt: skip
     return result
 
 
 def _combine(result: Tensor, tokens: Tensor, weights: Tensor, out: Tensor) -> None:
     """Add the pairs' results to their tokens, in the order of the pairs."""
-    in_order, order = torch.sort(tokens, stable=True)
-    bounds = torch.searchsorted(
-        in_order, torch.arange(out.shape[0] + 1, dtype=torch.int32, device=out.device), out_int32=True
-    )
-    columns = out.shape[1]
-    many_kernels.combine[(out.shape[0], triton.cdiv(columns, 1024))](
-        result, weights, order, bounds, out, columns, 1024
+    n_tokens, columns = out.shape
+    many_kernels.combine[(n_tokens,)](
+        result, tokens, weights, out, len(tokens), columns, triton.next_power_of_2(columns), 1024, num_warps=8
     )

@@ -7,6 +7,9 @@ places of an fp32 mantissa, and one three-input operation each cuts a nibble out
 that the value reads 2^e + u, u = q + 8. The activations are laid out by k mod 8 to match; what the offsets
 2^e + 8 add up to depends on the activations alone, and is subtracted once for a group.
 
+A step's weights are fetched while the one before is multiplied. The kernels start before their predecessors
+end (see `overlap.py`), and `down` fetches its first weights then.
+
 Tensors have the axes [group, warp, row, word] with sizes [32, WARPS, ROWS, 4] or 1. Triton chooses layouts by
 the contiguity it can prove; in this order of axes every operand gets the same layout, and none is exchanged.
 """
@@ -15,6 +18,8 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from moebox.kernels.gpu.overlap import after_previous, start_next
 
 LANES = tl.constexpr(32)
 """Groups that a warp takes at a time."""
@@ -40,16 +45,21 @@ def _offsets(x, place):
 def prepare(
     listed, weights, hidden, listed_copy, weights_copy, operand, offset,
     WORDS: tl.constexpr, TOP_K: tl.constexpr, TOP_K_2: tl.constexpr, BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Lay the hidden state out by k mod 8, and fetch the list, which may lie in host memory, once.
 
-    hidden bf16 [8 WORDS] -> operand fp32 [8, WORDS], offset fp32 [WORDS / 4].
+    hidden bf16 [8 WORDS] -> operand fp32 [8, WORDS], offset fp32 [WORDS / 4]. Grid (WORDS / BLOCK,).
     """
-    if tl.program_id(0) == 0:
-        j = tl.arange(0, TOP_K_2)
-        tl.store(listed_copy, tl.load(listed))
-        tl.store(listed_copy + 1 + j, tl.load(listed + 1 + j, j < TOP_K, 0), j < TOP_K)
-        tl.store(weights_copy + j, tl.load(weights + j, j < TOP_K, 0.0), j < TOP_K)
+    after_previous(OVERLAP)
+    start_next(OVERLAP)
+    # All loads before the first store: a read of host memory takes more than a microsecond.
+    j = tl.arange(0, TOP_K_2)
+    is_first = tl.program_id(0) == 0
+    listed_ok = (j < TOP_K) & is_first
+    count = tl.load(listed, is_first, 0)
+    slots = tl.load(listed + 1 + j, listed_ok, 0)
+    factors = tl.load(weights + j, listed_ok, 0.0)
     word = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     place = tl.arange(0, 8)[None, :]
     ok = word[:, None] < WORDS
@@ -58,6 +68,9 @@ def prepare(
     group = tl.program_id(0) * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
     sums = tl.sum(tl.reshape(_offsets(x, place), [BLOCK // 4, 32]), 1)
     tl.store(offset + group, sums, group < WORDS // 4)
+    tl.store(listed_copy, count, is_first)
+    tl.store(listed_copy + 1 + j, slots, listed_ok)
+    tl.store(weights_copy + j, factors, listed_ok)
 
 
 @triton.jit
@@ -124,44 +137,57 @@ def _axes(WARPS: tl.constexpr, ROWS: tl.constexpr, zero):
     return group ^ zero, row, warp * 0, word
 
 
+@triton.jit
+def _gate_up_step(gate, up, at, scale_at, g, group, GROUPS: tl.constexpr):
+    """Words and scales of both matrices from group g on; `gate` and `up` are pairs of pointers."""
+    ok = g + group < GROUPS
+    ok4 = ok[:, :, :, None]
+    gate_words = tl.load((gate[0] + g * 4) + at, ok4, 0)
+    up_words = tl.load((up[0] + g * 4) + at, ok4, 0)
+    gate_scale = tl.load((gate[1] + g) + scale_at, ok, 0.0)
+    up_scale = tl.load((up[1] + g) + scale_at, ok, 0.0)
+    return gate_words, up_words, gate_scale, up_scale
+
+
 @triton.jit(do_not_specialize_on_alignment=["listed", "weights", "inner_offset"])
 def gate_up(
     slab, stride, listed, weights, operand, offset, inner, inner_offset, zero, magic,
-    HIDDEN: tl.constexpr, INNER: tl.constexpr, WARPS: tl.constexpr, ROWS: tl.constexpr,
+    HIDDEN: tl.constexpr, INNER: tl.constexpr, WARPS: tl.constexpr, ROWS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """inner = weight * silu(gate x) * up x, laid out as an operand of its own.
 
     Grid (I / (WARPS * ROWS), k). inner fp32 [k, 8, I / 8], inner_offset fp32 [k, I / (WARPS * ROWS)].
     """
+    after_previous(OVERLAP)
+    start_next(OVERLAP)
     j = tl.program_id(1)
     if j >= tl.load(listed):
         return
     group, row, warp, word = _axes(WARPS, ROWS, zero)
     base = slab + tl.load(listed + 1 + j).to(tl.int64) * stride
-    gate_words, gate_scales = _matrix(base, 0, HIDDEN * INNER)
-    up_words, up_scales = _matrix(base, 1, HIDDEN * INNER)
     first = tl.program_id(0) * (WARPS * ROWS)
+    gate = _matrix(base, 0, HIDDEN * INNER)
+    up = _matrix(base, 1, HIDDEN * INNER)
     at = (first + row)[:, :, :, None] * (HIDDEN // 8) + word
     scale_at = (first + row) * (HIDDEN // 32) + group
     MASKED: tl.constexpr = HIDDEN % 1024 != 0
+    GROUPS: tl.constexpr = HIDDEN // 32
     gate_sums = tl.zeros([LANES, WARPS, ROWS], tl.float32)
     up_sums = tl.zeros([LANES, WARPS, ROWS], tl.float32)
-    for g in range(0, HIDDEN // 32, LANES):
-        ok = g + group < HIDDEN // 32
-        ok4 = ok[:, :, :, None]
-        gate_tile = _get(gate_words + at + g * 4, ok4, MASKED)
-        up_tile = _get(up_words + at + g * 4, ok4, MASKED)
-        gate_scale = _get(gate_scales + scale_at + g, ok, MASKED).to(tl.float32)
-        up_scale = _get(up_scales + scale_at + g, ok, MASKED).to(tl.float32)
-        x = _activations(operand, word + warp[:, :, :, None] + g * 4, ok4, HIDDEN // 8, MASKED)
+    step = _gate_up_step(gate, up, at, scale_at, 0, group, GROUPS)
+    for g in range(0, GROUPS, LANES):
+        following = _gate_up_step(gate, up, at, scale_at, g + LANES, group, GROUPS)
+        ok = g + group < GROUPS
+        x = _activations(operand, word + warp[:, :, :, None] + g * 4, ok[:, :, :, None], HIDDEN // 8, MASKED)
         extra = _get(offset + group + warp + g, ok, MASKED)
-        gate_sums += (_products(gate_tile, x, magic) - extra) * gate_scale
-        up_sums += (_products(up_tile, x, magic) - extra) * up_scale
-    gate = tl.sum(gate_sums, 0)
-    result = gate / (1 + tl.exp(-gate)) * tl.sum(up_sums, 0) * tl.load(weights + j)
-    lane = tl.arange(0, WARPS)[:, None] * ROWS + tl.arange(0, ROWS)[None, :]
-    tl.store(inner + j * INNER + lane % 8 * (INNER // 8) + (first + lane) // 8, result)
-    total = tl.sum(tl.sum(_offsets(result, lane % 8), 1), 0)
+        gate_sums += (_products(step[0], x, magic) - extra) * step[2].to(tl.float32)
+        up_sums += (_products(step[1], x, magic) - extra) * step[3].to(tl.float32)
+        step = following
+    gate_sum = tl.sum(gate_sums, 0)
+    result = gate_sum / (1 + tl.exp(-gate_sum)) * tl.sum(up_sums, 0) * tl.load(weights + j)
+    out_row = first + tl.arange(0, WARPS)[:, None] * ROWS + tl.arange(0, ROWS)[None, :]
+    tl.store(inner + j * INNER + out_row % 8 * (INNER // 8) + out_row // 8, result)
+    total = tl.sum(tl.sum(_offsets(result, out_row % 8), 1), 0)
     tl.store(inner_offset + j * tl.num_programs(0) + tl.program_id(0), total)
 
 
@@ -174,10 +200,25 @@ def _inner_offset(offsets, group, ok, PARTS: tl.constexpr, MASKED: tl.constexpr)
     return total
 
 
+@triton.jit
+def _down_step(
+    slab, stride, listed, count, at, scale_at, step, group, ROWS: tl.constexpr, GROUPS: tl.constexpr
+):
+    """Words and scales of a step; an expert takes as many as its groups need."""
+    STEPS: tl.constexpr = (GROUPS + 31) // 32
+    j = step // STEPS
+    g = step % STEPS * 32
+    base = slab + tl.load(listed + 1 + j, j < count, 0).to(tl.int64) * stride
+    words, scales = _matrix(base, 2, ROWS * GROUPS * 32)
+    ok = (g + group < GROUPS) & (j < count)
+    return tl.load((words + g * 4) + at, ok[:, :, :, None], 0), tl.load((scales + g) + scale_at, ok, 0.0)
+
+
 @triton.jit(do_not_specialize_on_alignment=["listed", "inner_offset"])
 def down(
     slab, stride, listed, inner, inner_offset, out, zero, magic,
     HIDDEN: tl.constexpr, INNER: tl.constexpr, PARTS: tl.constexpr, WARPS: tl.constexpr, ROWS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """out = sum over the listed experts of down(inner). Grid (H / (WARPS * ROWS),)."""
     group, row, warp, word = _axes(WARPS, ROWS, zero)
@@ -185,19 +226,25 @@ def down(
     at = (first + row)[:, :, :, None] * (INNER // 8) + word
     scale_at = (first + row) * (INNER // 32) + group
     MASKED: tl.constexpr = INNER % 1024 != 0
+    GROUPS: tl.constexpr = INNER // 32
+    STEPS: tl.constexpr = (GROUPS + 31) // 32
+    # `prepare` wrote the list: it ended before `gate_up`, which waited for it, let this kernel start.
+    count = tl.load(listed)
+    tile, scale = _down_step(slab, stride, listed, count, at, scale_at, 0, group, HIDDEN, GROUPS)
+    after_previous(OVERLAP)
+    start_next(OVERLAP)
     sums = tl.zeros([LANES, WARPS, ROWS], tl.float32)
-    for j in range(tl.load(listed)):
-        base = slab + tl.load(listed + 1 + j).to(tl.int64) * stride
-        words, scales = _matrix(base, 2, HIDDEN * INNER)
-        for g in range(0, INNER // 32, LANES):
-            ok = g + group < INNER // 32
-            ok4 = ok[:, :, :, None]
-            tile = _get(words + at + g * 4, ok4, MASKED)
-            scale = _get(scales + scale_at + g, ok, MASKED).to(tl.float32)
-            x = _activations(inner + j * INNER, word + warp[:, :, :, None] + g * 4, ok4, INNER // 8, MASKED)
-            extra = _inner_offset(
-                inner_offset + j * (INNER // 32 * PARTS), group + warp + g, ok, PARTS, MASKED
-            )
-            sums += (_products(tile, x, magic) - extra) * scale
+    for step in range(count * STEPS):
+        following = _down_step(slab, stride, listed, count, at, scale_at, step + 1, group, HIDDEN, GROUPS)
+        j = step // STEPS
+        g = step % STEPS * 32
+        ok = g + group < GROUPS
+        x = _activations(
+            inner + j * INNER, word + warp[:, :, :, None] + g * 4, ok[:, :, :, None], INNER // 8, MASKED
+        )
+        extra = _inner_offset(inner_offset + j * (GROUPS * PARTS), group + warp + g, ok, PARTS, MASKED)
+        sums += (_products(tile, x, magic) - extra) * scale.to(tl.float32)
+        tile = following[0]
+        scale = following[1]
     lane = tl.arange(0, WARPS)[:, None] * ROWS + tl.arange(0, ROWS)[None, :]
     tl.store(out + first + lane, tl.sum(sums, 0))

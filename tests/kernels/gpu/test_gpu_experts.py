@@ -31,8 +31,8 @@ def module(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, devi
     if device.type == "cpu":
         monkeypatch.setattr(experts, "GATE_UP_ONE", experts.RowTiles(4, 8))
         monkeypatch.setattr(experts, "DOWN_ONE", experts.RowTiles(4, 8))
-        monkeypatch.setattr(experts, "GATE_UP_MANY", experts.Tiles(64, 32, 16, 4, 2))
-        monkeypatch.setattr(experts, "DOWN_MANY", experts.Tiles(64, 32, 16, 4, 2))
+        monkeypatch.setattr(experts, "GATE_UP_MANY", experts.Tiles(64, 32, 16, 16, 4, 2))
+        monkeypatch.setattr(experts, "DOWN_MANY", experts.Tiles(64, 32, 16, 16, 4, 2))
     return request.param
 
 
