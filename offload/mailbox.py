@@ -15,6 +15,7 @@ from moebox.offload.device import Device
 
 FLAG_WORDS = 16
 """int32 words of a cache line."""
+PART_WORDS = 4
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class Mailbox:
         hidden: bf16 [L, H], the experts' input.
         hits, hit_weights: int32 [L, 1 + k], how many experts are in slots and which; fp32 [L, k].
         uploads, upload_weights: the same for experts whose upload `uploaded` announces.
+        part, part_weight: int32 [L, 4] and fp32 [L, 1], an expert that both compute: its row in RAM, or -1,
+            and how many of its inner rows the GPU reads from there; published with `hits`.
         sums: fp32 [L, H], the CPU's share.
         one: int32 [16], holds 1: what is copied to `uploaded`.
     """
@@ -45,12 +48,14 @@ class Mailbox:
     hit_weights: Tensor
     uploads: Tensor
     upload_weights: Tensor
+    part: Tensor
+    part_weight: Tensor
     sums: Tensor
     one: Tensor
 
     @classmethod
     def allocate(cls, device: Device, layers: int, top_k: int, hidden_size: int) -> Mailbox:
-        """Zeros everywhere, but for `one`."""
+        """Zeros everywhere, but for `one` and the rows of `part`."""
         flags = (layers, FLAG_WORDS)
         box = cls(
             routed=device.pinned(flags, torch.int32),
@@ -64,10 +69,13 @@ class Mailbox:
             hit_weights=device.pinned((layers, top_k), torch.float32),
             uploads=device.pinned((layers, 1 + top_k), torch.int32),
             upload_weights=device.pinned((layers, top_k), torch.float32),
+            part=device.pinned((layers, PART_WORDS), torch.int32),
+            part_weight=device.pinned((layers, 1), torch.float32),
             sums=device.pinned((layers, hidden_size), torch.float32),
             one=device.pinned((FLAG_WORDS,), torch.int32),
         )
         box.one.fill_(1)
+        box.part[:, 0] = -1
         return box
 
     def raise_flags(self) -> None:
@@ -77,5 +85,6 @@ class Mailbox:
         """
         for tensor in (self.hits, self.uploads, self.sums):
             tensor.zero_()
+        self.part[:, 0] = -1
         for flags in (self.listed, self.uploaded, self.summed):
             flags.fill_(1)

@@ -31,6 +31,7 @@ class DecodeProgram:
         ops: the device's operations.
         box: the mailbox; its row i belongs to the i-th MoE layer.
         slab: uint8 [slots, stride], the experts on the device.
+        ram: uint8 [rows, stride], the experts in RAM, pinned.
         rotations: fp32 [2, C, P / 2] on the device.
         layers: the cache, bf16 [C, R + P] a layer.
         inputs: int64 [2], pinned: token and position.
@@ -43,6 +44,7 @@ class DecodeProgram:
         ops: Ops,
         box: Mailbox,
         slab: Tensor,
+        ram: Tensor,
         rotations: Tensor,
         layers: list[Tensor],
         inputs: Tensor,
@@ -53,6 +55,7 @@ class DecodeProgram:
         self._ops = ops
         self._box = box
         self._slab = slab
+        self._ram = ram
         self._rotations = rotations
         self._layers = layers
         self._inputs = inputs
@@ -109,7 +112,10 @@ class DecodeProgram:
         return self._ops.gemv(inner, module.down_proj.weight, torch.float32)
 
     def _moe(self, module: MoE, y: Tensor) -> list[Tensor]:
-        """The mixture's terms: shared expert, resident experts, uploaded ones, and the CPU's sum."""
+        """The mixture's terms: shared expert, experts on the GPU, uploaded ones, and the CPU's sum.
+
+        Of an expert that the GPU divides with the CPU its part comes with the resident ones.
+        """
         ops, box, gate = self._ops, self._box, module.gate
         row = module.layer - gate.config.first_k_dense_replace
         ops.route_and_post(
@@ -125,6 +131,8 @@ class DecodeProgram:
         shared = [self._mlp(module.shared_experts, y)] if module.shared_experts is not None else []
         ops.wait(box.listed[row])
         self._experts(box.hits[row], box.hit_weights[row], y, self._from_hits)
+        part = box.part[row], box.part_weight[row]
+        ops.expert_part(self._ram, self._expert_shape, *part, y, self._from_hits)
         ops.wait(box.uploaded[row])
         self._experts(box.uploads[row], box.upload_weights[row], y, self._from_uploads)
         ops.wait(box.summed[row])

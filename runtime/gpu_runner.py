@@ -147,6 +147,7 @@ class GpuRunner:
         box = self.experts.mailbox
         for tensor in (box.hits, box.uploads, box.sums):
             tensor.zero_()
+        box.part[:, 0] = -1
         for flags in (box.listed, box.summed):
             flags.fill_(1)
         uploads = self._device.uploads  # the compute stream waits, and cannot do it
@@ -162,6 +163,7 @@ class GpuRunner:
                 self._device.ops,
                 box,
                 self.experts.gpu.slab,
+                self.experts.ram.slab,
                 self._rotations,
                 memory.layers,
                 self._inputs,

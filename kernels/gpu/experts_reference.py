@@ -48,6 +48,23 @@ def experts_many(
             out.index_add_(0, rows, result * weights[begin:end, None])
 
 
+def expert_part(
+    ram: Tensor, shape: tuple[int, int], part: Tensor, weight: Tensor, hidden: Tensor, out: Tensor
+) -> None:
+    """See `moebox.kernels.gpu.part.expert_part`."""
+    layout = slot_layout(shape)
+    check_slab(ram, layout)
+    row, count = part[:2].tolist()
+    if row < 0:
+        return
+    columns, inner = shape
+    x = hidden.float()
+    gate = _matrix(ram[row], layout.gate, layout.gate_scale, inner, columns)[:count]
+    up = _matrix(ram[row], layout.up, layout.up_scale, inner, columns)[:count]
+    down = _matrix(ram[row], layout.down, layout.down_scale, columns, inner)[:, :count]
+    out += weight[0] * (down @ (F.silu(gate @ x) * (up @ x)))
+
+
 def _expert(slot: Tensor, shape: tuple[int, int], layout: SlotLayout, hidden: Tensor) -> Tensor:
     """fp32 [T, H] of one expert for fp32 [T, H]."""
     columns, inner = shape

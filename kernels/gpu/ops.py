@@ -167,6 +167,27 @@ class Ops(Protocol):
             out: fp32 [H], overwritten; zeros if nothing is listed.
         """
 
+    def expert_part(
+        self,
+        ram: Tensor,
+        shape: tuple[int, int],
+        part: Tensor,
+        weight: Tensor,
+        hidden: Tensor,
+        out: Tensor,
+    ) -> None:
+        """Add the weighted output of an expert's first r inner rows, read straight from RAM, for one token.
+
+        Args:
+            ram: uint8 [rows, stride], an expert's extent each, registered with the device.
+            shape: (H, I).
+            part: int32 [2] or longer: a row of `ram`, or -1 for none; and r, a multiple of 32 from 0 to I.
+                May be pinned memory, read by the kernel, as may `weight`.
+            weight: fp32 [1].
+            hidden: bf16 [H].
+            out: fp32 [H], added to: `weight * down[:, :r] @ (silu(gate[:r] @ x) * (up[:r] @ x))`.
+        """
+
     def experts_many(
         self,
         slab: Tensor,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 GROUP = 32
@@ -59,4 +60,17 @@ def check_slab(slab: Tensor, layout: SlotLayout) -> None:
         raise ValueError(
             f"slots of {slab.shape[1]} bytes, {slab.stride(0)} apart: an expert has {layout.nbytes} bytes "
             "and slots must start at multiples of 16"
+        )
+
+
+def check_array(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Refuse a tensor that is not contiguous, of this shape and this dtype.
+
+    Raises:
+        ValueError: says what was given and what is needed.
+    """
+    if tensor.shape != shape or tensor.dtype != dtype or not tensor.is_contiguous():
+        raise ValueError(
+            f"{name} is {tensor.dtype} {list(tensor.shape)}, strides {tensor.stride()}: "
+            f"contiguous {dtype} {list(shape)} is needed"
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moebox.kernels.gpu.experts_reference import experts_many, experts_one
+from moebox.kernels.gpu.experts_reference import expert_part, experts_many, experts_one
 from moebox.kernels.gpu.reference import (
     absorb,
     combine_norm,
@@ -20,6 +20,7 @@ from moebox.kernels.gpu.reference import (
 __all__ = [
     "absorb",
     "combine_norm",
+    "expert_part",
     "experts_many",
     "experts_one",
     "gemv",

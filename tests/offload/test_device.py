@@ -74,7 +74,10 @@ def test_mailbox_lets_a_program_run_alone(device):
     assert box.uploaded.device.type == device.torch_device.type
     assert int(box.one[0]) == 1
     assert not any(int(flags.sum()) for flags in (box.routed, box.listed, box.uploaded, box.summed))
+    assert (box.part[:, 0] == -1).all()
+    box.part.fill_(32)
     box.raise_flags()
+    assert (box.part[:, 0] == -1).all()
     for flags in (box.listed, box.uploaded, box.summed):
         device.ops.wait(flags[1])  # would not return otherwise
     device.synchronize()
