@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import torch
 
 import helpers.triton_compile as compiler
-from moebox.kernels.gpu import attention, dense, overlap, router, signals
+from moebox.kernels.gpu import attention, dense, overlap, part, router, signals
 
 ORDER = re.compile(r"griddepcontrol\.wait|ld\.(?:global|volatile)|st\.global|atom")
 SPEC = SimpleNamespace(
@@ -37,10 +37,12 @@ def compile_all(capacity: int) -> None:
     assert query.shape == (192,)
     query = attention.absorb(torch.zeros(512, dtype=bf16), kv_b, rotations, position)
     attention.value_up(attention.mla_decode(query, cache, position, 0.1, 128), kv_b, 32)
+    ram = torch.zeros(3, 28672, dtype=torch.uint8)
+    part.expert_part(ram, (256, 64), torch.zeros(4, dtype=torch.int32), torch.zeros(1), hidden, x)
 
 
 if __name__ == "__main__":
-    for module in (attention, dense, router, signals):
+    for module in (attention, dense, part, router, signals):
         module.launch_options = lambda: {"OVERLAP": True, "launch_pdl": True}
     assert not overlap.launch_options()["OVERLAP"]
     compile_all(64)

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-READS_WEIGHTS_AHEAD = {"_combine_norm", "_gemv", "_absorb", "_value_up"}
+READS_WEIGHTS_AHEAD = {"_combine_norm", "_gemv", "_absorb", "_value_up", "down"}
 POLLS = {"_wait"}
 
 
@@ -22,7 +22,7 @@ def test_kernels_compile_for_hopper_and_wait_for_their_predecessors():
     )
     assert result.returncode == 0, result.stderr
     accesses = json.loads(result.stdout)
-    assert len(accesses) == 12
+    assert len(accesses) == 15
     for name, order in accesses.items():
         before = order[: order.index("griddepcontrol.wait")]
         if name == "_absorb":  # two branches, each with its own wait; the first one reads nothing ahead
