@@ -30,7 +30,8 @@ class RowTiles(NamedTuple):
 class Tiles(NamedTuple):
     """A product's tiles in `experts_many`: rows and packed words of weights, tokens, and how it is run.
 
-    `rest` is a smaller number of tokens for what an expert has left after whole tiles, or 0.
+    `rest` is a smaller number of tokens for what an expert has left after whole tiles, or 0; `registers` a
+    limit per thread.
     """
 
     rows: int
@@ -45,7 +46,7 @@ class Tiles(NamedTuple):
 GATE_UP_ONE = RowTiles(4, 2)
 DOWN_ONE = RowTiles(4, 4)
 GATE_UP_MANY = Tiles(64, 64, 32, 16, 4, 3, 168)
-DOWN_MANY = Tiles(128, 64, 32, 16, 4, 3, 168)
+DOWN_MANY = Tiles(128, 64, 32, 16, 8, 3, 128)
 
 
 def experts_one(
@@ -172,11 +173,18 @@ def _rounds(counts: list[int]) -> list[tuple[int, int]]:
     return [*rounds, (begin, len(counts))]
 
 
+def _padded(columns: int, tiles: Tiles) -> int:
+    """Columns of a row laid out in blocks of 8 `words`."""
+    return triton.cdiv(columns, 8 * tiles.words) * 8 * tiles.words
+
+
 def _regroup(hidden: Tensor) -> Tensor:
-    """bf16 [T, 8, H / 8]: each row by k mod 8."""
-    operand = torch.empty_like(hidden)
+    """bf16 [T, padded H]: each row in blocks, as `gate_up` reads it."""
     n_tokens, columns = hidden.shape
-    many_kernels.regroup[(n_tokens, triton.cdiv(columns // 8, 256))](hidden, operand, columns, 256)
+    padded = _padded(columns, GATE_UP_MANY)
+    operand = torch.empty(n_tokens, padded, dtype=torch.bfloat16, device=hidden.device)
+    grid = (n_tokens, triton.cdiv(padded // 8, 256))
+    many_kernels.regroup[grid](hidden, operand, columns, GATE_UP_MANY.words, 256)
     return operand
 
 
@@ -194,16 +202,19 @@ def _pair_results(
     columns, rows = shape
     n_pairs, most = sum(counts), max(counts)
     native = not triton.knobs.runtime.interpret
-    inner = torch.empty(n_pairs, rows, dtype=torch.bfloat16, device=slab.device)
+    inner_columns = _padded(rows, DOWN_MANY)
+    inner = torch.empty(n_pairs, inner_columns, dtype=torch.bfloat16, device=slab.device)
     result = torch.empty(n_pairs, columns, device=slab.device)
     tiles = GATE_UP_MANY
-    many_kernels.gate_up[(triton.cdiv(rows, tiles.rows), triton.cdiv(most, tiles.tokens), len(counts))](
+    grid = (triton.cdiv(inner_columns, tiles.rows), triton.cdiv(most, tiles.tokens), len(counts))
+    many_kernels.gate_up[grid](
         slab, slab.stride(0), slots, offsets, tokens, operand, inner, first, columns, rows,
-        tiles.rows, tiles.tokens, tiles.rest, tiles.words, tiles.stages, native,
+        tiles.rows, tiles.tokens, tiles.rest, tiles.words, DOWN_MANY.words, tiles.stages, native,
         num_warps=tiles.warps, maxnreg=tiles.registers,
     )  # fmt: skip
     tiles = DOWN_MANY
-    many_kernels.down[(triton.cdiv(columns, tiles.rows), triton.cdiv(most, tiles.tokens), len(counts))](
+    grid = (triton.cdiv(columns, tiles.rows), triton.cdiv(most, tiles.tokens), len(counts))
+    many_kernels.down[grid](
         slab, slab.stride(0), slots, offsets, inner, result, first, columns, rows,
         tiles.rows, tiles.tokens, tiles.rest, tiles.words, tiles.stages, native,
         num_warps=tiles.warps, maxnreg=tiles.registers,

@@ -1,10 +1,9 @@
 """Triton kernels of `experts_many`: experts with many tokens each, on the tensor cores.
 
 The weights are the left operand: packed words go to shared memory and from there straight to the registers
-the tensor cores read, where each word is cut into eight bf16 values. A product's depth counts first k mod 8,
-then the words, so that no value changes its thread; the activations are laid out by k mod 8 once per call to
-match. It matters that a tile is one product: Triton then lets the tensor cores run while the next tile is
-unpacked, and otherwise waits for each.
+the tensor cores read, where each word is cut into eight bf16 values. So that no value has to change its
+thread, the depth of a product counts places first (k mod 8: where in a word a value lies), then words. The
+activations are laid out to match, in blocks of 8 WORDS values: [blocks, 8, WORDS], with zeros at the end.
 
 A pair is a token of an expert. Its rows stand in the order of `offsets`; `first` is the first pair of a call.
 """
@@ -14,47 +13,60 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Two words -> for each of eight places, the bf16 pair (q0 * s0, q1 * s1). 0x4300 is 128: u in its low bits
-# makes 128 + u, exactly, and 0x4308 is 136 = 128 + 8.
-_UNPACK = tl.constexpr(
-    "{ .reg .b32 lo, hi, t, bias;\n"
-    "prmt.b32 lo, $8, $9, 0x5410;\n"
-    "prmt.b32 hi, $8, $9, 0x7632;\n"
-    "mov.b32 bias, 0x43084308;\n"
-    + "".join(
-        (f"shr.u32 t, {half}, {4 * place};\n" if place else f"mov.b32 t, {half};\n")
-        + "lop3.b32 t, t, 0x000f000f, 0x43004300, 0xea;\n"
-        "sub.rn.bf16x2 t, t, bias;\n"
-        f"mul.rn.bf16x2 ${4 * number + place}, t, $10;\n"
-        for number, half in enumerate(("lo", "hi"))
-        for place in range(4)
-    )
-    + "}"
-)
+
+def _unpacking(half: int) -> str:
+    """PTX: two words -> for four of their eight places, the bf16 pair (q0 * s0, q1 * s1).
+
+    0x4300 is 128: u in its low bits makes 128 + u, exactly, and 0x4308 is 136 = 128 + 8.
+    """
+    lines = [
+        "{ .reg .b32 half, t, bias;",
+        f"prmt.b32 half, $4, $5, {('0x5410', '0x7632')[half]};",
+        "mov.b32 bias, 0x43084308;",
+    ]
+    for place in range(4):
+        lines += [
+            f"shr.u32 t, half, {4 * place};",
+            "lop3.b32 t, t, 0x000f000f, 0x43004300, 0xea;",
+            "sub.rn.bf16x2 t, t, bias;",
+            f"mul.rn.bf16x2 ${place}, t, $6;",
+        ]
+    return "\n".join([*lines, "}"])
+
+
+_UNPACK_LOW = tl.constexpr(_unpacking(0))
+_UNPACK_HIGH = tl.constexpr(_unpacking(1))
 
 
 @triton.jit
-def _unpack(words, scale, NATIVE: tl.constexpr):
-    """The eight weights of each word, bf16. The plain way is for Triton's interpreter: 3 times as slow."""
+def _unpack(words, scale, HALF: tl.constexpr, NATIVE: tl.constexpr):
+    """Four of the eight weights of each word, bf16. The plain way is for Triton's interpreter."""
     if NATIVE:
         return tl.inline_asm_elementwise(
-            _UNPACK,
-            "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,r",
+            _UNPACK_HIGH if HALF else _UNPACK_LOW,
+            "=&r,=&r,=&r,=&r,r,r,r",
             [words, scale],
-            dtype=(tl.bfloat16,) * 8,
+            dtype=(tl.bfloat16,) * 4,
             is_pure=True,
             pack=2,
         )
     scale = scale.to(tl.float32)
-    a0 = (((words & 15) - 8) * scale).to(tl.bfloat16)
-    a1 = (((words >> 4 & 15) - 8) * scale).to(tl.bfloat16)
-    a2 = (((words >> 8 & 15) - 8) * scale).to(tl.bfloat16)
-    a3 = (((words >> 12 & 15) - 8) * scale).to(tl.bfloat16)
-    a4 = (((words >> 16 & 15) - 8) * scale).to(tl.bfloat16)
-    a5 = (((words >> 20 & 15) - 8) * scale).to(tl.bfloat16)
-    a6 = (((words >> 24 & 15) - 8) * scale).to(tl.bfloat16)
-    a7 = (((words >> 28 & 15) - 8) * scale).to(tl.bfloat16)
-    return a0, a1, a2, a3, a4, a5, a6, a7
+    a0 = (((words >> 16 * HALF & 15) - 8) * scale).to(tl.bfloat16)
+    a1 = (((words >> 16 * HALF + 4 & 15) - 8) * scale).to(tl.bfloat16)
+    a2 = (((words >> 16 * HALF + 8 & 15) - 8) * scale).to(tl.bfloat16)
+    a3 = (((words >> 16 * HALF + 12 & 15) - 8) * scale).to(tl.bfloat16)
+    return a0, a1, a2, a3
+
+
+@triton.jit
+def _weights(words, scale, HALF: tl.constexpr, NATIVE: tl.constexpr):
+    """Half of a tile's depth: words and scales [rows, WORDS] -> bf16 [rows, 4 WORDS]."""
+    ROWS: tl.constexpr = words.shape[0]
+    WORDS: tl.constexpr = words.shape[1]
+    a = _unpack(words, scale, HALF, NATIVE)
+    # The axes that join() adds are bits 1 and 0 of the place.
+    places = tl.join(tl.join(a[0], a[2]), tl.join(a[1], a[3]))
+    return tl.reshape(tl.permute(places, [0, 2, 3, 1]), [ROWS, 4 * WORDS])
 
 
 @triton.jit
@@ -65,96 +77,79 @@ def _matrix(base, MATRIX: tl.constexpr, SIZE: tl.constexpr):
 
 
 @triton.jit
-def _weights(
-    words, scales, row, k,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, WORDS: tl.constexpr, NATIVE: tl.constexpr,
-):  # fmt: skip
-    """A tile of a matrix [ROWS, 8 COLUMNS], bf16 [row, 8 WORDS] by place, then word; zeros beyond its edges.
-
-    It begins at word k of each row.
-    """
+def _packed(words, scales, row, k, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WORDS: tl.constexpr):
+    """Words and scales [row, WORDS] of a matrix [ROWS, 8 COLUMNS] from word k of each row; zeros beyond."""
     word = tl.arange(0, WORDS)[None, :]
     group = tl.arange(0, WORDS // 4)[None, :]
-    ok = row[:, None] < ROWS
-    if COLUMNS % WORDS == 0:
-        words_ok = ok
-        group_ok = ok
-    else:
-        words_ok = ok & (k + word < COLUMNS)
-        group_ok = ok & (k // 4 + group < COLUMNS // 4)
-    tile = tl.load((words + k) + (row[:, None] * COLUMNS + word), words_ok, 0)
-    scale = tl.load((scales + k // 4) + (row[:, None] * (COLUMNS // 4) + group), group_ok, 0.0)
-    TILE_ROWS: tl.constexpr = tile.shape[0]
-    scale = tl.broadcast_to(scale[:, :, None], [TILE_ROWS, WORDS // 4, 4])
-    a = _unpack(tile, tl.reshape(scale, [TILE_ROWS, WORDS]), NATIVE)
-    even = tl.join(tl.join(a[0], a[4]), tl.join(a[2], a[6]))
-    odd = tl.join(tl.join(a[1], a[5]), tl.join(a[3], a[7]))
-    # The axes that join() adds are bits 2, 1 and 0 of the place.
-    return tl.reshape(tl.permute(tl.join(even, odd), [0, 2, 3, 4, 1]), [TILE_ROWS, 8 * WORDS])
-
-
-@triton.jit
-def _columns(WORDS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Where a tile's depth lies in a row laid out by place: [8 WORDS]."""
-    depth = tl.arange(0, 8 * WORDS)
-    return depth // WORDS * COLUMNS + depth % WORDS
-
-
-@triton.jit
-def _activations(source, at, k, ok, COLUMNS: tl.constexpr, WORDS: tl.constexpr):
-    """A tile of the right operand, bf16 [8 WORDS, tokens]; zeros where it does not count."""
+    words_ok = row[:, None] < ROWS
+    groups_ok = words_ok
     if COLUMNS % WORDS != 0:
-        ok = ok & (k + tl.arange(0, 8 * WORDS) % WORDS < COLUMNS)[:, None]
-    return tl.load((source + k) + at, ok, 0.0)
+        words_ok = words_ok & (k + word < COLUMNS)
+        groups_ok = groups_ok & (k // 4 + group < COLUMNS // 4)
+    tile = tl.load((words + k) + (row[:, None] * COLUMNS + word), words_ok, 0)
+    scale = tl.load((scales + k // 4) + (row[:, None] * (COLUMNS // 4) + group), groups_ok, 0.0)
+    scale = tl.broadcast_to(scale[:, :, None], [tile.shape[0], WORDS // 4, 4])
+    return tile, tl.reshape(scale, [tile.shape[0], WORDS])
 
 
 @triton.jit
-def regroup(hidden, operand, HIDDEN: tl.constexpr, BLOCK: tl.constexpr):
-    """Lay rows out by k mod 8: bf16 [T, H / 8, 8] -> [T, 8, H / 8]. Grid (T, H / 8 / BLOCK)."""
-    start = tl.program_id(0).to(tl.int64) * HIDDEN
-    word = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+def regroup(hidden, operand, HIDDEN: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr):
+    """Lay rows out in blocks: bf16 [T, H] -> [T, blocks, 8, WORDS]. Grid (T, all words / BLOCK)."""
+    PADDED: tl.constexpr = (HIDDEN // 8 + WORDS - 1) // WORDS * WORDS
+    token = tl.program_id(0).to(tl.int64)
+    word = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK))[:, None]
     place = tl.arange(0, 8)[None, :]
-    ok = word[:, None] < HIDDEN // 8
-    x = tl.load(hidden + start + word[:, None] * 8 + place, ok, 0.0)
-    tl.store(operand + start + place * (HIDDEN // 8) + word[:, None], x, ok)
+    x = tl.load(hidden + token * HIDDEN + word * 8 + place, word < HIDDEN // 8, 0.0)
+    at = word // WORDS * (8 * WORDS) + place * WORDS + word % WORDS
+    tl.store(operand + token * (8 * PADDED) + at, x, word < PADDED)
 
 
 @triton.jit
 def _gate_up_tile(
     base, tokens, operand, inner, begin, end, first,
     HIDDEN: tl.constexpr, INNER: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, WORDS: tl.constexpr,
-    STAGES: tl.constexpr, NATIVE: tl.constexpr,
+    OUT_WORDS: tl.constexpr, STAGES: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     COLUMNS: tl.constexpr = HIDDEN // 8
+    PADDED: tl.constexpr = (COLUMNS + WORDS - 1) // WORDS * WORDS
     gate_words, gate_scales = _matrix(base, 0, HIDDEN * INNER)
     up_words, up_scales = _matrix(base, 1, HIDDEN * INNER)
     pair = begin + tl.arange(0, TOKENS)
+    ok = pair[None, :] < end
     token = tl.load(tokens + pair, pair < end, 0)
-    at = token[None, :] * HIDDEN + _columns(WORDS, COLUMNS)[:, None]
+    at = token[None, :] * (8 * PADDED) + tl.arange(0, 4 * WORDS)[:, None]
     # Rows by i mod 8, so that what is written lies side by side.
     m = tl.arange(0, ROWS)
     row = tl.program_id(0) * ROWS + m % (ROWS // 8) * 8 + m // (ROWS // 8)
     gate = tl.zeros([ROWS, TOKENS], tl.float32)
     up = tl.zeros([ROWS, TOKENS], tl.float32)
     for k in tl.range(0, COLUMNS, WORDS, num_stages=STAGES):
-        x = _activations(operand, at, k, pair[None, :] < end, COLUMNS, WORDS)
-        gate = tl.dot(_weights(gate_words, gate_scales, row, k, INNER, COLUMNS, WORDS, NATIVE), x, gate)
-        up = tl.dot(_weights(up_words, up_scales, row, k, INNER, COLUMNS, WORDS, NATIVE), x, up)
+        words, scale = _packed(gate_words, gate_scales, row, k, INNER, COLUMNS, WORDS)
+        low = tl.load((operand + 8 * k) + at, ok, 0.0)
+        high = tl.load((operand + 8 * k + 4 * WORDS) + at, ok, 0.0)
+        gate = tl.dot(_weights(words, scale, 0, NATIVE), low, gate)
+        gate = tl.dot(_weights(words, scale, 1, NATIVE), high, gate)
+        words, scale = _packed(up_words, up_scales, row, k, INNER, COLUMNS, WORDS)
+        up = tl.dot(_weights(words, scale, 0, NATIVE), low, up)
+        up = tl.dot(_weights(words, scale, 1, NATIVE), high, up)
     result = gate / (1 + tl.exp(-gate)) * up
-    column = row % 8 * (INNER // 8) + row // 8
-    at = inner + (pair - first).to(tl.int64)[None, :] * INNER + column[:, None]
-    tl.store(at, result.to(tl.bfloat16), (row[:, None] < INNER) & (pair[None, :] < end))
+    OUT_PADDED: tl.constexpr = (INNER // 8 + OUT_WORDS - 1) // OUT_WORDS * OUT_WORDS
+    word = row // 8
+    column = word // OUT_WORDS * (8 * OUT_WORDS) + row % 8 * OUT_WORDS + word % OUT_WORDS
+    at = inner + (pair - first).to(tl.int64)[None, :] * (8 * OUT_PADDED) + column[:, None]
+    tl.store(at, result.to(tl.bfloat16), (word[:, None] < OUT_PADDED) & ok)
 
 
 @triton.jit(do_not_specialize=["first"], do_not_specialize_on_alignment=["slots", "offsets", "tokens"])
 def gate_up(
     slab, stride, slots, offsets, tokens, operand, inner, first,
     HIDDEN: tl.constexpr, INNER: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, REST: tl.constexpr,
-    WORDS: tl.constexpr, STAGES: tl.constexpr, NATIVE: tl.constexpr,
+    WORDS: tl.constexpr, OUT_WORDS: tl.constexpr, STAGES: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
-    """inner[pair] = silu(gate x) * up x, laid out by i mod 8: bf16 [pairs, 8, I / 8].
+    """inner[pair] = silu(gate x) * up x, laid out for `down`: bf16 [pairs, blocks, 8, OUT_WORDS].
 
-    Grid (I / ROWS, tiles of tokens, experts). An expert's last tile is a smaller one where REST suffices.
+    Grid (8 OUT_WORDS blocks / ROWS, tiles of tokens, experts). An expert's last tile is a smaller one where
+    REST tokens suffice.
     """
     expert = tl.program_id(2)
     begin = tl.load(offsets + expert) + tl.program_id(1) * TOKENS
@@ -165,12 +160,12 @@ def gate_up(
     if end - begin > REST:
         _gate_up_tile(
             base, tokens, operand, inner, begin, end, first,
-            HIDDEN, INNER, ROWS, TOKENS, WORDS, STAGES, NATIVE,
+            HIDDEN, INNER, ROWS, TOKENS, WORDS, OUT_WORDS, STAGES, NATIVE,
         )  # fmt: skip
     elif REST > 0:
         _gate_up_tile(
             base, tokens, operand, inner, begin, end, first,
-            HIDDEN, INNER, ROWS, REST, WORDS, STAGES, NATIVE,
+            HIDDEN, INNER, ROWS, REST, WORDS, OUT_WORDS, STAGES, NATIVE,
         )  # fmt: skip
 
 
@@ -181,16 +176,21 @@ def _down_tile(
     STAGES: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     COLUMNS: tl.constexpr = INNER // 8
-    words, scales = _matrix(base, 2, HIDDEN * INNER)
+    PADDED: tl.constexpr = (COLUMNS + WORDS - 1) // WORDS * WORDS
+    down_words, down_scales = _matrix(base, 2, HIDDEN * INNER)
     pair = begin + tl.arange(0, TOKENS)
-    at = (pair - first)[None, :] * INNER + _columns(WORDS, COLUMNS)[:, None]
+    ok = pair[None, :] < end
+    at = (pair - first)[None, :] * (8 * PADDED) + tl.arange(0, 4 * WORDS)[:, None]
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     sums = tl.zeros([ROWS, TOKENS], tl.float32)
     for k in tl.range(0, COLUMNS, WORDS, num_stages=STAGES):
-        x = _activations(inner, at, k, pair[None, :] < end, COLUMNS, WORDS)
-        sums = tl.dot(_weights(words, scales, row, k, HIDDEN, COLUMNS, WORDS, NATIVE), x, sums)
+        words, scale = _packed(down_words, down_scales, row, k, HIDDEN, COLUMNS, WORDS)
+        low = tl.load((inner + 8 * k) + at, ok, 0.0)
+        high = tl.load((inner + 8 * k + 4 * WORDS) + at, ok, 0.0)
+        sums = tl.dot(_weights(words, scale, 0, NATIVE), low, sums)
+        sums = tl.dot(_weights(words, scale, 1, NATIVE), high, sums)
     at = result + (pair - first).to(tl.int64)[None, :] * HIDDEN + row[:, None]
-    tl.store(at, sums, (row[:, None] < HIDDEN) & (pair[None, :] < end))
+    tl.store(at, sums, (row[:, None] < HIDDEN) & ok)
 
 
 @triton.jit(do_not_specialize=["first"], do_not_specialize_on_alignment=["slots", "offsets"])
