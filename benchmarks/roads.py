@@ -5,7 +5,7 @@
 K2's shape (H 7168, I 2048, top 8), a token of several MoE layers whose picks are never resident: 198 MB a
 layer. The GPU runs one graph per token that posts, waits, computes what was uploaded and adds the CPU's sum;
 the host runs `DecodeRoads.run_token`. Modes: `cpu` (no slots: the CPU road alone), `both` (the split from
-live averages), and with `--uploads 2,3,4` a fixed number of uploads.
+live averages, one expert divided), and with `--uploads 2,3,4` a fixed number of whole uploads.
 
 Printed per mode and number of threads: ms a layer (a token's wall time over its layers, median), the GB/s of
 each road while it worked, uploads a layer, and what the host adds to a layer: until the GPU may go on with
@@ -27,6 +27,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from moebox import _kernels
 from moebox.config import ModelConfig, parse_config
@@ -52,11 +53,12 @@ def model(options: argparse.Namespace) -> ModelConfig:
 class Program:
     """What the GPU does in a token, and the buffers it uses."""
 
-    def __init__(self, config: ModelConfig, device: Device, slots: int, stride: int) -> None:
+    def __init__(self, config: ModelConfig, device: Device, slots: int, ram: Tensor) -> None:
         layers, self.k = len(config.moe_layers), config.num_experts_per_tok
         self.config, self.ops = config, device.ops
         self.box = Mailbox.allocate(device, layers, self.k, config.hidden_size)
-        self.slab = device.empty((max(slots, 1), stride), torch.uint8).zero_()
+        self.ram = ram
+        self.slab = device.empty((max(slots, 1), ram.shape[1]), torch.uint8).zero_()
         self.hidden = torch.randn(config.hidden_size).bfloat16().to(device.torch_device)
         self.ids = device.empty((self.k,), torch.int32).zero_()
         self.weights = torch.rand(self.k).to(device.torch_device)
@@ -79,6 +81,7 @@ class Program:
             )
             ops.wait(box.listed[i])
             ops.experts_one(slab, shape, box.hits[i], box.hit_weights[i], x, self.parts[0])
+            ops.expert_part(self.ram, shape, box.part[i], box.part_weight[i], x, self.parts[0])
             ops.wait(box.uploaded[i])
             ops.experts_one(
                 self.slab, shape, box.uploads[i], box.upload_weights[i], self.hidden, self.parts[1]
@@ -112,10 +115,10 @@ class Bench:
         k = self.config.num_experts_per_tok
         reserve = k if uploads is None else uploads
         slots = reserve + 1 if reserve else 0
-        program = Program(self.config, self.device, slots, self.ram.stride)
+        program = Program(self.config, self.device, slots, self.ram.slab)
         residency = Residency(self.ram.n_keys, slots, reserve)
         box = program.box
-        names = "routed listed summed ids weights hits hit_weights uploads upload_weights hidden sums"
+        names = "routed listed summed ids weights hits hit_weights uploads upload_weights hidden sums part"
         roads = DecodeRoads(
             self.pool,
             residency,
@@ -126,6 +129,7 @@ class Bench:
             slab_address=program.slab.data_ptr(),
             slab_stride=program.slab.stride(0),
             **{name: getattr(box, name) for name in names.split()},
+            part_weight=box.part_weight,
             uploaded_address=box.uploaded.data_ptr(),
             uploaded_stride_bytes=box.uploaded.stride(0) * 4,
             one_address=box.one.data_ptr(),
@@ -219,6 +223,7 @@ def summary(walls: list[float], stats: npt.NDArray[np.float64], nbytes: int) -> 
     layers = len(stats) // len(walls)
     column = dict(zip(FIELDS, stats.T, strict=True))
     uploaded = column["uploads"] > 0
+    column["over_pcie"] = column["uploads"] + column["part"]
     on_cpu = column["cpu"] > 0
 
     def rate(count: str, seconds: str, where: npt.NDArray[np.bool_]) -> float:
@@ -233,8 +238,9 @@ def summary(walls: list[float], stats: npt.NDArray[np.float64], nbytes: int) -> 
         "layer_ms_best": min(walls) / layers * 1e3,
         "layer_ms_worst": max(walls) / layers * 1e3,
         "cpu_gbps": rate("cpu", "cpu_s", on_cpu),
-        "pcie_gbps": rate("uploads", "upload_s", uploaded),
+        "pcie_gbps": rate("over_pcie", "upload_s", uploaded),
         "uploads": float(column["uploads"].mean()),
+        "part": float(column["part"].mean()),
         "hits": float(column["hits"].mean()),
     }
     figures["total_gbps"] = 8 * nbytes / figures["layer_ms"] / 1e6
@@ -251,7 +257,7 @@ def show(threads: int, mode: str, row: dict[str, float]) -> None:
     print(
         f"{threads:3} threads, {mode:8} {row['layer_ms']:.3f} ms a layer (best {row['layer_ms_best']:.3f}), "
         f"CPU {row['cpu_gbps']:.1f}, PCIe {row['pcie_gbps']:.1f}, together {row['total_gbps']:.1f} GB/s, "
-        f"{row['uploads']:.2f} uploads; cpu {row['host_cpu_ms']:.3f}, "
+        f"{row['uploads']:.2f} uploads + {row['part']:.2f}; cpu {row['host_cpu_ms']:.3f}, "
         f"upload {row['host_upload_ms']:.3f}, wait {row['host_wait_ms']:.3f} ms; "
         f"listed {row['listed_us_p50']:.1f}, "
         f"schedule {row['schedule_us_p50']:.1f} us (95 %: {row['schedule_us_p95']:.1f}); "

@@ -28,7 +28,8 @@ __all__ = ["FIELDS", "Copier", "CudaCopier", "DecodeRoads", "HostCopier", "Resid
 FIELDS: tuple[str, ...] = tuple(_kernels.ROAD_FIELDS)
 """Columns of `DecodeRoads.stats`; `_s` are seconds.
 
-hits, uploads, cpu: experts found on the GPU, uploaded, computed by the CPU.
+hits, uploads, cpu: experts found on the GPU, uploaded, computed by the CPU. part: what the GPU computes of an
+expert in RAM, from 0 to 1; the CPU has the rest of it, so that cpu is no whole number then.
 wait_s: the host waited for the GPU to route. listed_s: flag seen until the GPU may go on with the hits.
 schedule_s: flag seen until the uploads were queued and the CPU ran: the host's cost on the critical path.
 cpu_s: the CPU's work. upload_s: the copies, by the device's clock (NaN until they are known, at the latest
@@ -55,6 +56,8 @@ class DecodeRoads(_kernels.DecodeRoads):
             the others.
         ids, weights: int32 and fp32 [L, k], written by the GPU. hidden: bf16 [L, H], likewise.
         hits, uploads: int32 [L, 1 + k]: a count, then slots. hit_weights, upload_weights: fp32 [L, k].
+        part, part_weight: int32 [L, 4] and fp32 [L, 1]: an expert that is divided, its row in `ram` or -1,
+            and the number of inner rows (of gate and up, columns of down) that the GPU computes from there.
         sums: fp32 [L, H], overwritten with the CPU's share, zeros where there is none.
         uploaded_address, uploaded_stride_bytes: device int32 flags, one per layer.
         one_address: a pinned int32 1.
@@ -87,6 +90,8 @@ class DecodeRoads(_kernels.DecodeRoads):
         hit_weights: Tensor,
         uploads: Tensor,
         upload_weights: Tensor,
+        part: Tensor,
+        part_weight: Tensor,
         hidden: Tensor,
         sums: Tensor,
         uploaded_address: int,
@@ -101,7 +106,7 @@ class DecodeRoads(_kernels.DecodeRoads):
     ) -> None:
         flags = (routed, listed, summed)
         lists = (hits, hit_weights, uploads, upload_weights)
-        arrays = (ram, ram_rows, *flags, ids, weights, *lists, hidden, sums)
+        arrays = (ram, ram_rows, *flags, ids, weights, *lists, hidden, sums, part, part_weight)
         super().__init__(
             pool,
             residency,

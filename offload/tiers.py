@@ -179,6 +179,8 @@ class TieredExperts:
             hit_weights=box.hit_weights,
             uploads=box.uploads,
             upload_weights=box.upload_weights,
+            part=box.part,
+            part_weight=box.part_weight,
             hidden=box.hidden,
             sums=box.sums,
             uploaded_address=box.uploaded.data_ptr(),

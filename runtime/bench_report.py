@@ -26,7 +26,7 @@ from moebox.offload.floor import (
     decode_floor,
 )
 
-LAYER_FIELDS = ("hits", "uploads", "cpu", "wait_s", "schedule_s", "cpu_s", "upload_s", "layer_s")
+LAYER_FIELDS = ("hits", "uploads", "part", "cpu", "wait_s", "schedule_s", "cpu_s", "upload_s", "layer_s")
 """Columns of a token's layers. hits, uploads, cpu: experts. wait_s: the host waited for the layer's routing,
 while the GPU computed. schedule_s: the host's cost on the critical path. cpu_s, upload_s: of each road, NaN
 where it is not known. layer_s: routing known until the CPU's sum was handed over."""
@@ -81,6 +81,7 @@ class DecodeLayer:
     seconds: float
     hits: float
     uploads: float
+    part: float
     cpu: float
     wait_s: float
     schedule_s: float
@@ -164,7 +165,7 @@ def decode_report(
     columns = {name: samples[:, :, i] for i, name in enumerate(LAYER_FIELDS)}
     spans = columns["wait_s"] + columns["layer_s"]
     layers = [_decode_layer(layer, columns, spans, subject, ceilings) for layer in range(samples.shape[1])]
-    picks = columns["hits"] + columns["uploads"] + columns["cpu"]
+    picks = columns["hits"] + _misses(columns)
     mean_s = float(np.mean(token_s))
     moved = _token_bytes(columns, subject)
     return DecodeReport(
@@ -175,7 +176,7 @@ def decode_report(
         token_p95_s=float(np.quantile(token_s, 0.95)),
         hit_rate=float(columns["hits"].sum() / max(picks.sum(), 1)),
         schedule_p95_s=float(np.quantile(columns["schedule_s"], 0.95)),
-        roads=_roads({name: column.sum(axis=1) for name, column in columns.items()}, subject, ceilings),
+        roads=_roads(columns, subject, ceilings),
         floor=decode_floor(moved, ceilings),
         joules_per_token=None if joules is None else joules / len(token_s),
         layers=layers,
@@ -196,6 +197,7 @@ def _decode_layer(
         seconds=float(spans[:, layer].mean()),
         hits=float(own["hits"].mean()),
         uploads=float(own["uploads"].mean()),
+        part=float(own["part"].mean()),
         cpu=float(own["cpu"].mean()),
         wait_s=float(own["wait_s"].mean()),
         schedule_s=float(own["schedule_s"].mean()),
@@ -205,24 +207,35 @@ def _decode_layer(
 
 
 def _token_bytes(columns: dict[str, Samples], subject: Subject) -> DecodeBytes:
-    sums = {name: columns[name].sum(axis=1) for name in ("hits", "uploads", "cpu")}
-    return DecodeBytes(subject.backbone.token(subject.moe_layers), *_expert_bytes(sums, subject))
+    return DecodeBytes(subject.backbone.token(subject.moe_layers), *_expert_bytes(columns, subject))
+
+
+def _misses(counts: dict[str, Samples]) -> Samples:
+    """Experts that were not resident; a divided one is part of both roads."""
+    return counts["uploads"] + counts["part"] + counts["cpu"]
 
 
 def _expert_bytes(counts: dict[str, Samples], subject: Subject) -> tuple[float, float]:
-    """Mean bytes of hits and of misses."""
+    """Mean bytes of a token's hits and misses."""
     size = subject.config.expert_bytes
-    return size * float(counts["hits"].mean()), size * float((counts["uploads"] + counts["cpu"]).mean())
+    return size * _mean_token(counts["hits"]), size * _mean_token(_misses(counts))
+
+
+def _mean_token(values: Samples) -> float:
+    """Mean over tokens of the sum over layers; `values` [tokens] or [tokens, layers]."""
+    return float(values.reshape(len(values), -1).sum(axis=1).mean())
 
 
 def _roads(own: dict[str, Samples], subject: Subject, ceilings: Ceilings) -> Roads:
+    """What the GPU reads of divided experts goes over PCIe as uploads do, and is counted with them."""
     size = subject.config.expert_bytes
-    upload_gbps = _gbps(own["uploads"] * size, own["upload_s"])
+    over_pcie = own["uploads"] + own["part"]
+    upload_gbps = _gbps(over_pcie * size, own["upload_s"])
     cpu_gbps = _gbps(own["cpu"] * size, own["cpu_s"])
     return Roads(
-        hit_bytes=size * float(own["hits"].mean()),
-        upload_bytes=size * float(own["uploads"].mean()),
-        cpu_bytes=size * float(own["cpu"].mean()),
+        hit_bytes=size * _mean_token(own["hits"]),
+        upload_bytes=size * _mean_token(over_pcie),
+        cpu_bytes=size * _mean_token(own["cpu"]),
         upload_gbps=upload_gbps,
         cpu_gbps=cpu_gbps,
         upload_of_ceiling=_ratio(upload_gbps, ceilings.pcie_gbps),
@@ -343,7 +356,7 @@ def prefill_report(
 
 def _prefill_layer(layer: int, work: LayerWork, subject: Subject, ceilings: Ceilings) -> PrefillLayer:
     counted = ("hits", "uploads", "cpu", "upload_s", "cpu_s")
-    own = {name: np.array([getattr(work, name)], np.float64) for name in counted}
+    own = {name: np.array([getattr(work, name)], np.float64) for name in counted} | {"part": np.zeros(1)}
     return PrefillLayer(
         layer=layer,
         seconds=work.seconds,

@@ -109,7 +109,8 @@ def _decode(decode: DecodeReport, report: BenchReport, console: Console) -> None
         f"{decode.schedule_p95_s * 1e6:.1f} us",
     )
     _full_depth(decode, report, console)
-    table = _table("layer", "ms", "floor ms", "of floor", "hits", "uploads", "CPU", "wait ms", *_ROADS)
+    experts = ("hits", "uploads", "part", "CPU")
+    table = _table("layer", "ms", "floor ms", "of floor", *experts, "wait ms", *_ROADS)
     for layer in decode.layers:
         table.add_row(
             str(layer.layer),
@@ -118,6 +119,7 @@ def _decode(decode: DecodeReport, report: BenchReport, console: Console) -> None
             f"{layer.of_floor:.2f}",
             f"{layer.hits:.2f}",
             f"{layer.uploads:.2f}",
+            f"{layer.part:.2f}",
             f"{layer.cpu:.2f}",
             f"{_ms(layer.wait_s)}",
             *_road_cells(layer.roads),

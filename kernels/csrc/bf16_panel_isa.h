@@ -40,7 +40,7 @@ struct Bf16Panel {
   // A panel's rows come from kRowBlock places of memory: the next panel's are fetched while this one is made.
   static void dequantize(const Matrix& m, std::size_t row, std::size_t group, std::size_t n, Elem* panel) {
     for (std::size_t r = 0; r < kRowBlock; ++r) {
-      const std::size_t at = (row + r) * m.groups + group;
+      const std::size_t at = (row + r) * m.stride + group;
       alignas(64) float scale[Bf16::kPanelGroups];
       prefetch_groups(m, row + r + kRowBlock, group, n);
       load_scales(m.scale + at, n, scale);

@@ -34,6 +34,7 @@ struct Matrix {
   const std::uint8_t* packed;  // [rows, groups, 16]
   const std::uint16_t* scale;  // bf16 [rows, groups]
   std::size_t rows, groups;
+  std::size_t stride = groups;  // groups from one row to the next: more where it is a part of the columns
 };
 
 // N rows of activations, fp32 or bf16, anywhere in memory.

@@ -44,32 +44,35 @@ class OneToken {
  public:
   OneToken(ThreadPool::Lease& pool, const OneCall& call, const Engine& engine, const ExpertKernels& kernels)
       : call_(call), engine_(engine), silu_mul_(kernels.silu_mul) {
-    const Matrix& gate = call.experts[0].gate;
-    hidden_groups_ = gate.groups;
-    inner_groups_ = call.experts[0].down.groups;
+    hidden_groups_ = call.experts[0].gate.groups;
     gate_rows_ = call.n <= kFewExperts ? kGateRowsOfFew : kGateRows;
     down_rows_ = call.n <= kFewExperts ? kDownRowsOfFew : kDownRows;
     prepare_tasks_ = pieces(hidden_groups_, kPrepareGroups);
-    gate_tasks_ = inner() / gate_rows_;
+    for (std::size_t e = 0; e < call.n; ++e) {
+      inner_groups_ = std::max(inner_groups_, inner_groups(e));
+      gate_tasks_ += inner(e) / gate_rows_;
+    }
     down_tasks_ = pieces(hidden(), down_rows_);
     place(pool);
   }
 
-  std::size_t tasks() const { return prepare_tasks_ + call_.n * (gate_tasks_ + down_tasks_); }
-  std::size_t bytes() const { return call_.n * 3 * hidden() * inner() / 2; }
+  std::size_t tasks() const { return prepare_tasks_ + gate_tasks_ + call_.n * down_tasks_; }
+  std::size_t bytes() const { return gate_tasks_ * gate_rows_ * 3 * hidden() / 2; }
 
   void run(std::size_t task) {
     if (task < prepare_tasks_) return prepare(task);
     task -= prepare_tasks_;
-    if (task < call_.n * gate_tasks_) return gate_up(task / gate_tasks_, task % gate_tasks_ * gate_rows_);
-    task -= call_.n * gate_tasks_;
+    if (task < gate_tasks_) return gate_up(task * gate_rows_);
+    task -= gate_tasks_;
     down(task / down_tasks_, task % down_tasks_);
   }
 
  private:
   std::size_t hidden() const { return hidden_groups_ * kGroup; }
-  std::size_t inner() const { return inner_groups_ * kGroup; }
-  float* h(std::size_t expert) const { return h_ + expert * inner(); }
+  // Of one expert: a part of it may be all that is wanted.
+  std::size_t inner_groups(std::size_t expert) const { return call_.experts[expert].down.groups; }
+  std::size_t inner(std::size_t expert) const { return inner_groups(expert) * kGroup; }
+  float* h(std::size_t expert) const { return h_ + expert * inner_groups_ * kGroup; }
   std::byte* h_operand(std::size_t expert) const { return h_operand_ + expert * h_operand_bytes_; }
   float* part(std::size_t expert) const { return parts_ + expert * hidden(); }
 
@@ -79,7 +82,7 @@ class OneToken {
     h_operand_bytes_ = round_up(engine_.operand_bytes(inner_groups_), kLine);
     const std::size_t operands_bytes = round_up(engine_.operand_bytes(hidden_groups_), kLine);
     const std::size_t x = take(operands_bytes + call_.n * h_operand_bytes_);
-    const std::size_t h = take(call_.n * inner() * sizeof(float));
+    const std::size_t h = take(call_.n * inner_groups_ * kGroup * sizeof(float));
     const std::size_t parts = take(call_.n * hidden() * sizeof(float));
     const std::size_t n_counters = 1 + call_.n * (1 + inner_groups_) + down_tasks_;
     const std::size_t counters = take(n_counters * sizeof(Counter));
@@ -103,7 +106,10 @@ class OneToken {
     prepared_->add(prepare_tasks_);
   }
 
-  void gate_up(std::size_t expert, std::size_t first) {
+  // `first` counts the rows of all experts.
+  void gate_up(std::size_t first) {
+    std::size_t expert = 0;
+    for (; first >= inner(expert); ++expert) first -= inner(expert);
     float gate[kGateRows], up[kGateRows];
     const ExpertWeights& weights = call_.experts[expert];
     prepared_->wait(prepare_tasks_);
@@ -112,13 +118,13 @@ class OneToken {
     silu_mul_(gate, up, h(expert) + first, gate_rows_);
     const std::size_t group = first / kGroup, parts = kGroup / gate_rows_;
     if (!group_ready_[expert * inner_groups_ + group].add(parts)) return;
-    engine_.prepare_groups(h(expert), false, group, 1, inner_groups_, h_operand(expert));
-    inner_ready_[expert].add(inner_groups_);
+    engine_.prepare_groups(h(expert), false, group, 1, inner_groups(expert), h_operand(expert));
+    inner_ready_[expert].add(inner_groups(expert));
   }
 
   void down(std::size_t expert, std::size_t block) {
     const std::size_t first = block * down_rows_, rows = std::min(down_rows_, hidden() - first);
-    inner_ready_[expert].wait(inner_groups_);
+    inner_ready_[expert].wait(inner_groups(expert));
     engine_.multiply(call_.experts[expert].down, first, rows, h_operand(expert), 1, part(expert) + first,
                      rows, nullptr);
     if (columns_ready_[block].add(call_.n)) add_up(first, rows);
@@ -135,7 +141,8 @@ class OneToken {
   const OneCall& call_;
   const Engine& engine_;
   void (*const silu_mul_)(const float* gate, const float* up, float* h, std::size_t n);
-  std::size_t hidden_groups_, inner_groups_, gate_rows_, down_rows_, prepare_tasks_, gate_tasks_, down_tasks_;
+  std::size_t hidden_groups_, gate_rows_, down_rows_, prepare_tasks_, down_tasks_;
+  std::size_t inner_groups_ = 0, gate_tasks_ = 0;  // the widest expert's; all experts' together
   std::size_t h_operand_bytes_;
   std::byte *x_operand_, *h_operand_;
   float *h_, *parts_;

@@ -9,7 +9,7 @@
 namespace moebox {
 
 struct OneCall {
-  const ExpertWeights* experts;
+  const ExpertWeights* experts;  // of the same H; I may differ where takes_parts()
   std::size_t n;
   const float* weights;  // [n]
   const void* hidden;    // bf16 [H]
@@ -21,5 +21,8 @@ struct OneCall {
 // begun.
 void experts_one(ThreadPool::Lease& pool, const OneCall& call, const ExpertKernels& kernels,
                  const std::function<void()>& first = {});
+
+// Whether an expert may be a part of one: some rows of gate and up, and those columns of down.
+inline bool takes_parts(const ExpertKernels& kernels) { return kernels.few.prepare_groups != nullptr; }
 
 }  // namespace moebox

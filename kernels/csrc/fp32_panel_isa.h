@@ -134,16 +134,16 @@ struct Fp32Panel {
   // panel[k][kRows]. Its rows come from as many places of memory: the next panel's are fetched meanwhile.
   static void dequantize(const Matrix& m, std::size_t row, std::size_t group, std::size_t n, float* panel) {
     for (std::size_t v = 0; v < kVecs; ++v) {
-      const std::size_t at = (row + v * kLanes) * m.groups + group;
+      const std::size_t at = (row + v * kLanes) * m.stride + group;
       alignas(64) float scale[kPanelGroups][kLanes];
       for (std::size_t r = 0; r < kLanes; ++r) {
         alignas(64) float of_row[kPanelGroups];
         prefetch_groups(m, row + v * kLanes + r + kRows, group, n);
-        load_scales(m.scale + at + r * m.groups, n, of_row);
+        load_scales(m.scale + at + r * m.stride, n, of_row);
         for (std::size_t g = 0; g < n; ++g) scale[g][r] = of_row[g];
       }
       for (std::size_t g = 0; g < n; ++g)
-        unpack(m.packed + (at + g) * kGroupBytes, m.groups * kGroupBytes, Fp32::load(scale[g]),
+        unpack(m.packed + (at + g) * kGroupBytes, m.stride * kGroupBytes, Fp32::load(scale[g]),
                panel + g * kGroup * kRows + v * kLanes);
     }
   }

@@ -36,7 +36,7 @@ inline void prefetch(const void* address) { __builtin_prefetch(address, 0, 3); }
 
 // One row's share of a panel: `groups` groups from `group` on.
 inline void prefetch_groups(const Matrix& m, std::size_t row, std::size_t group, std::size_t groups) {
-  const std::size_t at = row * m.groups + group;
+  const std::size_t at = row * m.stride + group;
   for (std::size_t g = 0; g < groups; g += 4) prefetch(m.packed + (at + g) * kGroupBytes);
   for (std::size_t g = 0; g < groups; g += 32) prefetch(m.scale + at + g);
 }

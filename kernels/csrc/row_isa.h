@@ -64,7 +64,7 @@ struct RowByRow {
     typename Math::Operand x[N];
     for (std::size_t t = 0; t < N; ++t) x[t] = Math::operand(operands + t * Math::bytes(m.groups), m.groups);
     for (std::size_t r = 0; r < n_rows; ++r) {
-      const std::size_t at = (first + r) * m.groups;
+      const std::size_t at = (first + r) * m.stride;
       row<N>(m.packed + at * kGroupBytes, m.scale + at, m.groups, x, c + r, ldc);
     }
   }

@@ -54,7 +54,7 @@ struct Tiles {
                          std::uint16_t* panel) {
     const bool last = group + n == m.groups;
     for (std::size_t r = 0; r < kRowBlock; ++r) {
-      const std::size_t at = (row + r) * m.groups + group;
+      const std::size_t at = (row + r) * m.stride + group;
       std::uint16_t* out = panel + r / kEdge * kPanelGroups * kTile + r % kEdge * kGroup;
       alignas(64) float scale[kPanelGroups];
       prefetch_groups(m, last ? row + r + kRowBlock : row + r, last ? 0 : group + n, kPanelGroups);

@@ -16,6 +16,14 @@ constexpr int kPausesPerClockRead = 32;
 constexpr Seconds kPatience{50e-6};  // of spinning, until other threads get a chance
 constexpr Seconds kErrorInterval{1e-3};
 
+// A kernel that reads RAM over PCIe is that much slower than the copy engine.
+constexpr double kPartRate = 0.9;
+// Less than an eighth of an expert is not worth its launch, and a whole one had better stay in the cache.
+constexpr std::size_t kSmallestPart = 8;
+// A whole upload is an admission, too: dividing must save more than that.
+constexpr double kWorthDividing = 0.95;
+constexpr std::size_t kPartWords = 4;
+
 std::int32_t load(std::int32_t* flag) { return std::atomic_ref(*flag).load(std::memory_order_acquire); }
 void raise(std::int32_t* flag) { std::atomic_ref(*flag).store(1, std::memory_order_release); }
 
@@ -27,16 +35,25 @@ void write_list(const auto& picks, std::int32_t* list, float* weights) {
   }
 }
 
-// The expert at an address: gate, up, down, each packed values and then scales.
-ExpertWeights expert_at(std::uintptr_t address, std::size_t hidden, std::size_t inner) {
+// The expert at an address: gate, up, down, each packed values and then scales; without the first inner rows.
+ExpertWeights expert_at(std::uintptr_t address, std::size_t hidden, std::size_t inner, std::size_t without) {
   const auto take = [&address](std::size_t rows, std::size_t columns) {
     const std::uintptr_t packed = address, scale = packed + rows * columns / 2;
     address = scale + rows * (columns / kGroup) * sizeof(std::uint16_t);
     return Matrix{reinterpret_cast<const std::uint8_t*>(packed),
                   reinterpret_cast<const std::uint16_t*>(scale), rows, columns / kGroup};
   };
-  const Matrix gate = take(inner, hidden), up = take(inner, hidden);
-  return {gate, up, take(hidden, inner)};
+  ExpertWeights expert{take(inner, hidden), take(inner, hidden), take(hidden, inner)};
+  for (Matrix* rows : {&expert.gate, &expert.up}) {
+    rows->packed += without * rows->stride * kGroupBytes;
+    rows->scale += without * rows->stride;
+    rows->rows -= without;
+  }
+  const std::size_t groups = without / kGroup;
+  expert.down.packed += groups * kGroupBytes;
+  expert.down.scale += groups;
+  expert.down.groups -= groups;
+  return expert;
 }
 
 }  // namespace
@@ -63,6 +80,30 @@ std::size_t split(std::size_t misses, std::size_t most, double pcie_gbps, double
   return best;
 }
 
+Share divide(std::size_t misses, std::size_t most, std::size_t inner, double pcie_gbps, double cpu_gbps) {
+  const auto seconds = [&](double uploaded, double part) {
+    return std::max((uploaded + part / kPartRate) / pcie_gbps, (misses - uploaded - part) / cpu_gbps);
+  };
+  Share best{split(misses, most, pcie_gbps, cpu_gbps), 0};
+  double shortest = seconds(static_cast<double>(best.uploads), 0) * kWorthDividing;
+  for (std::size_t q = 0; q <= most && q < misses; ++q) {
+    const auto uploaded = static_cast<double>(q);
+    // where both roads would take as long
+    const double even =
+        ((misses - uploaded) * pcie_gbps - uploaded * cpu_gbps) / (cpu_gbps / kPartRate + pcie_gbps);
+    if (even <= 0) break;
+    const auto rows = static_cast<std::size_t>(even * static_cast<double>(inner) / kGroup + 0.5) * kGroup;
+    if (rows < std::max(inner / kSmallestPart, kGroup) || rows + inner / kSmallestPart > inner ||
+        rows >= inner)
+      continue;
+    const double length = seconds(uploaded, static_cast<double>(rows) / static_cast<double>(inner));
+    if (length >= shortest) continue;
+    shortest = length;
+    best = {q, rows};
+  }
+  return best;
+}
+
 DecodeRoads::DecodeRoads(ThreadPool& pool, Residency& residency, Copier& copier, const RoadShape& shape,
                          const Mailbox& mailbox, const Stores& stores, bool exclusive,
                          const ExpertKernels& kernels)
@@ -80,6 +121,7 @@ void DecodeRoads::clear() {
   copier_.attach();
   for (std::int32_t* flags : {box_.routed, box_.listed, box_.summed})
     std::memset(flags, 0, shape_.layers * kFlagWords * sizeof(std::int32_t));
+  for (std::size_t layer = 0; layer < shape_.layers; ++layer) box_.part[layer * kPartWords] = -1;
   copier_.clear(box_.uploaded, shape_.layers * box_.uploaded_stride);
 }
 
@@ -165,9 +207,14 @@ void DecodeRoads::look_up(std::size_t layer, const std::int32_t* ids) {
   }
 }
 
-// The misses used most go to the GPU, which keeps them.
+// The misses used most go to the GPU, which keeps them. Without any slots the CPU has all of them.
 void DecodeRoads::decide() {
-  const std::size_t n = split(cpu_.size(), residency_.n_free(), pcie.gbps(), cpu.gbps());
+  const bool may_divide = residency_.n_slots() > 0 && takes_parts(kernels_);
+  const Share share = may_divide
+                          ? divide(cpu_.size(), residency_.n_free(), shape_.inner, pcie.gbps(), cpu.gbps())
+                          : Share{split(cpu_.size(), residency_.n_free(), pcie.gbps(), cpu.gbps()), 0};
+  part_rows_ = share.part_rows;
+  const std::size_t n = share.uploads;
   if (n == 0) return;
   std::ranges::sort(cpu_, [this](const Pick& a, const Pick& b) { return residency_.weaker(a.key, b.key); });
   for (std::size_t i = 0; i < n; ++i) {
@@ -182,6 +229,10 @@ void DecodeRoads::publish_lists(std::size_t layer) {
   const std::size_t k = shape_.top_k;
   write_list(hits_, box_.hits + layer * (1 + k), box_.hit_weights + layer * k);
   write_list(uploads_, box_.uploads + layer * (1 + k), box_.upload_weights + layer * k);
+  std::int32_t* part = box_.part + layer * kPartWords;
+  part[0] = part_rows_ ? stores_.rows[cpu_.back().key] : -1;
+  part[1] = static_cast<std::int32_t>(part_rows_);
+  box_.part_weight[layer] = part_rows_ ? cpu_.back().weight : 0;
   raise(box_.listed + layer * kFlagWords);
 }
 
@@ -190,7 +241,9 @@ void DecodeRoads::queue_uploads(std::size_t layer) {
     const Copier::Mark begin = copier_.mark(Copier::Way::up);
     for (const Pick& pick : uploads_)
       copier_.upload(stores_.slot(pick.slot), stores_.row(stores_.rows[pick.key]), stores_.expert_bytes);
-    const auto bytes = static_cast<double>(uploads_.size() * stores_.expert_bytes);
+    // The GPU reads its part over the same wires meanwhile.
+    const double bytes =
+        (static_cast<double>(uploads_.size()) + part()) * static_cast<double>(stores_.expert_bytes);
     timings_.push_back({layer, bytes, begin, copier_.mark(Copier::Way::up)});
     stats_[layer].upload_s = std::numeric_limits<double>::quiet_NaN();
   }
@@ -202,7 +255,8 @@ void DecodeRoads::compute(ThreadPool::Lease& lease, std::size_t layer, Clock::ti
   LayerStats& stats = stats_[layer];
   stats.hits = static_cast<double>(hits_.size());
   stats.uploads = static_cast<double>(uploads_.size());
-  stats.cpu = static_cast<double>(cpu_.size());
+  stats.part = part();
+  stats.cpu = static_cast<double>(cpu_.size()) - part();
   const auto start = Clock::now();
   sum_on_cpu(lease, layer, [&] {
     queue_uploads(layer);
@@ -210,7 +264,7 @@ void DecodeRoads::compute(ThreadPool::Lease& lease, std::size_t layer, Clock::ti
   });
   if (cpu_.empty()) return;
   stats.cpu_s = Seconds(Clock::now() - start).count();
-  cpu.add(static_cast<double>(cpu_.size() * stores_.expert_bytes), stats.cpu_s);
+  cpu.add(stats.cpu * static_cast<double>(stores_.expert_bytes), stats.cpu_s);
 }
 
 void DecodeRoads::sum_on_cpu(ThreadPool::Lease& lease, std::size_t layer,
@@ -223,7 +277,8 @@ void DecodeRoads::sum_on_cpu(ThreadPool::Lease& lease, std::size_t layer,
   }
   experts_.clear(), weights_.clear();
   for (const Pick& pick : cpu_) {
-    experts_.push_back(expert_at(stores_.row(stores_.rows[pick.key]), shape_.hidden, shape_.inner));
+    const std::size_t without = &pick == &cpu_.back() ? part_rows_ : 0;
+    experts_.push_back(expert_at(stores_.row(stores_.rows[pick.key]), shape_.hidden, shape_.inner, without));
     weights_.push_back(pick.weight);
   }
   const std::uint16_t* hidden = box_.hidden + layer * shape_.hidden;
@@ -256,6 +311,7 @@ void DecodeRoads::end_early(std::size_t from) {
     if (!load(listed)) {
       box_.hits[layer * (1 + shape_.top_k)] = 0;
       box_.uploads[layer * (1 + shape_.top_k)] = 0;
+      box_.part[layer * kPartWords] = -1;
       raise(listed);
     }
     std::memset(box_.sums + layer * shape_.hidden, 0, shape_.hidden * sizeof(float));

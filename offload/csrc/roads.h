@@ -29,6 +29,8 @@ struct Mailbox {
   float* hit_weights;                      // [L, k]
   std::int32_t* uploads;                   // [L, 1 + k]
   float* upload_weights;                   // [L, k]
+  std::int32_t* part;                      // [L, 4]: a row in RAM or -1, and how many inner rows of it
+  float* part_weight;                      // [L, 1]
   const std::uint16_t* hidden;             // bf16 [L, H]
   float* sums;                             // [L, H]
   std::uintptr_t uploaded;                 // device int32, one every uploaded_stride bytes
@@ -53,15 +55,24 @@ class LiveRate {
 };
 
 struct LayerStats {
-  static constexpr std::array kFields = {"hits",       "uploads", "cpu",      "wait_s", "listed_s",
-                                         "schedule_s", "cpu_s",   "upload_s", "layer_s"};
-  double hits = 0, uploads = 0, cpu = 0, wait_s = 0, listed_s = 0, schedule_s = 0, cpu_s = 0, upload_s = 0,
-         layer_s = 0;
+  static constexpr std::array kFields = {"hits",     "uploads",    "part",  "cpu",      "wait_s",
+                                         "listed_s", "schedule_s", "cpu_s", "upload_s", "layer_s"};
+  double hits = 0, uploads = 0, part = 0, cpu = 0, wait_s = 0, listed_s = 0, schedule_s = 0, cpu_s = 0,
+         upload_s = 0, layer_s = 0;
 };
 static_assert(sizeof(LayerStats) == LayerStats::kFields.size() * sizeof(double));
 
-// How many of `misses` to upload, at most `most`, so that the longer of the two roads is shortest.
+// How misses are shared: `uploads` whole experts, and of one more the first `part_rows` inner rows, which the
+// GPU reads from RAM while it computes; the CPU has the rest.
+struct Share {
+  std::size_t uploads = 0, part_rows = 0;
+};
+
+// At most `most` uploads, so that the longer of the two roads is shortest.
 std::size_t split(std::size_t misses, std::size_t most, double pcie_gbps, double cpu_gbps);
+
+// The same, dividing an expert of `inner` rows where that is clearly shorter.
+Share divide(std::size_t misses, std::size_t most, std::size_t inner, double pcie_gbps, double cpu_gbps);
 
 class DecodeRoads {
  public:
@@ -96,6 +107,7 @@ class DecodeRoads {
   void look_up(std::size_t layer, const std::int32_t* ids);
   void decide();
   void publish_lists(std::size_t layer);
+  double part() const { return static_cast<double>(part_rows_) / static_cast<double>(shape_.inner); }
   void queue_uploads(std::size_t layer);
   void compute(ThreadPool::Lease& lease, std::size_t layer, Clock::time_point seen);
   void sum_on_cpu(ThreadPool::Lease& lease, std::size_t layer, const std::function<void()>& first);
@@ -117,6 +129,7 @@ class DecodeRoads {
   std::deque<Timing> timings_;
   // The layer's chosen experts.
   std::vector<Pick> hits_, uploads_, cpu_;
+  std::size_t part_rows_ = 0;  // of the last one in cpu_, that the GPU computes
   std::vector<std::int32_t> hit_keys_;
   std::vector<ExpertWeights> experts_;
   std::vector<float> weights_;

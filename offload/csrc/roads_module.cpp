@@ -143,8 +143,8 @@ T* data(const Array& array) {
 class Roads {
  public:
   // ram, ram_rows, routed, listed, summed, ids, weights, hits, hit_weights, uploads, upload_weights, hidden,
-  // sums
-  using Arrays = std::array<Array, 13>;
+  // sums, part, part_weight
+  using Arrays = std::array<Array, 15>;
 
   Roads(ThreadPool& pool, Residency& residency, Copier& copier, std::pair<std::size_t, std::size_t> shape,
         Arrays arrays, std::pair<std::uintptr_t, std::size_t> slab,
@@ -208,6 +208,9 @@ class Roads {
     check(arrays_[10], "upload_weights", {Type::float32}, {{"L", L}, {"k", k}});
     check(arrays_[11], "hidden", {Type::bf16}, {{"L", L}, {"H", H}});
     check(arrays_[12], "sums", {Type::float32}, {{"L", L}, {"H", H}});
+    std::optional<std::size_t> four = 4, one = 1;
+    check(arrays_[13], "part", {Type::int32}, {{"L", L}, {"4", four}});
+    check(arrays_[14], "part_weight", {Type::float32}, {{"L", L}, {"1", one}});
     if (*L * n_experts != residency.n_keys())
       bad("residency: n_keys " + std::to_string(residency.n_keys()) + " given, L=" + std::to_string(*L) +
           " times n_experts=" + std::to_string(n_experts) + " needed");
@@ -224,6 +227,8 @@ class Roads {
             data<float>(arrays_[8]),
             data<std::int32_t>(arrays_[9]),
             data<float>(arrays_[10]),
+            data<std::int32_t>(arrays_[13]),
+            data<float>(arrays_[14]),
             data<const std::uint16_t>(arrays_[11]),
             data<float>(arrays_[12]),
             uploaded,

@@ -54,13 +54,16 @@ class Mailbox:
         self.ids = torch.zeros(layers, k, dtype=torch.int32)
         self.hits, self.uploads = (torch.zeros(layers, 1 + k, dtype=torch.int32) for _ in range(2))
         self.weights, self.hit_weights, self.upload_weights = (torch.zeros(layers, k) for _ in range(3))
+        self.part = torch.zeros(layers, 4, dtype=torch.int32)
+        self.part_weight = torch.zeros(layers, 1)
         self.hidden = torch.zeros(layers, spec.hidden, dtype=torch.bfloat16)
         self.sums = torch.full((layers, spec.hidden), 7.0)
         self.one = torch.ones(FLAG_WORDS, dtype=torch.int32)
 
     def arrays(self) -> dict[str, Tensor]:
         """`DecodeRoads`' arguments."""
-        names = "routed listed summed ids weights hits hit_weights uploads upload_weights hidden sums"
+        names = "routed listed summed ids weights hits hit_weights uploads upload_weights part"
+        names += " part_weight hidden sums"
         return {name: getattr(self, name) for name in names.split()}
 
 
@@ -156,6 +159,8 @@ class Layer:
     uploads: dict[int, float]
     slots: dict[int, int]
     """slot → the layer's expert whose bytes lay there when it was read"""
+    part: tuple[int, int, float]
+    """the layer's expert that the GPU shares with the CPU, or -1; inner rows of it; its weight"""
     hidden: Tensor
     total: Tensor
 
@@ -190,10 +195,12 @@ class Gpu(threading.Thread):
         slots: dict[int, int] = {}
         hits = self._read(layer, box.hits[layer], box.hit_weights[layer], slots)
         wait(box.uploaded[layer])
+        part = self._read_part(layer)
         uploads = self._read(layer, box.uploads[layer], box.upload_weights[layer], slots)
         wait(box.summed[layer])
         total = box.sums[layer].clone()
-        self.layers.append(Layer(self.ids[layer].tolist(), weights, hits, uploads, slots, hidden, total))
+        ids = self.ids[layer].tolist()
+        self.layers.append(Layer(ids, weights, hits, uploads, slots, part, hidden, total))
 
     def _read(self, layer: int, listed: Tensor, weights: Tensor, slots: dict[int, int]) -> dict[int, float]:
         """Look at the slots of a list, for some time: the same expert's bytes at both ends of it."""
@@ -204,11 +211,24 @@ class Gpu(threading.Thread):
         slots.update(zip(chosen, before, strict=True))
         return dict(zip(chosen, weights.tolist(), strict=False))
 
+    def _read_part(self, layer: int) -> tuple[int, int, float]:
+        """The expert that is divided: in RAM for as long as the layer takes."""
+        row, rows = self.rig.box.part[layer, :2].tolist()
+        if row < 0:
+            return -1, 0, 0.0
+        expert = self._expert_at(layer, self.rig.ram[row])
+        self._idle()
+        assert self._expert_at(layer, self.rig.ram[row]) == expert >= 0
+        return expert, rows, float(self.rig.box.part_weight[layer, 0])
+
     def expert_in(self, layer: int, slot: int) -> int:
-        """Which of the layer's experts lies in the slot, byte by byte; -1: none."""
+        """Which of the layer's experts lies in the slot; -1: none."""
+        return self._expert_at(layer, self.rig.slab[slot])
+
+    def _expert_at(self, layer: int, place: Tensor) -> int:
         first = layer * self.rig.spec.n_experts
         gold = self.rig.gold[first : first + self.rig.spec.n_experts]
-        same = (gold == self.rig.slab[slot, : self.rig.nbytes].numpy()).all(axis=1)
+        same = (gold == place[: self.rig.nbytes].numpy()).all(axis=1)
         return int(same.argmax()) if same.any() else -1
 
     def _idle(self) -> None:
@@ -239,8 +259,25 @@ def check_layer(rig: Rig, layer: int, seen: Layer) -> None:
         torch.tensor([weights[e] for e in rest]),
     )
     expected = reference(arrays, routing, seen.hidden.unsqueeze(0), torch.zeros(1, spec.hidden))[0]
-    error = (seen.total.double() - expected).norm()
+    total = seen.total.double() + gpu_part(rig, layer, seen)
+    assert seen.part[0] < 0 or (seen.part[0] in rest and seen.part[2] == weights[seen.part[0]])
+    error = (total - expected).norm()
     assert error <= 5e-3 * expected.norm()
+
+
+def gpu_part(rig: Rig, layer: int, seen: Layer) -> Tensor:
+    """What the GPU adds for the expert that is divided: fp64 [H]."""
+    expert, rows, weight = seen.part
+    if expert < 0:
+        return torch.zeros(rig.spec.hidden, dtype=torch.float64)
+    gate_packed, gate_scale, up_packed, up_scale, down_packed, down_scale = rig.arrays[
+        layer * rig.spec.n_experts + expert
+    ]
+    first = [gate_packed[:rows], gate_scale[:rows], up_packed[:rows], up_scale[:rows]]
+    columns = [down_packed[:, : rows // 8].contiguous(), down_scale[:, : rows // 32].contiguous()]
+    routing = Routing(torch.tensor([0, 1]).int(), torch.zeros(1, dtype=torch.int32), torch.tensor([weight]))
+    hidden = seen.hidden.unsqueeze(0)
+    return reference([first + columns], routing, hidden, torch.zeros(1, rig.spec.hidden))[0]
 
 
 def run_token(

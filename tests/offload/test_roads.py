@@ -21,6 +21,9 @@ PLACEMENTS = {
     "one slot for transit": Spec(slots=2, reserve=1),
     "uploads only": Spec(slots=8, reserve=4, cpu_gbps=1e-3),
     "one layer, hits among the weakest": Spec(layers=1, slots=4, reserve=3, cpu_gbps=1.0),
+    "divided": Spec(inner=256, slots=12, reserve=3),
+    "divided, one slot for transit": Spec(inner=160, slots=2, reserve=1, cpu_gbps=20.0),
+    "divided, exclusive": Spec(inner=96, slots=12, reserve=3, rows=24),
     "exclusive, one layer": Spec(layers=1, n_experts=14, slots=8, reserve=3, rows=10, cpu_gbps=1.0),
     "exclusive": Spec(slots=12, reserve=3, rows=24),
     "exclusive, thrashing": Spec(slots=5, reserve=3, rows=30),
@@ -58,13 +61,30 @@ def test_what_is_used_stays() -> None:
     run_token(rig, ids, 0)
     stats = fields(rig)
     assert (stats["hits"] == 0).all()
-    assert (stats["uploads"] + stats["cpu"] == spec.top_k).all()
+    assert (stats["uploads"] + stats["part"] + stats["cpu"] == spec.top_k).all()
     for token in range(1, 6):
         run_token(rig, ids, token)
     stats = fields(rig)
     assert (stats["hits"] == spec.top_k).all()
     assert (stats["cpu_s"] == 0).all()
     assert (stats["layer_s"] >= stats["schedule_s"]).all()
+
+
+@pytest.mark.parametrize("isa", cpu.isa_paths())
+def test_an_expert_is_divided_where_whole_ones_are_too_coarse(isa: str) -> None:
+    """Three misses on roads of the same speed: one is uploaded, one computed, one divided."""
+    spec = Spec(layers=1, top_k=3, hidden=224, inner=256, slots=8, reserve=4, threads=3, isa=isa)
+    rig = Rig(spec)
+    seen = run_token(rig, random_ids(spec, np.random.default_rng(0)), 0).layers[0]
+    stats = fields(rig)
+    if isa == "scalar":  # its kernel takes whole experts only
+        assert stats["part"] == 0
+        assert stats["uploads"] + stats["cpu"] == 3
+        return
+    assert stats["uploads"] == 1
+    assert 0.3 < stats["part"] < 0.6
+    assert stats["cpu"] == 2 - stats["part"]
+    assert seen.part[1] == 256 * stats["part"]
 
 
 def test_a_pool_shares_the_work() -> None:
