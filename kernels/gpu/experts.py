@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moebox.kernels.gpu import many_kernels, one_kernels
 from moebox.kernels.gpu.overlap import launch_options
-from moebox.kernels.gpu.slots import GROUP, check_slab, slot_layout
+from moebox.kernels.gpu.slots import GROUP, check_array, check_slab, slot_layout
 
 MAX_PAIRS = 8192
 """Pairs of one round of `experts_many`: their results take 4 (H + I / 2) bytes each."""
@@ -72,10 +72,10 @@ def experts_one(
     check_slab(slab, layout)
     columns, rows = shape
     top_k = weights.shape[0]
-    _check("listed", listed, (1 + top_k,), torch.int32)
-    _check("weights", weights, (top_k,), torch.float32)
-    _check("hidden", hidden, (columns,), torch.bfloat16)
-    _check("out", out, (columns,), torch.float32)
+    check_array("listed", listed, (1 + top_k,), torch.int32)
+    check_array("weights", weights, (top_k,), torch.float32)
+    check_array("hidden", hidden, (columns,), torch.bfloat16)
+    check_array("out", out, (columns,), torch.float32)
     step = GATE_UP_ONE.warps * GATE_UP_ONE.rows
     operand, offset, inner, inner_offset, weights_copy = torch.empty(
         columns + columns // GROUP + top_k * (rows + rows // step) + top_k, device=slab.device
@@ -129,12 +129,12 @@ def experts_many(
     """
     check_slab(slab, slot_layout(shape))
     n_tokens, n_pairs, n_experts = hidden.shape[0], tokens.shape[0], slots.shape[0]
-    _check("slots", slots, (n_experts,), torch.int32)
-    _check("offsets", offsets, (n_experts + 1,), torch.int32)
-    _check("tokens", tokens, (n_pairs,), torch.int32)
-    _check("weights", weights, (n_pairs,), torch.float32)
-    _check("hidden", hidden, (n_tokens, shape[0]), torch.bfloat16)
-    _check("out", out, (n_tokens, shape[0]), torch.float32)
+    check_array("slots", slots, (n_experts,), torch.int32)
+    check_array("offsets", offsets, (n_experts + 1,), torch.int32)
+    check_array("tokens", tokens, (n_pairs,), torch.int32)
+    check_array("weights", weights, (n_pairs,), torch.float32)
+    check_array("hidden", hidden, (n_tokens, shape[0]), torch.bfloat16)
+    check_array("out", out, (n_tokens, shape[0]), torch.float32)
     if counts is None:
         counts = offsets.diff().tolist()
     if len(counts) != n_experts or sum(counts) != n_pairs:
@@ -152,14 +152,6 @@ def experts_many(
         )
         _combine(result, tokens[first:last], weights[first:last], out)
         first = last
-
-
-def _check(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    if tensor.shape != shape or tensor.dtype != dtype or not tensor.is_contiguous():
-        raise ValueError(
-            f"{name} is {tensor.dtype} {list(tensor.shape)}, strides {tensor.stride()}: "
-            f"contiguous {dtype} {list(shape)} is needed"
-        )
 
 
 def _rounds(counts: list[int]) -> list[tuple[int, int]]:
