@@ -79,8 +79,8 @@ def to_bfloat16(
 class Residency:
     """Which keys are in which slot, and how much each is used: a score that halves every `half_life` ticks.
 
-    Plain bookkeeping: it moves no bytes and is not thread-safe. Scores are kept for all keys; the order of two
-    scores does not change with time. Of equal scores the higher key is the weaker.
+    Plain bookkeeping: it moves no bytes and is not thread-safe. Scores are kept for all keys; the order of
+    two scores does not change with time. Of equal scores the higher key is the weaker.
 
     Args:
         n_keys: keys are 0 .. n_keys - 1.
