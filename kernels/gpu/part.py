@@ -31,8 +31,8 @@ def expert_part(
         ram: uint8 [rows, stride], registered with CUDA; or device memory.
         shape: (H, I).
         part: int32 [2] or longer: a row of `ram`, or -1 for nothing to do; and r, from 0 to I, a multiple of
-            32; of 256, the packed pieces of down's rows are whole lines of 128 bytes. May lie in pinned memory,
-            as may `weight`.
+            32; of 256, the packed pieces of down's rows are whole lines of 128 bytes. May lie in pinned
+            memory, as may `weight`.
         weight: fp32 [1].
         hidden: bf16 [H] on the device.
         out: fp32 [H] on the device, added to in place.

@@ -1,9 +1,9 @@
 """Triton kernels of `expert_part`: one token through the first rows of one expert that lies in host memory.
 
 Weights are read over PCIe, straight into registers, each byte once: that is what bounds them (an H200 reads
-47 to 50 GB/s from 512 rows on, a bare kernel 49 to 50), so all programs ask for their weights at once, and 512 contiguous bytes a warp at a
-time. Layouts and arithmetic are those of `one_kernels.py`, whose `prepare` goes first: it fetches the part,
-(row, inner rows), to the device too.
+47 to 50 GB/s from 512 rows on, a bare kernel 49 to 50), so all programs ask for their weights at once, and
+512 contiguous bytes a warp at a time. Layouts and arithmetic are those of `one_kernels.py`, whose `prepare`
+goes first: it fetches the part, (row, inner rows), to the device too.
 """
 
 from __future__ import annotations
