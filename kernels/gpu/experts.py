@@ -167,7 +167,8 @@ def _rounds(counts: list[int]) -> list[tuple[int, int]]:
 
 def _padded(columns: int, tiles: Tiles) -> int:
     """Columns of a row laid out in blocks of 8 `words`."""
-    return triton.cdiv(columns, 8 * tiles.words) * 8 * tiles.words
+    block = 8 * tiles.words
+    return -(-columns // block) * block
 
 
 def _regroup(hidden: Tensor) -> Tensor:
