@@ -21,6 +21,7 @@ from moebox.offload.mailbox import Mailbox
 from moebox.offload.prefill import PrefillRoads
 from moebox.offload.ram import CheckpointSource, RamTier, Source, SyntheticSource
 from moebox.offload.roads import DecodeRoads
+from moebox.offload.self_check import check_expert_kernels
 
 
 class Routing(Protocol):
@@ -126,7 +127,7 @@ class TieredExperts:
             self.ram.fill(source, batch, _part(progress, first, self))
             self.gpu.fill(self.ram, batch)
         self.ram.fill(source, keys[n_cache:], _part(progress, n_cache, self))
-        self._measure()
+        self._get_ready()
 
     def forward(self, layer: int, expert_ids: Tensor, weights: Tensor, hidden: Tensor) -> Tensor:
         """See `Experts.forward`: tensors on the device, bf16 `hidden`; `layer` as the model counts.
@@ -195,9 +196,11 @@ class TieredExperts:
 
     def _warm(self) -> None:
         self.gpu.fill(self.ram, self._spread_keys()[: self.gpu.n_cached])
-        self._measure()
+        self._get_ready()
 
-    def _measure(self) -> None:
+    def _get_ready(self) -> None:
+        """What loading ends with: kernels that are right, and the uploads' speed."""
+        check_expert_kernels(self.device, self.ram, self.gpu, self.shape, self.config.num_experts_per_tok)
         self.prefill.costs.pcie_gbps = self.roads.pcie_gbps = self.gpu.measure_gbps(self.ram)
 
     def _spread_keys(self) -> list[int]:
