@@ -6,6 +6,7 @@ of expert and token, k the most experts of one token. Slots: see `slots.py`.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -154,6 +155,14 @@ def experts_many(
         first = last
 
 
+@cache
+def multiplies_bf16_pairs() -> bool:
+    """Whether the device has bf16x2 arithmetic (compute capability 9.0); older ones unpack the plain way."""
+    if triton.knobs.runtime.interpret or not torch.cuda.is_available():
+        return False
+    return torch.cuda.get_device_capability() >= (9, 0)
+
+
 def _rounds(counts: list[int]) -> list[tuple[int, int]]:
     """Ranges of experts with at most `MAX_PAIRS` pairs each, unless one expert alone has more."""
     rounds, begin, pairs = [], 0, 0
@@ -194,7 +203,7 @@ def _pair_results(
     """fp32 [pairs, H]: each expert's output for each of its tokens, not weighted yet."""
     columns, rows = shape
     n_pairs, most = sum(counts), max(counts)
-    native = not triton.knobs.runtime.interpret
+    native = multiplies_bf16_pairs()
     inner_columns = _padded(rows, DOWN_MANY)
     inner = torch.empty(n_pairs, inner_columns, dtype=torch.bfloat16, device=slab.device)
     result = torch.empty(n_pairs, columns, device=slab.device)
