@@ -133,7 +133,7 @@ class Device(Protocol):
         ...
 
     def fetch(self, target: Tensor, source: Tensor) -> None:
-        """Queue a copy to pinned memory on the compute stream; `source` may lie in RAM too."""
+        """Queue a copy to memory that is pinned or the device's, on the compute stream; `source` likewise."""
 
     def free_vram_bytes(self) -> int:
         """Bytes that `empty` can still give."""

@@ -3,7 +3,8 @@
 Experts in the cache are computed where they are. Of the others, those with most tokens are uploaded, in
 groups, through a ring of slots, and the GPU computes each group while the next one is on its way; those with
 fewest are computed by the CPU from RAM, batch by batch. While a batch runs, in a thread of its own, uploads
-are queued that will last longer; then the split is looked at again, until the roads meet.
+are queued that will last longer; then the split is looked at again, until the roads meet. Then uploads go on
+with experts of the next layer (`early.py`).
 
 T tokens, H hidden_size, E n_routed_experts, k num_experts_per_tok; n experts and m pairs of token and expert
 in a layer.
@@ -26,13 +27,12 @@ from torch import Tensor
 from moebox.kernels import cpu
 from moebox.offload.admission import Admissions
 from moebox.offload.device import Device, Event
-from moebox.offload.gpu import HALF_LIFE_TOKENS, STAGING_SLOTS, GpuTier
+from moebox.offload.early import CERTAIN, GROUP, EarlyGroup, EarlyUploads, Ring
+from moebox.offload.gpu import GpuTier
+from moebox.offload.pairs import recent_use, sort_pairs
 from moebox.offload.ram import RamTier
-from moebox.offload.split import Counts, RoadCosts, cpu_share, two_roads_s
+from moebox.offload.split import RoadCosts, cpu_share, two_roads_s
 
-RING = 2
-GROUP = STAGING_SLOTS // RING
-"""Experts that are computed together once they are uploaded; `RING` groups fit the ring."""
 TABLE = 2 * GROUP + 1
 """int32 words that tell the GPU of a group: slots, then offsets."""
 BATCH_S = 6e-3
@@ -54,9 +54,13 @@ class LayerRecord:
         layer: MoE index.
         tokens: T.
         residents, uploads, cpu: experts on each way.
+        early: those of the uploads that began before the layer.
+        wasted: early uploads that found no use, neither here nor in the layer that they were meant for.
         expert_bytes: of one expert.
-        seconds: of the whole layer on the device, from its input to its output.
-        upload_s, cpu_s: from the first upload's start to the last one's end; the CPU's work.
+        seconds: of the whole layer on the device, from its input to its output: without its early uploads'
+            time, but those of the next layer may slow it down.
+        upload_s, cpu_s: from the first upload's start to the last one's end, the early ones counted apart and
+            added; the CPU's work.
         host_s: the host's cost before the first upload was queued.
         floor_s: the best split of the misses at the roads' live figures, see `split.two_roads_s`.
     """
@@ -67,6 +71,8 @@ class LayerRecord:
     expert_bytes: int
     uploads: int = 0
     cpu: int = 0
+    early: int = 0
+    wasted: int = 0
     seconds: float = 0.0
     upload_s: float = 0.0
     cpu_s: float = 0.0
@@ -75,58 +81,14 @@ class LayerRecord:
 
     @property
     def pcie_gbps(self) -> float:
-        """GB/s of the uploads."""
-        return self.uploads * self.expert_bytes / self.upload_s / 1e9 if self.upload_s else 0.0
+        """GB/s of the uploads, wasted ones included."""
+        n = self.uploads + self.wasted
+        return n * self.expert_bytes / self.upload_s / 1e9 if self.upload_s else 0.0
 
     @property
     def cpu_gbps(self) -> float:
         """GB/s of experts that the CPU went through."""
         return self.cpu * self.expert_bytes / self.cpu_s / 1e9 if self.cpu_s else 0.0
-
-
-@dataclass
-class Pairs:
-    """A layer's pairs of token and expert, sorted: residents first, then experts by falling number of tokens.
-
-    Attributes:
-        experts: ids of the n experts.
-        n_resident: how many of them lie in the cache.
-        counts, offsets: int64 [n] and [n + 1], pairs of each expert.
-        tokens: int32 [m].
-        order: [m], where each pair stood in the flat ids.
-    """
-
-    experts: list[int]
-    n_resident: int
-    counts: Counts
-    offsets: Counts
-    tokens: npt.NDArray[np.int32]
-    order: npt.NDArray[np.intp]
-
-
-def sort_pairs(ids: npt.NDArray[np.int64], slots: npt.NDArray[np.int32]) -> Pairs:
-    """Sort a layer's expert ids [T, k]; `slots` [E] has each expert's slot or -1."""
-    flat = ids.reshape(-1)
-    all_counts = np.bincount(flat, minlength=len(slots))
-    experts = np.nonzero(all_counts)[0]
-    missing = slots[experts] < 0
-    experts = experts[np.lexsort((-all_counts[experts], missing))]
-    ranks = np.zeros(len(slots), np.uint16)  # numpy sorts 16-bit integers by radix
-    ranks[experts] = np.arange(len(experts))
-    order = np.argsort(ranks[flat], kind="stable")
-    tokens = (order // ids.shape[1]).astype(np.int32)
-    counts = all_counts[experts]
-    offsets = np.concatenate([[0], np.cumsum(counts)])
-    n_resident = len(experts) - int(missing.sum())
-    return Pairs(experts.tolist(), n_resident, counts, offsets, tokens, order)
-
-
-def recent_use(ids: npt.NDArray[np.int64], n_experts: int) -> npt.NDArray[np.float32]:
-    """Each expert's use as of the last token, older ones decayed as in decoding: fp32 [E]."""
-    n_tokens, top_k = ids.shape
-    ages = np.arange(n_tokens - 1, -1, -1)
-    weights = np.repeat(np.exp2(-ages / HALF_LIFE_TOKENS), top_k)
-    return np.bincount(ids.reshape(-1), weights, n_experts).astype(np.float32)
 
 
 class Staging:
@@ -186,6 +148,8 @@ class PrefillRoads:
         )
         self.records: deque[LayerRecord] = deque(maxlen=1024)
         self.cpu_thread = ThreadPoolExecutor(1, "moebox-prefill")
+        self.ring = Ring(gpu)
+        self.early = EarlyUploads(device, ram, gpu, self.ring)
         self._staging: Staging | None = None
         self._last: _Layer | None = None
 
@@ -206,6 +170,7 @@ class PrefillRoads:
             current.receive(expert_ids, weights)
             self._learn()
             current.compute_residents()
+            current.compute_early()
             current.share_misses()
             out = current.combine()
         except BaseException:
@@ -215,7 +180,11 @@ class PrefillRoads:
         return out
 
     def settle(self) -> None:
-        """Wait for the last layer, so that RAM, cache and records are as they will stay."""
+        """Wait for the last layer, so that RAM, cache and records are as they will stay.
+
+        What was uploaded for the next one is forgotten, uncounted.
+        """
+        self.early.settle()
         if self._last is not None:
             self._last.wait()
             self._learn()
@@ -233,20 +202,28 @@ class PrefillRoads:
             self._staging = Staging(self.device, capacity, self.top_k, self.n_experts, self.shape[0])
         return self._staging
 
+    def go_on_early(self, layer: int, n_tokens: int) -> None:
+        """Queue uploads of the MoE layer `layer`, where there is one that will surely use them."""
+        keys = range(layer * self.n_experts, (layer + 1) * self.n_experts)
+        enough = n_tokens * self.top_k >= CERTAIN * self.n_experts
+        if enough and keys.stop <= self.ram.n_keys and not self.exclusive:
+            self.early.start(keys)
+
 
 class _Layer:
     """One layer on its way."""
 
     def __init__(self, roads: PrefillRoads, staging: Staging, layer: int, hidden: Tensor) -> None:
         self.roads, self.staging, self.layer, self.hidden = roads, staging, layer, hidden
-        self.device, self.gpu, self.ram = roads.device, roads.gpu, roads.ram
+        self.device, self.gpu, self.ram, self.ring = roads.device, roads.gpu, roads.ram, roads.ring
         self.first_key = layer * roads.n_experts
         self.begun_s = time.perf_counter()
         self.begin = self.device.mark()
         self.out = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
         self.record = LayerRecord(layer, len(hidden), 0, roads.costs.expert_bytes)
         self.admissions = Admissions(self.device, self.ram, self.gpu, roads.exclusive)
-        self.computed: list[Event] = []
+        self.early = roads.early.take()
+        self.n_groups = 0
         self.queued: deque[tuple[Event, int]] = deque()
         self.uploads: list[tuple[Event, int]] = []  # where each group ends, behind where the first begins
         self.running: Future[tuple[int, int, float]] | None = None
@@ -271,18 +248,26 @@ class _Layer:
     def _plan(self, ids: npt.NDArray[np.int64]) -> None:
         residency, n_experts = self.gpu.residency, self.roads.n_experts
         self.slots = residency.table()[self.first_key : self.first_key + n_experts]
-        self.pairs = sort_pairs(ids, self.slots)
+        self.pairs = sort_pairs(ids, self._turns(), len(self.early) + 2)
         use = recent_use(ids, n_experts)
         used = np.array(self.pairs.experts, np.int32)
         residency.use(used + np.int32(self.first_key), use[used])
         self.keys = [self.first_key + expert for expert in self.pairs.experts]
-        self.front, self.back = self.pairs.n_resident, len(self.keys)
+        self.front, self.back = int(self.pairs.starts[1]), len(self.keys)
         if (self.ram.rows[self.keys[self.front :]] < 0).any():
             raise RuntimeError(f"MoE layer {self.layer}: an expert lies neither in RAM nor on the GPU")
         self.admissions.plan(self.keys[self.front :], self.keys[: self.front])
         self.bounds = self.pairs.offsets.tolist()
         self.counts = self.pairs.counts.tolist()
         self.record.residents = self.front
+
+    def _turns(self) -> npt.NDArray[np.int32]:
+        """Residents first, then early groups one by one, then the others: int32 [E]."""
+        turns = np.where(self.slots >= 0, 0, len(self.early) + 1).astype(np.int32)
+        for turn, group in enumerate(self.early, 1):
+            experts = np.array(list(group.slots)) - self.first_key
+            turns[experts[(experts >= 0) & (experts < len(turns))]] = turn  # else of a layer that never came
+        return turns
 
     def _send_pairs(self, router_weights: npt.NDArray[np.float32]) -> None:
         n_pairs, staging = self.bounds[-1], self.staging
@@ -319,17 +304,41 @@ class _Layer:
             self.counts[first:last],
         )
 
+    def compute_early(self) -> None:
+        """Queue the experts that were uploaded before the layer began."""
+        for group, n in zip(self.early, np.diff(self.pairs.starts[1:-1]).tolist(), strict=True):
+            self.queued.append((group.end, len(group.slots)))
+            self.device.compute_waits(group.end)
+            self.record.early += n
+            self.record.wasted += len(group.slots) - n
+            if n:
+                keys = self.keys[self.front : self.front + n]
+                self._compute_next([group.slots[key] for key in keys])
+                self._keep(group, keys)
+                self.ring.read_until(group.turn, self.device.mark())
+
+    def _keep(self, group: EarlyGroup, keys: Sequence[int]) -> None:
+        """Copy from the ring who is to stay in the cache."""
+        for key in keys:
+            slot = self.admissions.slot(key)
+            if slot is not None:
+                self.device.fetch(self.gpu.slab[slot], self.gpu.slab[group.slots[key]])
+        self.admissions.uploaded(group.end)
+
     def share_misses(self) -> None:
         """Let uploads go up from the front and the CPU down from the back until they meet."""
         self.record.host_s = time.perf_counter() - self.begun_s
-        self.record.floor_s = two_roads_s(self.roads.costs, self.pairs.counts[self.front :])
+        self.record.floor_s = two_roads_s(self.roads.costs, self.pairs.counts[self.record.residents :])
         while self.front < self.back:
             n = self._next_batch()
             batch_s = self._begin_on_cpu(n) if n else float("inf")
             while self.front < self.back and self._ahead_s() < AHEAD * batch_s + AHEAD_S:
                 self._upload(min(GROUP, self.back - self.front))
-            if self.running is not None:
+            if self.running is not None and self.front < self.back:
                 self._end_on_cpu()
+        self.roads.go_on_early(self.layer + 1, len(self.hidden))
+        if self.running is not None:
+            self._end_on_cpu()
 
     def _next_batch(self) -> int:
         costs, left = self.roads.costs, self.pairs.counts[self.front : self.back]
@@ -345,37 +354,43 @@ class _Layer:
 
     def _upload(self, n: int) -> None:
         """Queue the uploads of the next n experts, a group, and their computation."""
-        uploads, group = self.device.uploads, len(self.computed)
+        uploads, turn = self.device.uploads, self.ring.enter(self.device.uploads)
         if not self.uploads:
             self.uploads.append((uploads.record(), 0))
-        if group >= RING:
-            uploads.wait(self.computed[group - RING])
-        slots = []
-        for place, key in enumerate(self.keys[self.front : self.front + n]):
-            slot = self.admissions.slot(key)
-            slots.append(self.gpu.staging(group % RING * GROUP + place) if slot is None else slot)
+        keys = self.keys[self.front : self.front + n]
+        slots = [self._slot(key, turn, place) for place, key in enumerate(keys)]
         uploads.copy_all(
             [
                 (self.gpu.slab[slot], self.ram.slab[int(self.ram.rows[key])])
-                for slot, key in zip(slots, self.keys[self.front : self.front + n], strict=True)
+                for slot, key in zip(slots, keys, strict=True)
             ]
         )
         uploaded = uploads.record()
         self.admissions.uploaded(uploaded)
         self.queued.append((uploaded, n))
-        self.device.compute_waits(uploaded)
-        self._compute(self.front, self.front + n, self._table(group, slots), GROUP)
-        self.computed.append(self.device.mark())
         self.uploads.append((uploaded, n))
+        self.device.compute_waits(uploaded)
+        self._compute_next(slots)
+        self.ring.read_until(turn, self.device.mark())
+
+    def _slot(self, key: int, turn: int, place: int) -> int:
+        slot = self.admissions.slot(key)
+        return self.ring.slot(turn, place) if slot is None else slot
+
+    def _compute_next(self, slots: Sequence[int]) -> None:
+        """Queue the experts that come next, which lie in these slots of the cache or of the ring."""
+        n = len(slots)
+        self._compute(self.front, self.front + n, self._table(slots), GROUP)
         self.record.uploads += n
         self.front += n
 
-    def _table(self, group: int, slots: Sequence[int]) -> Tensor:
-        n, base = len(slots), self.bounds[self.front]
-        words = self.staging.tables[group].numpy()
+    def _table(self, slots: Sequence[int]) -> Tensor:
+        n, base, table = len(slots), self.bounds[self.front], self.staging.tables[self.n_groups]
+        self.n_groups += 1
+        words = table.numpy()
         words[:n] = slots
         words[GROUP : GROUP + n + 1] = self.pairs.offsets[self.front : self.front + n + 1] - base
-        return self.device.send(self.staging.tables[group])
+        return self.device.send(table)
 
     def _begin_on_cpu(self, n: int) -> float:
         """Let the CPU start on the last n of the experts that are left; returns what it should take."""
@@ -430,6 +445,7 @@ class _Layer:
             self.device.synchronize()
             self.staging.sums.zero_()
         finally:
+            self.roads.early.take()
             self.admissions.undo()
 
     def wait(self) -> None:
@@ -440,8 +456,10 @@ class _Layer:
     def finish(self) -> LayerRecord:
         """What it took; the device has come to its end."""
         self.record.seconds = self.end.seconds_since(self.begin)
+        if self.early:
+            self.record.upload_s = self.early[-1].end.seconds_since(self.early[0].begin)
         if self.uploads:
-            self.record.upload_s = self.uploads[-1][0].seconds_since(self.uploads[0][0])
+            self.record.upload_s += self.uploads[-1][0].seconds_since(self.uploads[0][0])
             # The median: where the host was late, as when a kernel is compiled, the road stood empty.
             self.roads.costs.learn_uploads(1, median(self._seconds_per_upload()))
         return self.record

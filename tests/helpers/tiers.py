@@ -41,7 +41,7 @@ def small_config(**changes) -> ModelConfig:
 def all_bytes(config: ModelConfig) -> Tensor:
     """What `fill_synthetic` makes of each key: uint8 [L * E, nbytes]."""
     source = SyntheticSource(config, 0)
-    rows = np.empty((LAYERS * config.n_routed_experts, config.expert_bytes), np.uint8)
+    rows = np.empty((len(config.moe_layers) * config.n_routed_experts, config.expert_bytes), np.uint8)
     for key, row in enumerate(rows):
         source.read(key, row)
     return torch.from_numpy(rows)
@@ -51,7 +51,7 @@ def build(device, slots: int, exclusive: bool = False, threads: int = 1, **chang
     """Filled tiers; in exclusive mode with as few rows in RAM as will do."""
     config = small_config(**changes)
     reserve = min(config.num_experts_per_tok, slots // 2)
-    rows = LAYERS * config.n_routed_experts - (slots - reserve if exclusive else 0)
+    rows = len(config.moe_layers) * config.n_routed_experts - (slots - reserve if exclusive else 0)
     ram = RamTier(config, rows, device)
     tiers = TieredExperts.build(config, device, cpu.ThreadPool(threads, pin=False), ram, slots, exclusive)
     tiers.fill_synthetic()
@@ -160,6 +160,10 @@ class _Event:
         self.races.join("host" if main else "cpu", self.clock)
 
     def seconds_since(self, earlier) -> float:
+        """The host must know that both are done: a GPU's events raise otherwise."""
+        known = self.races.clocks["host"]
+        for event in (self, earlier):
+            assert all(known.get(stream, 0) >= position for stream, position in event.clock.items())
         return self.real.seconds_since(earlier.real)
 
 
@@ -201,6 +205,16 @@ class RecordingThread:
         return result
 
 
+class _Ops:
+    """All operations, of which only prefill's is recorded."""
+
+    def __init__(self, real, experts_many) -> None:
+        self._real, self.experts_many = real, experts_many
+
+    def __getattr__(self, name):
+        return getattr(self._real, name)
+
+
 class RecordingDevice(StandInDevice):
     """A stand-in that keeps account of who may touch memory when, as if it computed beside the host."""
 
@@ -210,9 +224,11 @@ class RecordingDevice(StandInDevice):
         self.uploads = _Stream(races, "uploads", self.uploads)
         self.downloads = _Stream(races, "downloads", self.downloads)
         real = self.ops
-        self.ops = SimpleNamespace(experts_many=lambda *call: self._experts_many(real, *call))
+        self.ops = _Ops(real, lambda *call: self._experts_many(real, *call))
 
-    def _experts_many(self, real, slab, shape, slots, offsets, tokens, weights, hidden, out, counts) -> None:
+    def _experts_many(
+        self, real, slab, shape, slots, offsets, tokens, weights, hidden, out, counts=None
+    ) -> None:
         reads = [*slab[slots.long()].unbind(), slots, offsets, tokens, weights, hidden]
         reads[: len(slots)] = [slab[slot] for slot in slots.tolist()]
         self.races.step("compute", reads, [out])

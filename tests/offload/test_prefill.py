@@ -28,7 +28,7 @@ from helpers.tiers import (
 from moebox.errors import DeviceError
 from moebox.offload import prefill
 from moebox.offload.device import StandInDevice
-from moebox.offload.prefill import recent_use, sort_pairs
+from moebox.offload.pairs import recent_use, sort_pairs
 
 PLACEMENTS = [(0, False), (4, False), (20, False), (64 + 4, False), (4, True), (24, True)]
 
@@ -130,6 +130,7 @@ def watch(races, tiers, monkeypatch):
 def test_no_races(monkeypatch, slots, exclusive):
     races = Races()
     tiers = build(RecordingDevice(races), slots, exclusive)
+    races.steps.clear()  # loading ended with a look at results, so all of it is done
     watch(races, tiers, monkeypatch)
     tiers.prefill.costs.pcie_gbps = tiers.prefill.costs.cpu_gbps = 1.0
     generator = torch.Generator().manual_seed(6)
@@ -146,6 +147,7 @@ def test_no_races(monkeypatch, slots, exclusive):
 def test_the_race_detector_finds_a_missing_wait(monkeypatch):
     races = Races()
     tiers = build(RecordingDevice(races), 0)
+    races.steps.clear()
     tiers.prefill.costs.cpu_gbps = 1e-6
     monkeypatch.setattr(tiers.device.uploads, "wait", lambda event: None)
     tiers.forward(FIRST, *random_chunk(60, torch.Generator().manual_seed(7)))
@@ -220,12 +222,13 @@ def test_pairs_are_sorted(n_tokens, seed):
     generator = np.random.default_rng(seed)
     ids = np.argsort(generator.random((n_tokens, 12)))[:, :3]
     slots = np.where(generator.random(12) < 0.4, 1, -1).astype(np.int32)
-    pairs = sort_pairs(ids, slots)
+    pairs = sort_pairs(ids, (slots < 0).astype(np.int32), 2)
+    n_residents = pairs.starts[1]
     assert sorted(pairs.experts) == sorted(set(ids.flat))
     assert [slots[expert] >= 0 for expert in pairs.experts] == [
-        place < pairs.n_resident for place in range(len(pairs.experts))
+        place < n_residents for place in range(len(pairs.experts))
     ]
-    assert (np.diff(pairs.counts[pairs.n_resident :]) <= 0).all()
+    assert (np.diff(pairs.counts[n_residents:]) <= 0).all()
     flat = ids.reshape(-1)
     for expert, begin, end in zip(pairs.experts, pairs.offsets[:-1], pairs.offsets[1:], strict=True):
         assert (flat[pairs.order[begin:end]] == expert).all()
