@@ -13,13 +13,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from gpu_timing import eager_ms, graph_ms
 from torch import Tensor
 
 from moebox.kernels.gpu import attention, dense, overlap, router, signals, triton_ops
@@ -64,43 +63,11 @@ def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return (torch.randn(shape, device="cuda") / shape[-1] ** 0.5).type(dtype)
 
 
-def microseconds(calls: Sequence[Callable[[], object]], replays: int = 5) -> float:
-    """Median time of one of the calls, all of them in one CUDA graph."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for call in calls:
-            call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    times = []
-    for _ in range(10):
-        begin.record()
-        for _ in range(replays):
-            graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) * 1e3 / replays / len(calls))
-    return statistics.median(times[1:])
-
-
 def copy_tbps() -> float:
     """A device copy, read and written bytes; not in a graph, where it is another and slower one."""
     source = torch.empty(2 << 30, dtype=torch.uint8, device="cuda").random_()
     target = torch.empty_like(source)
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    times = []
-    for _ in range(6):
-        begin.record()
-        target.copy_(source)
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end))
-    return 2 * source.numel() / statistics.median(times[1:]) / 1e9
+    return 2 * source.numel() / eager_ms(lambda: target.copy_(source)) / 1e9
 
 
 def measure_gemv(name: str) -> dict[str, float]:
@@ -113,8 +80,8 @@ def measure_gemv(name: str) -> dict[str, float]:
     expected = matrices[0].double() @ x.double()
     error = float((dense.gemv(x, matrices[0], torch.float32) - expected).norm() / expected.norm())
     wide = x.type(dtype)
-    ours = microseconds([lambda w=w: dense.gemv(x, w) for w in matrices])
-    theirs = microseconds([lambda w=w: torch.mv(w, wide) for w in matrices])
+    ours = 1e3 * graph_ms([lambda w=w: dense.gemv(x, w) for w in matrices])
+    theirs = 1e3 * graph_ms([lambda w=w: torch.mv(w, wide) for w in matrices])
     return {"us": ours, "tbps": nbytes / ours / 1e6, "torch_us": theirs, "error": error, "mb": nbytes / 1e6}
 
 
@@ -168,10 +135,10 @@ def measure_layer(capacity: int = 4096, layers: int = 8, length: int = 600) -> d
         for layer in stack:
             terms = layer.run(x, terms, rotations, position)
 
-    results = {"mb": stack[0].nbytes / 1e6, "us": microseconds([run]) / layers}
+    results = {"mb": stack[0].nbytes / 1e6, "us": 1e3 * graph_ms([run]) / layers}
     for module in (attention, dense, router, signals):
         module.launch_options = lambda: {"OVERLAP": False, "launch_pdl": False}
-    results["us_without_overlap"] = microseconds([run]) / layers
+    results["us_without_overlap"] = 1e3 * graph_ms([run]) / layers
     for module in (attention, dense, router, signals):
         module.launch_options = overlap.launch_options
     return results
@@ -184,7 +151,7 @@ def measure_attention(length: int) -> dict[str, float]:
     seen = cache.double()
     expected = torch.softmax(q.double() @ seen.T * 0.13, dim=-1) @ seen[:, :RANK]
     out = attention.mla_decode(q, cache, position, 0.13, RANK)
-    us = microseconds([lambda: attention.mla_decode(q, cache, position, 0.13, RANK)] * 4)
+    us = 1e3 * graph_ms([lambda: attention.mla_decode(q, cache, position, 0.13, RANK)] * 4)
     error = float((out - expected).norm() / expected.norm())
     return {"us": us, "tbps": cache.nbytes / us / 1e6, "error": error}
 

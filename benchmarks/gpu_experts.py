@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from gpu_timing import eager_ms, graph_ms
 from torch import Tensor
 
 from moebox.kernels.gpu import experts
@@ -29,49 +29,13 @@ FLOPS_PER_PAIR = 3 * 2 * HIDDEN * INNER
 BARS = {"one_of_copy": 0.55, "many_of_matmul": 0.35, "error": 5e-3}
 
 
-def milliseconds(calls: Sequence[Callable[[], object]], replays: int = 7) -> float:
-    """Median time of one of the calls, all of them in one CUDA graph."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for call in calls:
-            call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    times = []
-    for _ in range(replays + 1):
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) / len(calls))
-    return statistics.median(times[1:])
-
-
-def eager_milliseconds(call: Callable[[], object], repeats: int = 7) -> float:
-    """Median time of a long call. In a graph, a copy is a node of its own kind, and a slow one."""
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    times = []
-    for _ in range(repeats + 2):
-        begin.record()
-        call()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end))
-    return statistics.median(times[2:])
-
-
 def ceilings() -> dict[str, float]:
     """GB/s of a device copy (read and written), TFLOP/s of a bf16 product."""
     source = torch.empty(4 << 30, dtype=torch.uint8, device="cuda").random_()
     target = torch.empty_like(source)
-    copy_ms = eager_milliseconds(lambda: target.copy_(source))
+    copy_ms = eager_ms(lambda: target.copy_(source))
     a, b = (torch.randn(8192, 8192, device="cuda").bfloat16() for _ in range(2))
-    product_ms = eager_milliseconds(lambda: a @ b)
+    product_ms = eager_ms(lambda: a @ b)
     return {"copy_gbps": 2 * source.nbytes / copy_ms / 1e6, "matmul_tflops": 2 * 8192**3 / product_ms / 1e9}
 
 
@@ -178,7 +142,7 @@ def measure_one(layer: Layer, ceiling: dict[str, float], counts: list[int]) -> l
     rows = []
     for count in counts:
         cases = [layer.one(count) for _ in range(20)]
-        ms, n_bytes = milliseconds([case.call for case in cases]), count * layer.layout.nbytes
+        ms, n_bytes = graph_ms([case.call for case in cases]), count * layer.layout.nbytes
         rows.append(
             {
                 "experts": count,
@@ -196,7 +160,7 @@ def measure_many(layer: Layer, ceiling: dict[str, float], tokens: list[int]) -> 
     rows = []
     for n_tokens in tokens:
         case = layer.many(n_tokens)
-        ms = milliseconds([case.call] * 3)
+        ms = graph_ms([case.call] * 3)
         tflops = n_tokens * TOP_K * FLOPS_PER_PAIR / ms / 1e9
         rows.append(
             {

@@ -17,13 +17,11 @@ from moebox.config import ModelConfig
 from moebox.errors import PlanError
 from moebox.offload.device import Device
 from moebox.offload.ram import RamTier, row_stride
-from moebox.offload.roads import Residency
+from moebox.offload.roads import HALF_LIFE_TOKENS, Residency
 
 log = logging.getLogger("moebox")
 
 STAGING_SLOTS = 16
-HALF_LIFE_TOKENS = 16.0
-"""Half-life of an expert's score. On traces of a small model of the family 8 to 32 were best."""
 SHRINK = 0.9
 
 

@@ -83,8 +83,13 @@ class Mailbox:
 
         `DecodeRoads.clear` takes the flags down again.
         """
+        self.raise_host_flags()
+        self.uploaded.fill_(1)
+
+    def raise_host_flags(self) -> None:
+        """The flags in RAM alone, and nothing chosen: all that the host can do while a program is waiting."""
         for tensor in (self.hits, self.uploads, self.sums):
             tensor.zero_()
         self.part[:, 0] = -1
-        for flags in (self.listed, self.uploaded, self.summed):
+        for flags in (self.listed, self.summed):
             flags.fill_(1)

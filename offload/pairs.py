@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from moebox.offload.gpu import HALF_LIFE_TOKENS
+from moebox.offload.roads import HALF_LIFE_TOKENS
 from moebox.offload.split import Counts
 
 

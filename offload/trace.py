@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from moebox.errors import RequestError
+from moebox.offload.roads import HALF_LIFE_TOKENS
 
 Int32s = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float32]
@@ -46,9 +47,6 @@ BOUND_SHIFT = 0.5
 
 _NOT_A_TRACE = (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile)
 """What numpy raises for files that are none of its own, cut off, or lack a field."""
-
-HALF_LIFE_TOKENS = 16.0
-"""Of the decayed score, as measured on traces: 8 to 32 tokens hit most (docs/architecture.md)."""
 
 
 @dataclass(frozen=True)

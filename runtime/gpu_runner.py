@@ -145,11 +145,7 @@ class GpuRunner:
     def _release(self) -> None:
         """Let a running program end without its host: an interrupt may have come before the first step."""
         box = self.experts.mailbox
-        for tensor in (box.hits, box.uploads, box.sums):
-            tensor.zero_()
-        box.part[:, 0] = -1
-        for flags in (box.listed, box.summed):
-            flags.fill_(1)
+        box.raise_host_flags()
         uploads = self._device.uploads  # the compute stream waits, and cannot do it
         uploads.copy(box.uploaded, box.summed)
         uploads.record().synchronize()
