@@ -149,22 +149,14 @@ def _gate_up_step(gate, up, at, scale_at, g, group, GROUPS: tl.constexpr):
     return gate_words, up_words, gate_scale, up_scale
 
 
-@triton.jit(do_not_specialize_on_alignment=["listed", "weights", "inner_offset"])
-def gate_up(
-    slab, stride, listed, weights, operand, offset, inner, inner_offset, zero, magic,
-    HIDDEN: tl.constexpr, INNER: tl.constexpr, WARPS: tl.constexpr, ROWS: tl.constexpr, OVERLAP: tl.constexpr,
+@triton.jit
+def _gate_up_rows(
+    slab, slot, stride, weight, operand, offset, inner, inner_offset, zero, magic,
+    HIDDEN: tl.constexpr, INNER: tl.constexpr, WARPS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """inner = weight * silu(gate x) * up x, laid out as an operand of its own.
-
-    Grid (I / (WARPS * ROWS), k). inner fp32 [k, 8, I / 8], inner_offset fp32 [k, I / (WARPS * ROWS)].
-    """
-    after_previous(OVERLAP)
-    start_next(OVERLAP)
-    j = tl.program_id(1)
-    if j >= tl.load(listed):
-        return
+    """A program's rows of weight * silu(gate x) * up x for the expert in `slot` of `slab`."""
     group, row, warp, word = _axes(WARPS, ROWS, zero)
-    base = slab + tl.load(listed + 1 + j).to(tl.int64) * stride
+    base = slab + slot.to(tl.int64) * stride
     first = tl.program_id(0) * (WARPS * ROWS)
     gate = _matrix(base, 0, HIDDEN * INNER)
     up = _matrix(base, 1, HIDDEN * INNER)
@@ -184,11 +176,31 @@ def gate_up(
         up_sums += (_products(step[1], x, magic) - extra) * step[3].to(tl.float32)
         step = following
     gate_sum = tl.sum(gate_sums, 0)
-    result = gate_sum / (1 + tl.exp(-gate_sum)) * tl.sum(up_sums, 0) * tl.load(weights + j)
+    result = gate_sum / (1 + tl.exp(-gate_sum)) * tl.sum(up_sums, 0) * tl.load(weight)
     out_row = first + tl.arange(0, WARPS)[:, None] * ROWS + tl.arange(0, ROWS)[None, :]
-    tl.store(inner + j * INNER + out_row % 8 * (INNER // 8) + out_row // 8, result)
+    tl.store(inner + out_row % 8 * (INNER // 8) + out_row // 8, result)
     total = tl.sum(tl.sum(_offsets(result, out_row % 8), 1), 0)
-    tl.store(inner_offset + j * tl.num_programs(0) + tl.program_id(0), total)
+    tl.store(inner_offset + tl.program_id(0), total)
+
+
+@triton.jit(do_not_specialize_on_alignment=["listed", "weights", "inner_offset"])
+def gate_up(
+    slab, stride, listed, weights, operand, offset, inner, inner_offset, zero, magic,
+    HIDDEN: tl.constexpr, INNER: tl.constexpr, WARPS: tl.constexpr, ROWS: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """inner = weight * silu(gate x) * up x, laid out as an operand of its own.
+
+    Grid (I / (WARPS * ROWS), k). inner fp32 [k, 8, I / 8], inner_offset fp32 [k, I / (WARPS * ROWS)].
+    """
+    after_previous(OVERLAP)
+    start_next(OVERLAP)
+    j = tl.program_id(1)
+    if j >= tl.load(listed):
+        return
+    _gate_up_rows(
+        slab, tl.load(listed + 1 + j), stride, weights + j, operand, offset, inner + j * INNER,
+        inner_offset + j * tl.num_programs(0), zero, magic, HIDDEN, INNER, WARPS, ROWS,
+    )  # fmt: skip
 
 
 @triton.jit

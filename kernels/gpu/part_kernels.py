@@ -15,11 +15,9 @@ from moebox.kernels.gpu.one_kernels import (
     LANES,
     _activations,
     _axes,
-    _gate_up_step,
-    _get,
+    _gate_up_rows,
     _inner_offset,
     _matrix,
-    _offsets,
     _products,
 )
 from moebox.kernels.gpu.overlap import after_previous, start_next
@@ -40,30 +38,10 @@ def gate_up(
     expert = tl.load(part)
     if (expert < 0) | (first >= tl.load(part + 1)):
         return
-    group, row, warp, word = _axes(WARPS, ROWS, zero)
-    base = ram + expert.to(tl.int64) * stride
-    gate = _matrix(base, 0, HIDDEN * INNER)
-    up = _matrix(base, 1, HIDDEN * INNER)
-    at = (first + row)[:, :, :, None] * (HIDDEN // 8) + word
-    scale_at = (first + row) * (HIDDEN // 32) + group
-    MASKED: tl.constexpr = HIDDEN % 1024 != 0
-    GROUPS: tl.constexpr = HIDDEN // 32
-    gate_sums = tl.zeros([LANES, WARPS, ROWS], tl.float32)
-    up_sums = tl.zeros([LANES, WARPS, ROWS], tl.float32)
-    step = _gate_up_step(gate, up, at, scale_at, 0, group, GROUPS)
-    for g in range(0, GROUPS, LANES):
-        following = _gate_up_step(gate, up, at, scale_at, g + LANES, group, GROUPS)
-        ok = g + group < GROUPS
-        x = _activations(operand, word + warp[:, :, :, None] + g * 4, ok[:, :, :, None], HIDDEN // 8, MASKED)
-        extra = _get(offset + group + warp + g, ok, MASKED)
-        gate_sums += (_products(step[0], x, magic) - extra) * step[2].to(tl.float32)
-        up_sums += (_products(step[1], x, magic) - extra) * step[3].to(tl.float32)
-        step = following
-    gate_sum = tl.sum(gate_sums, 0)
-    result = gate_sum / (1 + tl.exp(-gate_sum)) * tl.sum(up_sums, 0) * tl.load(weight)
-    out_row = first + tl.arange(0, WARPS)[:, None] * ROWS + tl.arange(0, ROWS)[None, :]
-    tl.store(inner + out_row % 8 * (INNER // 8) + out_row // 8, result)
-    tl.store(inner_offset + tl.program_id(0), tl.sum(tl.sum(_offsets(result, out_row % 8), 1), 0))
+    _gate_up_rows(
+        ram, expert, stride, weight, operand, offset, inner, inner_offset, zero, magic,
+        HIDDEN, INNER, WARPS, ROWS,
+    )  # fmt: skip
 
 
 @triton.jit
