@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from moebox.folders import state_folder
+
 if TYPE_CHECKING:
     from prompt_toolkit import PromptSession
     from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
@@ -36,12 +38,6 @@ def open_reader(commands: Iterable[str], history: Path | None = None) -> Reader:
     if sys.stdin.isatty() and sys.stderr.isatty():
         return TerminalReader(commands, history or state_folder() / "chat_history")
     return LineReader()
-
-
-def state_folder() -> Path:
-    """Folder for what a program remembers of its user (XDG base directory: `XDG_STATE_HOME`)."""
-    base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
-    return Path(base) / "moebox"
 
 
 def unquoted(text: str) -> str:

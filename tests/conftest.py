@@ -13,3 +13,13 @@ if not torch.cuda.is_available():
 @pytest.fixture(autouse=True)
 def cpu_by_default(monkeypatch):
     monkeypatch.setattr("moebox.runtime.engine._default_device", lambda: "cpu")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_folders(tmp_path_factory):
+    """Statistics and profiles of the tests, their subprocesses' too, stay out of the user's folders."""
+    folder = tmp_path_factory.mktemp("user")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_DATA_HOME", str(folder / "data"))
+        patch.setenv("XDG_STATE_HOME", str(folder / "state"))
+        yield

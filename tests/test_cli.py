@@ -10,7 +10,8 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from moebox.cli import ByteSize, main_group
+from moebox.cli import main_group
+from moebox.cli_options import ByteSize
 from moebox.quantize.synth import synth
 
 ROOT = Path(__file__).parents[1]

@@ -1,0 +1,12 @@
+from pathlib import Path
+
+from moebox.folders import data_folder, state_folder
+
+
+def test_the_specification_of_xdg_holds(monkeypatch):
+    monkeypatch.setenv("XDG_DATA_HOME", "/somewhere/data")
+    monkeypatch.setenv("XDG_STATE_HOME", "relative/is/ignored")
+    assert data_folder() == Path("/somewhere/data/moebox")
+    assert state_folder() == Path.home() / ".local/state/moebox"
+    monkeypatch.delenv("XDG_DATA_HOME")
+    assert data_folder() == Path.home() / ".local/share/moebox"
