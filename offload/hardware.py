@@ -1,12 +1,39 @@
-"""What this machine has: memory that is free for use, within the limits of a container."""
+"""What this machine has: CPU and GPU by name, and memory that is free, within the limits of a container."""
 
 from __future__ import annotations
 
+import platform
 from pathlib import Path
 
 import psutil
+import torch
+
+from moebox.kernels.cpu import allowed_cpus
 
 CGROUP_ROOT = Path("/sys/fs/cgroup")
+CPUINFO = Path("/proc/cpuinfo")
+
+
+def cpu_name(cpuinfo: Path = CPUINFO) -> str:
+    """The CPU's model as it calls itself."""
+    try:
+        lines = cpuinfo.read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor())
+
+
+def cpu_identity(threads: int | None = None) -> str:
+    """CPU and threads, under which the machine's profile keeps their figures; by default all allowed ones."""
+    return f"{cpu_name()}, {threads or allowed_cpus()} threads"
+
+
+def gpu_identity(device: torch.device) -> str:
+    """Name and UUID of a CUDA device, under which the machine's profile keeps its figures."""
+    if device.type != "cuda":
+        return "stand-in"
+    return f"{torch.cuda.get_device_name(device)} {torch.cuda.get_device_properties(device).uuid}"
 
 
 def available_ram_bytes(cgroup_root: Path = CGROUP_ROOT, membership: Path = Path("/proc/self/cgroup")) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import platform
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ from moebox.config import ModelConfig, load_config
 from moebox.errors import RequestError
 from moebox.offload.device import Device, open_device
 from moebox.offload.floor import Ceilings
+from moebox.offload.hardware import cpu_name
 from moebox.offload.trace import RoutingTrace, TraceRouting, synthetic_trace
 from moebox.runtime.bench_report import (
     BenchReport,
@@ -235,7 +235,7 @@ def _routing(trace: RoutingTrace | None) -> dict[str, Any]:
 
 def _machine(device: Device | None, threads: int) -> dict[str, Any]:
     machine: dict[str, Any] = {
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "threads": threads,
         "moebox": __version__,
         "torch": torch.__version__,
@@ -245,12 +245,3 @@ def _machine(device: Device | None, threads: int) -> dict[str, Any]:
         on_cuda = device.torch_device.type == "cuda"
         machine["gpu"] = torch.cuda.get_device_name(device.torch_device) if on_cuda else "stand-in"
     return machine
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor())

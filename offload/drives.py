@@ -1,0 +1,115 @@
+"""Which drive a file lies on, and what kind of drive it is."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+SYS = Path("/sys")
+MOUNTINFO = Path("/proc/self/mountinfo")
+_SECTOR_BYTES = 512
+_NO_DRIVE = ("tmpfs", "ramfs", "overlay", "nfs", "nfs4", "cifs", "smb3", "9p", "virtiofs", "ceph", "lustre")
+
+
+@dataclass(frozen=True)
+class Drive:
+    """A drive, or the file system where no drive of this machine can be seen behind it.
+
+    Attributes:
+        name: the kernel's name, such as "nvme0n1" or "md0"; of a file system its type, such as "nfs4".
+        identity: model, serial number and size as far as the system tells them: what figures are kept under.
+        filesystem: the file system's type, "" where it is not known.
+        rotational: a spinning disk.
+        nbytes: the drive's size; 0 where there is no drive.
+        members: the drives that it is made of (RAID, LVM, encryption), by the kernel's name.
+    """
+
+    name: str
+    identity: str
+    filesystem: str = ""
+    rotational: bool = False
+    nbytes: int = 0
+    members: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Mount:
+    device: str
+    filesystem: str
+    source: str
+
+
+def drive_at(path: Path, sys: Path = SYS, mountinfo: Path = MOUNTINFO) -> Drive:
+    """The drive behind `path`, or behind its nearest parent that exists.
+
+    A partition counts as its whole drive. Behind overlays and network file systems no drive is visible; their
+    identity is type and source of the mount.
+    """
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    number = path.stat().st_dev
+    device = f"{os.major(number)}:{os.minor(number)}"
+    mount = _mount(device, mountinfo)
+    folder = _block_folder(device, sys) or _source_folder(mount, sys)
+    if folder is None:
+        source = f"{mount.filesystem} {mount.source}" if mount else f"device {device}"
+        return Drive(mount.filesystem if mount else device, source, mount.filesystem if mount else "")
+    return _block_drive(folder, mount.filesystem if mount else "")
+
+
+def _mount(device: str, mountinfo: Path) -> _Mount | None:
+    """The mount of a device number: `id parent major:minor root point options ... - type source options`."""
+    try:
+        lines = mountinfo.read_text().splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        left, _, right = line.partition(" - ")
+        if left.split()[2:3] == [device] and len(right.split()) >= 2:
+            filesystem, source = right.split()[:2]
+            return _Mount(device, filesystem, source)
+    return None
+
+
+def _block_folder(device: str, sys: Path) -> Path | None:
+    """The whole drive's folder below /sys: a partition's folder lies in its drive's."""
+    folder = sys / "dev/block" / device
+    if not folder.exists():
+        return None
+    folder = folder.resolve()
+    return folder.parent if (folder / "partition").exists() else folder
+
+
+def _source_folder(mount: _Mount | None, sys: Path) -> Path | None:
+    """btrfs and others mount a device under a number of their own; the source's name leads to it."""
+    if mount is None or mount.filesystem in _NO_DRIVE or not mount.source.startswith("/dev/"):
+        return None
+    try:
+        number = Path(mount.source).stat().st_rdev
+    except OSError:
+        return None
+    return _block_folder(f"{os.major(number)}:{os.minor(number)}", sys)
+
+
+def _block_drive(folder: Path, filesystem: str) -> Drive:
+    name, nbytes = folder.name, int(_text(folder / "size") or 0) * _SECTOR_BYTES
+    serial = _text(folder / "device/serial") or _text(folder / "serial") or _text(folder / "wwid")
+    parts = [_text(folder / "device/model") or name, serial, f"{nbytes / 1e9:.0f} GB"]
+    slaves = folder / "slaves"
+    return Drive(
+        name,
+        " ".join(part for part in parts if part),
+        filesystem,
+        _text(folder / "queue/rotational") == "1",
+        nbytes,
+        tuple(sorted(member.name for member in slaves.iterdir())) if slaves.is_dir() else (),
+    )
+
+
+def _text(path: Path) -> str:
+    try:
+        return " ".join(path.read_text(errors="replace").replace("\0", "").split())
+    except OSError:
+        return ""
