@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -11,6 +12,7 @@ import torch
 from moebox.kernels.cpu import allowed_cpus
 
 CGROUP_ROOT = Path("/sys/fs/cgroup")
+MEMBERSHIP = Path("/proc/self/cgroup")
 CPUINFO = Path("/proc/cpuinfo")
 
 
@@ -36,27 +38,43 @@ def gpu_identity(device: torch.device) -> str:
     return f"{torch.cuda.get_device_name(device)} {torch.cuda.get_device_properties(device).uuid}"
 
 
-def available_ram_bytes(cgroup_root: Path = CGROUP_ROOT, membership: Path = Path("/proc/self/cgroup")) -> int:
+def available_ram_bytes(cgroup_root: Path = CGROUP_ROOT, membership: Path = MEMBERSHIP) -> int:
     """Bytes that this process can still take without swapping: the machine's, or its cgroup's if less."""
     available = int(psutil.virtual_memory().available)
-    return min([available, *_cgroup_headrooms(cgroup_root, membership)])
+    return min([available, *(limit.headroom_bytes for limit in cgroup_limits(cgroup_root, membership))])
 
 
-def _cgroup_headrooms(root: Path, membership: Path) -> list[int]:
-    """What each memory limit on the way from the root to this process's cgroup still leaves."""
-    headrooms = []
+@dataclass(frozen=True)
+class CgroupLimit:
+    """A limit of memory that holds for this process: the file that sets it, and what is used of it."""
+
+    file: Path
+    limit_bytes: int
+    used_bytes: int
+
+    @property
+    def headroom_bytes(self) -> int:
+        """What it still leaves."""
+        return max(self.limit_bytes - self.used_bytes, 0)
+
+
+def cgroup_limits(root: Path = CGROUP_ROOT, membership: Path = MEMBERSHIP) -> list[CgroupLimit]:
+    """Each memory limit on the way from the root to this process's cgroup."""
+    limits = []
     for controller, limit, usage in (
         ("", "memory.max", "memory.current"),
+        ("", "memory.high", "memory.current"),  # beyond it the kernel slows the process down
         ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
     ):
         folder = root / controller
         own = _own_cgroup(membership, controller)
-        for path in [folder, *(folder / own for own in _ancestors(own))]:
+        for path in dict.fromkeys([folder, *(folder / own for own in _ancestors(own))]):
             limit_bytes, used_bytes = _read_number(path / limit), _read_number(path / usage)
             if limit_bytes is not None and used_bytes is not None:
                 # Page cache is counted as used, but the kernel gives it back on demand.
-                headrooms.append(limit_bytes - used_bytes + _reclaimable_bytes(path))
-    return [max(headroom, 0) for headroom in headrooms]
+                used_bytes -= _reclaimable_bytes(path)
+                limits.append(CgroupLimit(path / limit, limit_bytes, used_bytes))
+    return limits
 
 
 def _own_cgroup(membership: Path, controller: str) -> str:

@@ -2,7 +2,7 @@
 
 import psutil
 
-from moebox.offload.hardware import available_ram_bytes
+from moebox.offload.hardware import available_ram_bytes, cgroup_limits, cpu_identity, cpu_name
 
 MIB = 1 << 20
 
@@ -36,3 +36,27 @@ def test_version_1(tmp_path):
     (tmp_path / "self").write_text("5:cpu:/\n4:memory:/docker/x\n")
     write(tmp_path / "memory/docker/x", memory__limit_in_bytes=64 * MIB, memory__usage_in_bytes=70 * MIB)
     assert available_ram_bytes(tmp_path, tmp_path / "self") == 0
+
+
+def test_a_soft_limit_counts_too(tmp_path):
+    (tmp_path / "self").write_text("0::/job\n")
+    write(tmp_path / "job", memory__max="max", memory__high=100 * MIB, memory__current=30 * MIB)
+    assert available_ram_bytes(tmp_path, tmp_path / "self") == 70 * MIB
+
+
+def test_limits_name_the_file_that_sets_them(tmp_path):
+    (tmp_path / "self").write_text("0::/job\n")
+    write(tmp_path / "job", memory__max=100 * MIB, memory__current=60 * MIB)
+    (limit,) = cgroup_limits(tmp_path, tmp_path / "self")
+    assert (limit.file, limit.limit_bytes, limit.used_bytes) == (
+        tmp_path / "job/memory.max",
+        100 * MIB,
+        60 * MIB,
+    )
+
+
+def test_a_cpu_goes_by_its_name_and_threads(tmp_path):
+    (tmp_path / "cpuinfo").write_text("processor\t: 0\nmodel name\t: Fast CPU @ 3 GHz\nprocessor\t: 1\n")
+    assert cpu_name(tmp_path / "cpuinfo") == "Fast CPU @ 3 GHz"
+    assert cpu_identity(3) == f"{cpu_name()}, 3 threads"
+    assert cpu_identity(3) != cpu_identity(4)
