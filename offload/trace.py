@@ -1,4 +1,4 @@
-"""Routing traces: which experts each token picked, kept in files, made up, or replayed against a cache.
+"""Routing traces: which experts each token picked, kept in files or made up; `replay.py` tries caches on them.
 
 Shapes: T tokens, L MoE layers, E n_routed_experts, k num_experts_per_tok. `layer` counts MoE layers from 0.
 
@@ -12,7 +12,6 @@ expert which skips a token must seldom return at once, and often within the ten 
 from __future__ import annotations
 
 import zipfile
-from collections import OrderedDict
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -23,7 +22,6 @@ import torch
 from torch import Tensor
 
 from moebox.errors import RequestError
-from moebox.offload.roads import HALF_LIFE_TOKENS
 
 Int32s = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float32]
@@ -259,88 +257,6 @@ def age_classes(n_experts: int, top_k: int) -> tuple[list[float], list[float]]:
             bounds.append(age + (sizes[len(bounds) + 1] - held) / gained + BOUND_SHIFT)
         held, age = held + gained, age + 1
     return bounds, [upper - lower for lower, upper in pairwise(hits)]
-
-
-def replay(trace: RoutingTrace, slots: int, policy: str = "lru", warmup: int = 0) -> float:
-    """Share of picks that a cache of `slots` experts over all layers hits.
-
-    A layer's picks are looked up together; then the misses are loaded: all of them ("lru"), or those that
-    outscore the weakest resident ("decayed", a count of uses that halves every `HALF_LIFE_TOKENS`).
-
-    Args:
-        trace: what was picked.
-        slots: cache size in experts, at least k.
-        policy: "lru" or "decayed".
-        warmup: tokens at the start that fill the cache without being counted.
-
-    Raises:
-        RequestError: another policy, fewer than k slots, or nothing left to count.
-    """
-    if policy not in _POLICIES:
-        raise RequestError(f"policy {policy!r}; there are {', '.join(_POLICIES)}")
-    if slots < trace.top_k or not 0 <= warmup < trace.tokens:
-        raise RequestError(f"replay with {slots} slots and a warm-up of {warmup} of {trace.tokens} tokens")
-    cache = _POLICIES[policy](slots, trace.layers * trace.n_experts)
-    hits = 0
-    for token, layers in enumerate(trace.keys()):
-        found = sum(cache.step(token, keys) for keys in layers)
-        hits += found if token >= warmup else 0
-    return hits / ((trace.tokens - warmup) * trace.layers * trace.top_k)
-
-
-class _LruCache:
-    def __init__(self, slots: int, n_keys: int) -> None:
-        self.slots = min(slots, n_keys)
-        self.held: OrderedDict[int, None] = OrderedDict()
-
-    def step(self, token: int, keys: Int32s) -> int:
-        """Look a layer's picks up, then load the misses; returns how many were hits."""
-        picks = keys.tolist()
-        hits = sum(key in self.held for key in picks)
-        for key in picks:
-            self.held[key] = None
-            self.held.move_to_end(key)
-        while len(self.held) > self.slots:
-            self.held.popitem(last=False)
-        return hits
-
-
-class _DecayedCache:
-    """Scores are kept as they would be at token 0, in log2, so that their order needs no refreshing."""
-
-    def __init__(self, slots: int, n_keys: int) -> None:
-        self.scores = np.full(n_keys, -np.inf)
-        self.slot_keys = np.full(min(slots, n_keys), -1, np.int32)
-        self.resident = np.zeros(n_keys, bool)
-        self.used = 0
-
-    def step(self, token: int, keys: Int32s) -> int:
-        """Look a layer's picks up, then admit misses that outscore residents; returns the hits."""
-        found = self.resident[keys]
-        self.scores[keys] = np.logaddexp2(self.scores[keys], token / HALF_LIFE_TOKENS)
-        misses = keys[~found]
-        free = min(len(misses), len(self.slot_keys) - self.used)
-        if free:
-            self.slot_keys[self.used : self.used + free] = misses[:free]
-            self.resident[misses[:free]] = True
-            self.used += free
-        if free < len(misses):
-            self._replace(misses[free:])
-        return int(found.sum())
-
-    def _replace(self, misses: Int32s) -> None:
-        scores = self.scores[self.slot_keys]
-        weakest = np.argpartition(scores, len(misses) - 1)[: len(misses)]
-        weakest = weakest[np.argsort(scores[weakest])]
-        strongest = misses[np.argsort(-self.scores[misses])]
-        better = self.scores[strongest] > scores[weakest]
-        slots, admitted = weakest[better], strongest[better]
-        self.resident[self.slot_keys[slots]] = False
-        self.slot_keys[slots] = admitted
-        self.resident[admitted] = True
-
-
-_POLICIES: dict[str, type[_LruCache] | type[_DecayedCache]] = {"lru": _LruCache, "decayed": _DecayedCache}
 
 
 class TraceRouting:

@@ -1,4 +1,4 @@
-"""Routing traces: the published locality, files, replays, and the hand-over to the experts."""
+"""Routing traces: the published locality, files, and the hand-over to the experts."""
 
 import re
 
@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 
 from moebox.errors import RequestError
-from moebox.offload.trace import RoutingTrace, TraceRouting, age_classes, replay, synthetic_trace
+from moebox.offload.trace import RoutingTrace, TraceRouting, age_classes, synthetic_trace
 
 K2 = {"n_experts": 384, "top_k": 8}
 WITHIN = 0.03
-WARMUP = 200
 
 
 @pytest.fixture(scope="module", params=[0, 7])
@@ -20,21 +19,6 @@ def k2_trace(request):
 
 def test_published_share_of_picks_repeats_at_the_next_token(k2_trace):
     assert k2_trace.repeat_share() == pytest.approx(0.43, abs=WITHIN)
-
-
-@pytest.mark.parametrize(("resident", "hits"), [(0.055, 0.40), (0.11, 0.57), (0.22, 0.74), (0.44, 0.86)])
-def test_lru_cache_hits_as_published(k2_trace, resident, hits):
-    slots = round(resident * 4 * 384)
-
-    assert replay(k2_trace, slots, "lru", WARMUP) == pytest.approx(hits, abs=WITHIN)
-
-
-def test_decayed_score_beats_lru_as_on_real_traces(k2_trace):
-    slots = round(0.09 * 4 * 384)
-
-    gain = replay(k2_trace, slots, "decayed", WARMUP) - replay(k2_trace, slots, "lru", WARMUP)
-
-    assert 0.01 < gain < 0.09
 
 
 def test_same_seed_gives_the_same_trace_and_another_seed_another():
@@ -123,39 +107,6 @@ def test_trace_of_another_model_is_refused():
         trace.check(60, 384, 8, 10)
     with pytest.raises(RequestError, match="10 tokens, the benchmark needs 11"):
         trace.check(2, 64, 6, 11)
-
-
-def trace_of(*tokens):
-    return RoutingTrace(np.array(tokens, np.int32).reshape(len(tokens), 1, -1), 16)
-
-
-def test_replay_lru_evicts_what_was_used_longest_ago():
-    trace = trace_of([0, 1], [2, 3], [0, 1], [4, 5], [2, 3])
-
-    # 4 slots: {0,1} {0,1,2,3} hit 0,1; 4,5 push 2,3 out.
-    assert replay(trace, 4, "lru") == 2 / 10
-    assert replay(trace, 6, "lru") == 4 / 10
-    assert replay(trace, 6, "lru", warmup=2) == 4 / 6
-
-
-def test_replay_decayed_keeps_what_is_used_often():
-    trace = trace_of([0, 1], [0, 1], [0, 1], [2, 3], [0, 1])
-
-    assert replay(trace, 2, "lru") == 4 / 10
-    assert replay(trace, 2, "decayed") == 6 / 10
-
-
-def test_replay_with_room_for_all_misses_only_first_uses():
-    trace = synthetic_trace(50, 2, 16, 4)
-
-    for policy in ("lru", "decayed"):
-        assert replay(trace, 32, policy, warmup=40) == 1.0
-
-
-@pytest.mark.parametrize(("slots", "policy", "warmup"), [(1, "lru", 0), (4, "fifo", 0), (4, "lru", 5)])
-def test_replay_refuses_what_it_cannot_do(slots, policy, warmup):
-    with pytest.raises(RequestError):
-        replay(trace_of([0, 1], [2, 3], [4, 5], [6, 7], [0, 1]), slots, policy, warmup)
 
 
 def test_routing_hands_out_chunks_then_tokens_in_order():
