@@ -12,6 +12,7 @@ import math
 import mmap
 import struct
 from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -237,37 +238,87 @@ def read_index(folder: Path) -> dict[str, str]:
     )
 
 
+def find_shards(folder: Path, stores: Sequence[Path], files: Iterable[str]) -> dict[str, list[Path]]:
+    """Where each shard lies: in the checkpoint's `folder`, in `stores`, or in several of them.
+
+    Raises:
+        CheckpointError: a store is no folder; a shard is nowhere; two copies differ in size or header.
+    """
+    for store in stores:
+        if not store.is_dir():
+            raise CheckpointError(f"{store}: no such folder", "Give --store folders that hold shards.")
+    shards = {}
+    for file in files:
+        paths = [path for place in dict.fromkeys([folder, *stores]) if (path := place / file).exists()]
+        if not paths and stores:
+            raise CheckpointError(
+                f"{folder / file}: no such file, nor in any --store", "Fetch the missing shard."
+            )
+        shards[file] = paths or [folder / file]
+        _check_copies(paths)
+    return shards
+
+
+def _check_copies(paths: Sequence[Path]) -> None:
+    if len(paths) < 2:
+        return
+    first = read_header_bytes(paths[0])
+    for path in paths[1:]:
+        if read_header_bytes(path) != first:
+            raise CheckpointError(
+                f"{path}: differs from {paths[0]} in its size or header", "Copy the shard again."
+            )
+
+
 class Checkpoint:
     """A folder with `config.json` and safetensors shards, all headers checked.
 
     Attributes:
         folder: the checkpoint's folder.
         config: its parsed `config.json`.
-        tensors: every tensor that the index names.
+        tensors: every tensor that the index names, in the first copy of its shard.
+        stores: other folders that hold shards.
+        shards: file name -> its copies, the folder's own first.
     """
 
-    def __init__(self, folder: Path, config: ModelConfig, tensors: dict[str, TensorInfo]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        config: ModelConfig,
+        tensors: dict[str, TensorInfo],
+        stores: Sequence[Path] = (),
+        shards: Mapping[str, list[Path]] | None = None,
+    ) -> None:
         self.folder = folder
         self.config = config
         self.tensors = tensors
+        self.stores = tuple(stores)
+        self.shards = dict(shards or {info.file.name: [info.file] for info in tensors.values()})
 
     @classmethod
-    def open(cls, folder: Path) -> Checkpoint:
+    def open(cls, folder: Path, stores: Sequence[Path] = ()) -> Checkpoint:
         """Read the config, the index and every shard's header.
+
+        Args:
+            stores: more folders with shards: copies of those in `folder`, or shards that it lacks.
 
         Raises:
             ConfigError: no usable `config.json`.
-            CheckpointError: a shard is missing or damaged, or lacks a tensor that the index puts there.
+            CheckpointError: a shard is missing or damaged, or lacks a tensor that the index puts there;
+                two copies of a shard differ.
         """
         config = load_config(folder)
         weight_map = read_index(folder)
-        headers = {file: read_header(folder / file) for file in sorted(set(weight_map.values()))}
+        shards = find_shards(folder, stores, sorted(set(weight_map.values())))
+        headers = {file: read_header(paths[0]) for file, paths in shards.items()}
         tensors = {}
         for name, file in weight_map.items():
             if name not in headers[file]:
-                raise CheckpointError(f"{folder / file}: {name}: the index puts it here, the header lacks it")
+                raise CheckpointError(
+                    f"{shards[file][0]}: {name}: the index puts it here, the header lacks it"
+                )
             tensors[name] = headers[file][name]
-        return cls(folder, config, tensors)
+        return cls(folder, config, tensors, stores, shards)
 
     def info(self, name: str) -> TensorInfo:
         """Where `name` lies; `CheckpointError` if the checkpoint has no such tensor."""

@@ -138,7 +138,7 @@ def find_experts(checkpoint: Checkpoint) -> dict[int, list[list[TensorInfo]]]:
             checkpoint.folder,
         )
     else:
-        check_extents(checkpoint.folder, config, manifest)
+        check_extents(checkpoint.folder, config, manifest, checkpoint.shards)
     layers = {}
     for layer in config.moe_layers:
         layers[layer] = [

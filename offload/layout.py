@@ -7,6 +7,7 @@ in a shard whose data starts on a page, every expert does.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,9 @@ ALIGNMENT = 4096
 """Bytes: the data of a shard starts at a multiple of it."""
 
 MANIFEST_FILE = "moebox.json"
-MANIFEST_FORMAT = 1
+MANIFEST_FORMAT = 2
+READABLE_FORMATS = (1, 2)
+"""Format 1 had no checksums of experts."""
 
 EXPERT_TENSORS = (
     "gate_proj.weight_packed",
@@ -56,7 +59,8 @@ class ExpertExtent:
     """One expert's bytes, and what quantizing them cost.
 
     `rel_rms` is the root mean square of the error over that of the source's weights, `max_abs` the
-    largest absolute error; both are 0 where the source's INT4 values were passed through.
+    largest absolute error; both are 0 where the source's INT4 values were passed through. `xxh3` is the
+    XXH3-64 of the bytes, 16 hex digits; None where an older moebox wrote the manifest.
     """
 
     file: str
@@ -64,6 +68,7 @@ class ExpertExtent:
     nbytes: int
     rel_rms: float = 0.0
     max_abs: float = 0.0
+    xxh3: str | None = None
 
 
 @dataclass
@@ -97,9 +102,9 @@ def load_manifest(folder: Path) -> Manifest | None:
     if not path.exists():
         return None
     data = read_json(path)
-    if data.get("format") != MANIFEST_FORMAT:
+    if data.get("format") not in READABLE_FORMATS:
         raise CheckpointError(
-            f"{path}: format {data.get('format')!r}, this moebox reads {MANIFEST_FORMAT}",
+            f"{path}: format {data.get('format')!r}, this moebox reads {READABLE_FORMATS}",
             "Update moebox, or quantize the source again.",
         )
     try:
@@ -112,8 +117,16 @@ def load_manifest(folder: Path) -> Manifest | None:
         raise CheckpointError(f"{path}: malformed: {error}", "Quantize the source again.") from None
 
 
-def check_extents(folder: Path, config: ModelConfig, manifest: Manifest) -> None:
+def check_extents(
+    folder: Path,
+    config: ModelConfig,
+    manifest: Manifest,
+    shards: Mapping[str, Sequence[Path]] | None = None,
+) -> None:
     """Compare the manifest with the config and the files' sizes.
+
+    Args:
+        shards: where the shards lie, as `Checkpoint.shards`; all in `folder` by default.
 
     Raises:
         CheckpointError: an expert is missing, of the wrong size, or beyond its file's end.
@@ -129,13 +142,14 @@ def check_extents(folder: Path, config: ModelConfig, manifest: Manifest) -> None
             )
         for expert, extent in enumerate(extents):
             name = config.expert_name(layer, expert)
+            shard = (shards or {}).get(extent.file, [folder / extent.file])[0]
             if extent.file not in sizes:
-                sizes[extent.file] = _file_size(folder / extent.file)
+                sizes[extent.file] = _file_size(shard)
             if extent.nbytes != expected:
                 raise CheckpointError(f"{path}: {name}: {extent.nbytes} bytes, the config implies {expected}")
             if extent.offset < 0 or extent.offset + extent.nbytes > sizes[extent.file]:
                 raise CheckpointError(
-                    f"{folder / extent.file}: {name}: ends at byte {extent.offset + extent.nbytes}, "
+                    f"{shard}: {name}: ends at byte {extent.offset + extent.nbytes}, "
                     f"the file has {sizes[extent.file]}",
                     "The file is truncated; quantize the source again.",
                 )

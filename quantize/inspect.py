@@ -119,7 +119,7 @@ def inspect(
     checkpoint = Checkpoint.open(folder)
     manifest = load_manifest(folder)
     if manifest is not None:
-        check_extents(folder, checkpoint.config, manifest)
+        check_extents(folder, checkpoint.config, manifest, checkpoint.shards)
     if verify:
         _verify(folder, manifest, progress)
     return _report(checkpoint, manifest, worst, verified=verify)

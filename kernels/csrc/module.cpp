@@ -15,5 +15,6 @@ NB_MODULE(_kernels, m) {
   moebox::register_experts(m);
   moebox::register_probes(m);
   moebox::register_quantize(m);
+  moebox::register_reader(m);
   moebox::register_roads(m);
 }

@@ -201,3 +201,61 @@ class DecodeRoads:
     @property
     def stats(self) -> npt.NDArray[np.float64]:
         """float64 [L, len(FIELDS)] of the last token; a copy."""
+
+class ReadFailure(RuntimeError):
+    """A read that failed; `args` are (message, kind, path, offset, errno).
+
+    kind: "io", "short_read" (the file ends too early), "changed" (since it was opened), "checksum".
+    """
+
+class Reader:
+    """Reads files by threads of its own, as many on each drive as reads are to be under way at once.
+
+    Thread-safe. Reads are cut into pieces, which all drives with a copy share out; pieces of prefetches wait
+    until no other piece does. Not usable in a child made by fork().
+
+    Args:
+        depth_per_drive: threads of each drive.
+        piece_bytes: a multiple of 4096.
+    """
+    def __init__(self, depth_per_drive: int, piece_bytes: int) -> None: ...
+    def add_file(self, copies: Sequence[str], direct: bool = True) -> int:
+        """Open the copies of one file, with O_DIRECT if `direct` and the file system lets it. ReadFailure."""
+    def direct(self, file: int) -> bool:
+        """Whether all copies are read with O_DIRECT."""
+    def set_depth(self, path: str, depth: int) -> None:
+        """Threads of the drive that holds one of the reader's files; at least as many as it has by now."""
+    def submit(
+        self,
+        runs: Sequence[tuple[int, int, int]],
+        target: Array,
+        prefetch: bool = False,
+        checksum: int | None = None,
+    ) -> int:
+        """Begin to read runs (file, offset, bytes) into `target` (uint8), one behind the other.
+
+        Returns a ticket, which `wait` or `cancel` ends; the target must stay until then. With an XXH3-64 as
+        `checksum` the bytes are compared when they are there.
+        """
+    def ready(self, ticket: int) -> bool:
+        """Whether the read is over, well or not."""
+    def wait(self, ticket: int) -> None:
+        """Until it is over. ReadFailure; KeyboardInterrupt, then the ticket goes on."""
+    def promote(self, ticket: int) -> None:
+        """A prefetch is needed now."""
+    def cancel(self, ticket: int) -> int:
+        """Give it up; returns the bytes read for nothing. The target is not written to after that."""
+    def traffic(self) -> list[tuple[str, int, int, float]]:
+        """Of each drive: a folder on it, depth, bytes read, seconds with at least one read under way."""
+    def take_given_up(self) -> list[tuple[str, str, str, int, int]]:
+        """Copies that failed while another one was left, since the last call: `ReadFailure.args` of each."""
+    def inject(self, prefix: str, kind: str, value: int = 0, after: int = 0, count: int = ...) -> None:
+        """For tests: what happens to reads of files whose path starts with `prefix`.
+
+        After the first `after` of them, `count` times (always, by default). kind: "error" (value: errno),
+        "shorten" (bytes at most), "flip" (what each byte is XORed with), "delay" (microseconds);
+        "refuse_direct" happens to `add_file`.
+        """
+
+def xxh3_64(data: Array) -> int:
+    """XXH3-64 of more than 240 contiguous bytes."""
