@@ -1,4 +1,4 @@
-"""Routing traces: which experts each token picked, kept in files or made up; `replay.py` tries caches on them.
+"""Routing traces: which experts each token picked, recorded or made up; `replay.py` tries caches on them.
 
 Shapes: T tokens, L MoE layers, E n_routed_experts, k num_experts_per_tok. `layer` counts MoE layers from 0.
 
