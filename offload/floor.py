@@ -31,7 +31,7 @@ class Ceilings:
         ram_gbps: RAM read by the thread pool alone.
         hbm_gbps: GPU memory, reading only.
         hbm_copy_gbps: GPU memory, a copy's reads and writes together.
-        pcie_gbps: upload from pinned memory alone.
+        pcie_gbps, pcie_down_gbps: upload from pinned memory alone, and the way back alone.
         ram_beside_gbps, pcie_beside_gbps: both at the same time.
         nvme_gbps: the disk.
         cpu_tflops: the pool's rate for many tokens.
@@ -42,6 +42,7 @@ class Ceilings:
     hbm_gbps: float = 0.0
     hbm_copy_gbps: float = 0.0
     pcie_gbps: float = 0.0
+    pcie_down_gbps: float = 0.0
     ram_beside_gbps: float = 0.0
     pcie_beside_gbps: float = 0.0
     nvme_gbps: float = 0.0

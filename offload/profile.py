@@ -7,7 +7,7 @@ date. Rates are 1e9 bytes or 1e12 operations per second, as in `floor.Ceilings`.
 Figures by kind of part:
 
 - cpu: `ram_gbps`, `cpu_tflops`
-- gpu: the other fields of `Ceilings`, and `pcie_down_gbps` (from the GPU to pinned memory)
+- gpu: the other fields of `Ceilings` but `nvme_gbps`
 - drive: `gbps` at queue depth `depth`, the smallest that reaches nearly all of it; `depth_N_gbps` for others
 - run: what runs of a model lost against the floor
 """

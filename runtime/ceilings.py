@@ -7,7 +7,8 @@ large enough.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -38,20 +39,31 @@ def measure_ceilings(config: ModelConfig, pool: cpu.ThreadPool, device: Device |
     Raises:
         PlanError: the memory for it, `READ_BYTES` at most, is not to be had.
     """
+    figures = cpu_figures(config, pool)
+    if device is not None:
+        figures |= gpu_figures(config, pool, device)
+    return Ceilings(**figures)
+
+
+def cpu_figures(config: ModelConfig, pool: cpu.ThreadPool) -> dict[str, float]:
+    """Those of `Ceilings` that need no GPU; raises as `measure_ceilings`."""
+    with _rows(config, None) as ram:
+        ram.fill_synthetic(keys=range(min(CPU_EXPERTS, ram.n_rows)))
+        return {
+            "ram_gbps": max(_read_gbps(pool, ram) for _ in range(REPEATS)),
+            "cpu_tflops": _cpu_tflops(config, pool, ram),
+        }
+
+
+@contextmanager
+def _rows(config: ModelConfig, device: Device | None) -> Iterator[RamTier]:
     room = min(READ_BYTES, available_ram_bytes() // 8)
     n_keys = len(config.moe_layers) * config.n_routed_experts
     ram = RamTier(config, max(1, min(room // row_stride(config), n_keys)), device)
     try:
-        ram.fill_synthetic(keys=range(min(CPU_EXPERTS, ram.n_rows)))
-        figures = {
-            "ram_gbps": max(_read_gbps(pool, ram) for _ in range(REPEATS)),
-            "cpu_tflops": _cpu_tflops(config, pool, ram),
-        }
-        if device is not None:
-            figures |= _gpu_figures(device, ram, pool)
+        yield ram
     finally:
         ram.close()
-    return Ceilings(**figures)
 
 
 def _read_gbps(pool: cpu.ThreadPool, ram: RamTier) -> float:
@@ -75,13 +87,17 @@ def _cpu_tflops(config: ModelConfig, pool: cpu.ThreadPool, ram: RamTier) -> floa
     return n * CPU_TOKENS * expert_flops(config) / best_s / TERA
 
 
-def _gpu_figures(device: Device, ram: RamTier, pool: cpu.ThreadPool) -> dict[str, float]:
-    slots = device.empty((UPLOAD_SLOTS, ram.stride), torch.uint8)
-    pcie_gbps = max(_upload_gbps(device, slots, ram, UPLOAD_SLOTS) for _ in range(REPEATS))
-    beside_pcie, beside_ram = _both_gbps(device, slots, ram, pool, pcie_gbps)
+def gpu_figures(config: ModelConfig, pool: cpu.ThreadPool, device: Device) -> dict[str, float]:
+    """Those of `Ceilings` that a GPU has its part in; raises as `measure_ceilings`."""
+    with _rows(config, device) as ram:
+        slots = device.empty((UPLOAD_SLOTS, ram.stride), torch.uint8)
+        pcie_gbps = max(_upload_gbps(device, slots, ram) for _ in range(REPEATS))
+        down_gbps = max(_download_gbps(device, slots, ram) for _ in range(REPEATS))
+        beside_pcie, beside_ram = _both_gbps(device, slots, ram, pool, pcie_gbps)
     copy_gbps, read_gbps = _hbm_gbps(device)
     return {
         "pcie_gbps": pcie_gbps,
+        "pcie_down_gbps": down_gbps,
         "pcie_beside_gbps": beside_pcie,
         "ram_beside_gbps": beside_ram,
         "hbm_copy_gbps": copy_gbps,
@@ -90,12 +106,21 @@ def _gpu_figures(device: Device, ram: RamTier, pool: cpu.ThreadPool) -> dict[str
     }
 
 
-def _upload_gbps(device: Device, slots: Tensor, ram: RamTier, count: int) -> float:
+def _upload_gbps(device: Device, slots: Tensor, ram: RamTier) -> float:
     begin = device.uploads.record()
-    _queue_uploads(device, slots, ram, count)
+    _queue_uploads(device, slots, ram, UPLOAD_SLOTS)
     end = device.uploads.record()
     end.synchronize()
-    return count * ram.stride / end.seconds_since(begin) / GIGA
+    return UPLOAD_SLOTS * ram.stride / end.seconds_since(begin) / GIGA
+
+
+def _download_gbps(device: Device, slots: Tensor, ram: RamTier) -> float:
+    begin = device.downloads.record()
+    for i in range(UPLOAD_SLOTS):
+        device.downloads.copy(ram.slab[i % ram.n_rows], slots[i])
+    end = device.downloads.record()
+    end.synchronize()
+    return UPLOAD_SLOTS * ram.stride / end.seconds_since(begin) / GIGA
 
 
 def _queue_uploads(device: Device, slots: Tensor, ram: RamTier, count: int) -> None:
