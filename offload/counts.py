@@ -6,7 +6,9 @@ Shapes: L MoE layers, E n_routed_experts, k num_experts_per_tok. `layer` counts 
 from __future__ import annotations
 
 import io
+import struct
 import zipfile
+import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -36,8 +38,21 @@ TIERS = ("drive", "RAM", "GPU")
 """What the numbers of a placement mean."""
 
 _ARRAYS = ("uses", "last_use", "pairs", "recent", "recall")
-_NOT_STATISTICS = (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile)
-"""What numpy raises for files that are none of its own, cut off, damaged, or lack a field."""
+_NOT_STATISTICS = (
+    OSError,
+    EOFError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    RuntimeError,
+    MemoryError,
+    OverflowError,
+    struct.error,
+    zlib.error,
+    zipfile.BadZipFile,
+)
+"""What numpy and zipfile raise for files that are none of their own, cut off, damaged, or lack a field."""
 
 Int32s = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float32]
@@ -295,8 +310,9 @@ class RoutingTally:
         unit = self.unit
         keys = ids + self._first_key
         self.uses += unit * np.bincount(keys.ravel(), minlength=self.uses.size).reshape(self.uses.shape)
-        for number, picked in enumerate(keys.reshape(len(ids), -1), self.tokens):
-            self.last_use.reshape(-1)[picked] = number
+        # Of repeated keys the last value stays: the latest token's.
+        numbers = np.arange(self.tokens, self.tokens + len(ids))
+        self.last_use.reshape(-1)[keys.ravel()] = np.repeat(numbers, keys[0].size)
         paired = ids[::paired_every].astype(np.int64)
         pairs = paired[:, :-1, :, None] * self.uses.shape[1] + paired[:, 1:, None, :] + self._first_pair
         np.add.at(self.pairs.reshape(-1), pairs.ravel(), np.float32(unit))

@@ -22,7 +22,7 @@ from moebox.offload.trace import TRACE_FORMAT
 
 log = logging.getLogger("moebox")
 
-BLOCK_TOKENS = 16
+BLOCK_TOKENS = 32
 """Decoded tokens that are handed on together: a sink's cost per call is shared by so many."""
 
 KEPT_SHARE = 0.4
@@ -61,29 +61,29 @@ class RoutingRecorder:
         self._sinks = tuple(sinks)
         self._block: Int32s = np.empty((BLOCK_TOKENS, layers, top_k), np.int32)
         self._tokens = 0
-        self._chunk: Int32s = self._block[:0]
-        self._next = 0
+        self._chunk: list[npt.NDArray[np.integer]] = []
 
     def layer(self, moe: int, ids: npt.NDArray[np.integer]) -> None:
         """Picks [T, k] of one layer; layers come in order, from 0 on for each chunk of tokens.
 
-        A chunk whose layers do not all come, since its pass ended early, is dropped.
+        A chunk whose layers do not all come, since its pass ended early, is dropped. The array must stay as
+        it is until the chunk's last layer was recorded.
         """
         if moe == 0:
-            self._next = 0
-            self._chunk = self._place(len(ids))
-        if moe != self._next or len(ids) != len(self._chunk):
-            self._next = -1  # of a chunk whose beginning was not seen
+            self._chunk = []
+        elif moe != len(self._chunk) or len(ids) != len(self._chunk[0]):
+            self._chunk = []  # of a pass whose beginning was not seen
             return
-        self._chunk[:, moe] = ids
-        self._next += 1
-        if self._next == self.layers:
+        self._chunk.append(ids)
+        if moe == self.layers - 1:
             self._finish()
 
-    def token(self, ids: Int32s) -> None:
-        """Picks int32 [L, k] of a decoded token."""
+    def token(self, ids: npt.NDArray[np.integer]) -> None:
+        """Picks [L, k] of a decoded token."""
         self._block[self._tokens] = ids
-        self._advance()
+        self._tokens += 1
+        if self._tokens == BLOCK_TOKENS:
+            self.flush()
 
     def flush(self) -> None:
         """Hand on what is buffered."""
@@ -98,24 +98,15 @@ class RoutingRecorder:
             sink.close()
         self._sinks = ()
 
-    def _place(self, tokens: int) -> Int32s:
-        """Where a chunk's picks are collected: a decoded token's in the block."""
-        if tokens == 1:
-            return self._block[self._tokens : self._tokens + 1]
-        return np.empty((tokens, self.layers, self.top_k), np.int32)
-
     def _finish(self) -> None:
-        if len(self._chunk) == 1:
-            self._advance()
+        # Joined once per chunk: a copy per layer would cost several times as much.
+        picks = np.concatenate(self._chunk).reshape(self.layers, -1, self.top_k)
+        self._chunk = []
+        if picks.shape[1] == 1:
+            self.token(picks[:, 0])
         else:
             self.flush()
-            self._hand_on(self._chunk, prefill=True)
-        self._chunk, self._next = self._block[:0], -1
-
-    def _advance(self) -> None:
-        self._tokens += 1
-        if self._tokens == BLOCK_TOKENS:
-            self.flush()
+            self._hand_on(np.ascontiguousarray(picks.swapaxes(0, 1), np.int32), prefill=True)
 
     def _hand_on(self, ids: Int32s, prefill: bool) -> None:
         for sink in self._sinks:

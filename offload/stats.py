@@ -35,6 +35,8 @@ from moebox.offload.trace import RoutingTrace
 
 log = logging.getLogger("moebox")
 
+_TINY = np.float32(1e-30)
+
 STATISTICS_FILE = "statistics.npz"
 SAVE_EVERY_S = 120.0
 
@@ -118,14 +120,15 @@ class RouterStatistics:
         The mean over `ids` of how often each was followed by the expert; where none of them was ever used,
         the expert's share of all uses.
         """
-        rows = self._known.pairs[moe - 1, ids] * np.float32(self._seen.discount * self._seen.unit)
-        rows += self._seen.pairs[moe - 1, ids]
-        rows = rows[rows.any(1)]
-        if not len(rows):
+        rows: Floats = self._known.pairs[moe - 1][ids] * np.float32(self._seen.discount * self._seen.unit)
+        rows += self._seen.pairs[moe - 1][ids]
+        totals = rows.sum(1)
+        if not totals.any():
             rows = self.uses()[None, moe].astype(np.float32)
-        shares = rows / np.maximum(rows.sum(1, keepdims=True), np.float32(1e-30))
-        chances: Floats = np.minimum(shares.mean(0) * self.identity.top_k, np.float32(1))
-        return chances
+            totals = rows.sum(1)
+        known = int(np.count_nonzero(totals)) or 1
+        shares: Floats = (self.identity.top_k / known / np.maximum(totals, _TINY)) @ rows
+        return np.minimum(shares, np.float32(1))
 
     def note_recall(self, ahead: int, found: int, picked: int) -> None:
         """Of `picked` experts, a prediction `ahead` (1 or 2) layers before had named `found`."""

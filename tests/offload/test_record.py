@@ -1,7 +1,8 @@
 """Recording: every token once, in order, whole; traces on disk, also when the drive fails."""
 
-import subprocess
-import sys
+import logging
+import resource
+from multiprocessing import get_context
 
 import numpy as np
 import pytest
@@ -125,32 +126,32 @@ def test_a_trace_where_nothing_can_be_written_is_refused_at_once(tmp_path):
         TraceSink(tmp_path / "missing" / "routing.npz", EXPERTS)
 
 
-LIMITED = """
-import logging, resource, sys
-from pathlib import Path
-from moebox.offload.record import TraceSink
-from moebox.offload.trace import synthetic_trace
-logging.basicConfig(format="%(message)s")
-picks = synthetic_trace(300, 4, 12, 3).ids
-sink = TraceSink(Path(sys.argv[1]), 12, "full")
-resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
-for token in range(300):
-    sink.add(picks[token : token + 1], False)
-sink.close()
-"""
+def record_on_a_small_drive(path, limit_bytes, results):
+    """Record 300 tokens where a file may not become larger than that; what was logged meanwhile."""
+    caught = []
+    handler = logging.Handler()
+    handler.emit = lambda record: caught.append(record.getMessage())
+    logging.getLogger("moebox").addHandler(handler)
+    sink = TraceSink(path, EXPERTS, "full")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limit_bytes))
+    for token in synthetic_trace(300, LAYERS, EXPERTS, TOP_K).ids:
+        sink.add(token[None], prefill=False)
+    sink.close()
+    results.put(caught)
 
 
 def test_a_full_drive_is_said_once_and_the_first_tokens_stay(tmp_path):
-    path = tmp_path / "routing.npz"
+    path, context = tmp_path / "routing.npz", get_context("fork")
+    results = context.Queue()
 
-    done = subprocess.run(
-        [sys.executable, "-c", LIMITED, str(path)], capture_output=True, text=True, check=False
-    )
+    process = context.Process(target=record_on_a_small_drive, args=(path, 5000, results))
+    process.start()
+    (message,) = results.get(timeout=60)
+    process.join()
 
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("\n") == 1, done.stderr
     trace = RoutingTrace.load(path)
-    assert trace.tokens == int(5000 / 24 * KEPT_SHARE)
-    assert f"recording stops, the first {trace.tokens} tokens stay" in done.stderr
-    assert np.array_equal(trace.ids, synthetic_trace(300, 4, 12, 3).ids[: trace.tokens])
+    assert trace.tokens == int(5000 // 24 * KEPT_SHARE)
+    assert message.startswith(f"{path}: ")
+    assert message.endswith(f"recording stops, the first {trace.tokens} tokens stay")
+    assert np.array_equal(trace.ids, synthetic_trace(300, LAYERS, EXPERTS, TOP_K).ids[: trace.tokens])
     assert [file.name for file in tmp_path.iterdir()] == ["routing.npz"]
