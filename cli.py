@@ -89,20 +89,36 @@ def quantize(
 
 @main_group.command()
 @click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
-@click.option("--verify", is_flag=True, help="Read every shard and compare its SHA-256 with moebox.json.")
+@click.option(
+    "--verify", is_flag=True, help="Read every shard and expert and compare hashes with moebox.json."
+)
+@click.option(
+    "--add-checksums",
+    is_flag=True,
+    help="Verify, and add checksums of experts to a moebox.json of an older version.",
+)
+@click.option(
+    "--store",
+    "stores",
+    multiple=True,
+    type=click.Path(file_okay=False, path_type=Path),
+    help="A folder with copies of shards, or with shards that FOLDER lacks; may be repeated.",
+)
 @json_option
-def inspect(folder: Path, verify: bool, as_json: bool) -> None:
+def inspect(folder: Path, verify: bool, add_checksums: bool, stores: tuple[Path, ...], as_json: bool) -> None:
     """Show a checkpoint's shapes, sizes and quantization errors.
 
     \b
     Examples:
       moebox inspect out/tiny-k2
-      moebox inspect /nvme/k2 --verify
+      moebox inspect /nvme/k2 --verify --store /nvme2/k2
     """
     from moebox.quantize import inspect as inspection
 
     with _progress() as show:
-        report = inspection.inspect(folder, verify=verify, progress=show)
+        report = inspection.inspect(
+            folder, verify=verify, progress=show, add_checksums=add_checksums, stores=stores
+        )
     _report(report.to_dict(), as_json, lambda: inspection.render_inspect(report, _console()))
 
 
@@ -239,6 +255,38 @@ def bench(as_json: bool, **options: Any) -> None:
     with _LoadProgress(_console(stderr=True)) as show:
         report = run_bench(BenchOptions(**options), show)
     _report(report.to_dict(), as_json, lambda: render_bench(report, _console()))
+
+
+@main_group.command()
+@click.argument("model", type=click.Path(file_okay=False, path_type=Path), required=False)
+@click.option(
+    "--store",
+    "stores",
+    multiple=True,
+    type=click.Path(file_okay=False, path_type=Path),
+    help="A folder with copies of MODEL's shards, or with shards that it lacks; may be repeated.",
+)
+@click.option("--deep", is_flag=True, help="Read every byte of MODEL and compare its checksums.")
+@json_option
+def doctor(model: Path | None, stores: tuple[Path, ...], deep: bool, as_json: bool) -> int:
+    """Look at this machine and at MODEL: what is wrong, what is slow, what it costs and what to do.
+
+    Nothing is written but the machine's profile: the bandwidths of memory, GPU and drives, by which `moebox
+    plan` and loading go. Drives are measured by reading MODEL's shards. Exit code 1 where a check fails.
+
+    \b
+    Examples:
+      moebox doctor
+      moebox doctor /nvme/k2 --deep
+      moebox doctor /nvme/k2 --json | jq '.checks[] | select(.status != "pass")'
+    """
+    from moebox.runtime.doctor import DoctorOptions, examine
+    from moebox.runtime.doctor_text import render_doctor
+
+    with _console(stderr=True).status("looking at the machine") as status:
+        report = examine(DoctorOptions(model, stores, deep), status.update)
+    _report(report.to_dict(), as_json, lambda: render_doctor(report, _console()))
+    return int(report.failed)
 
 
 def _sampling(options: dict[str, Any]) -> dict[str, Any]:

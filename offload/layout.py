@@ -12,6 +12,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
+from moebox import _kernels
 from moebox.config import GROUP_SIZE, ModelConfig, read_json
 from moebox.errors import CheckpointError
 
@@ -69,6 +73,11 @@ class ExpertExtent:
     rel_rms: float = 0.0
     max_abs: float = 0.0
     xxh3: str | None = None
+
+
+def expert_checksum(data: npt.NDArray[np.uint8]) -> str:
+    """What `ExpertExtent.xxh3` is for an expert's bytes, uint8 [nbytes]."""
+    return f"{_kernels.xxh3_64(data):016x}"
 
 
 @dataclass

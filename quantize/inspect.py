@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ from rich.table import Table
 
 from moebox.config import ModelConfig, read_json
 from moebox.errors import CheckpointError
-from moebox.kernels.cpu import allowed_cpus
 from moebox.offload.checkpoint import Checkpoint
 from moebox.offload.layout import (
     ALIGNMENT,
@@ -27,15 +25,14 @@ from moebox.offload.layout import (
     check_extents,
     load_manifest,
 )
-from moebox.quantize.files import drop_cache
 from moebox.quantize.journal import WORK_FOLDER, Journal
-from moebox.quantize.output import bare_config
-from moebox.quantize.progress import Meter, ProgressCallback, format_bytes
+from moebox.quantize.output import bare_config, save_manifest
+from moebox.quantize.progress import ProgressCallback, format_bytes
 from moebox.quantize.shards import plan_shards
 from moebox.quantize.sources import Encoding, check_source, take_inventory
+from moebox.quantize.verify import verify_shards
 
 WORST_EXPERTS = 10
-_CHUNK_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -87,7 +84,7 @@ class InspectReport:
     layers: list[LayerError]
     worst: list[ExpertError]
     verified: bool
-    """Whether every shard was hashed and matched its SHA-256."""
+    """Whether every shard was hashed and matched its SHA-256, and every expert its checksum."""
     quantized_bytes: int | None
     """Size that `quantize` would bring an unquantized or foreign checkpoint to."""
 
@@ -101,28 +98,35 @@ def inspect(
     verify: bool = False,
     progress: ProgressCallback | None = None,
     worst: int = WORST_EXPERTS,
+    *,
+    add_checksums: bool = False,
+    stores: Sequence[Path] = (),
 ) -> InspectReport:
-    """Look at a checkpoint folder, quantized or not; headers only unless `verify`.
+    """Look at a checkpoint folder, quantized or not; headers only unless something is to be hashed.
 
     Args:
         folder: with `config.json` and safetensors shards.
-        verify: hash every shard and compare with `moebox.json`.
+        verify: hash every copy of every shard and every expert, and compare with `moebox.json`.
         progress: called while hashing.
         worst: how many of the worst experts to list.
+        add_checksums: the same, and write checksums of experts to a `moebox.json` that has none.
+        stores: more folders with copies of shards, or with shards that `folder` lacks.
 
     Raises:
         ConfigError: no usable `config.json`.
-        CheckpointError: no checkpoint, an unfinished one, a damaged one, or (verify) a hash that differs.
+        CheckpointError: no checkpoint, an unfinished one, a damaged one, or a hash that differs.
     """
     folder = Path(folder)
     _refuse_unfinished(folder)
-    checkpoint = Checkpoint.open(folder)
+    checkpoint = Checkpoint.open(folder, stores)
     manifest = load_manifest(folder)
     if manifest is not None:
         check_extents(folder, checkpoint.config, manifest, checkpoint.shards)
-    if verify:
-        _verify(folder, manifest, progress)
-    return _report(checkpoint, manifest, worst, verified=verify)
+    if verify or add_checksums:
+        manifest = whole = verify_shards(checkpoint, manifest, progress)
+        if add_checksums:
+            save_manifest(folder, whole)
+    return _report(checkpoint, manifest, worst, verified=verify or add_checksums)
 
 
 def _refuse_unfinished(folder: Path) -> None:
@@ -256,39 +260,6 @@ def _placement(checkpoint: Checkpoint) -> tuple[int, int]:
                 contiguous += 1
                 aligned += start % ALIGNMENT == 0
     return contiguous, aligned
-
-
-def _verify(folder: Path, manifest: Manifest | None, progress: ProgressCallback | None) -> None:
-    if manifest is None:
-        raise CheckpointError(
-            f"{folder}: no {MANIFEST_FILE}, so nothing to verify against",
-            "Only folders written by `moebox quantize` carry hashes.",
-        )
-    total = sum(shard["size"] for shard in manifest.shards.values())
-    meter = Meter("verify", total, len(manifest.shards), progress)
-    with ThreadPoolExecutor(allowed_cpus(), thread_name_prefix="verify") as pool:
-        found = list(pool.map(lambda file: _sha256(folder / file, meter), manifest.shards))
-    wrong = [
-        f"{folder / file}: SHA-256 is {sha256}, {MANIFEST_FILE} says {shard['sha256']}"
-        for (file, shard), sha256 in zip(manifest.shards.items(), found, strict=True)
-        if sha256 != shard["sha256"]
-    ]
-    if wrong:
-        raise CheckpointError("\n".join(wrong), "The file has changed since; quantize the source again.")
-
-
-def _sha256(path: Path, meter: Meter) -> str:
-    sha256, chunk = hashlib.sha256(), memoryview(bytearray(_CHUNK_BYTES))
-    try:
-        with path.open("rb", buffering=0) as file:
-            while count := file.readinto(chunk):
-                sha256.update(chunk[:count])
-                meter.add(count)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
-    drop_cache(path)
-    meter.finish_shard()
-    return sha256.hexdigest()
 
 
 def render_inspect(report: InspectReport, console: Console) -> None:

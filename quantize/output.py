@@ -88,8 +88,13 @@ def write_manifest(
         experts=_extents(shards, entries),
         left_out=left_out,
     )
-    _write_json(dst / MANIFEST_FILE, manifest.to_dict(), indent=None)
+    save_manifest(dst, manifest)
     return manifest
+
+
+def save_manifest(dst: Path, manifest: Manifest) -> None:
+    """Replace `moebox.json` at once."""
+    _write_json(dst / MANIFEST_FILE, manifest.to_dict(), indent=None)
 
 
 def _pick(entry: Mapping[str, Any], *names: str) -> dict[str, Any]:
@@ -101,12 +106,12 @@ def _extents(
 ) -> dict[int, list[ExpertExtent]]:
     experts: dict[int, list[ExpertExtent]] = {}
     for shard in shards:
-        errors = entries[shard.file]["errors"]
+        entry = entries[shard.file]
+        checksums = entry.get("xxh3", [None] * len(shard.experts))  # an older moebox began the conversion
         for position, (layer, _expert) in enumerate(shard.experts):
-            rel_rms, max_abs = errors[position]
-            extent = ExpertExtent(
-                shard.file, shard.expert_offset(position), shard.config.expert_bytes, rel_rms, max_abs
-            )
+            rel_rms, max_abs = entry["errors"][position]
+            place = shard.file, shard.expert_offset(position), shard.config.expert_bytes
+            extent = ExpertExtent(*place, rel_rms, max_abs, checksums[position])
             experts.setdefault(layer, []).append(extent)
     return experts
 

@@ -14,10 +14,12 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from moebox.errors import CheckpointError, PlanError
 from moebox.offload.checkpoint import TORCH_DTYPES, TensorInfo, map_bytes
+from moebox.offload.layout import expert_checksum
 from moebox.quantize.files import drop_cache, drop_mapped, will_need
 from moebox.quantize.int4 import FP8_BLOCK, Int4Matrix, QuantError
 from moebox.quantize.journal import Journal
@@ -64,11 +66,19 @@ class Model:
         return [self.infos[name] for name in tensor.parts.values()]
 
 
+@dataclass(frozen=True)
+class _Written:
+    """What an expert's quantization cost, and the checksum of its bytes."""
+
+    error: QuantError
+    xxh3: str
+
+
 @dataclass
 class _Task:
-    """A piece of work for one thread: `run` returns an expert's error, None for other tensors."""
+    """A piece of work for one thread: `run` tells of an expert, None for other tensors."""
 
-    run: Callable[[], QuantError | None]
+    run: Callable[[], _Written | None]
     parts: list[TensorInfo]
 
     @property
@@ -80,7 +90,7 @@ class _Task:
 class _OpenShard:
     shard: Shard
     writer: ShardWriter
-    futures: list[Future[QuantError | None]]
+    futures: list[Future[_Written | None]]
 
 
 def open_shards(workers: int) -> int:
@@ -161,7 +171,7 @@ class Pipeline:
             ahead = tasks[position + self._workers].parts if position + self._workers < len(tasks) else []
             job.futures.append(self._threads.submit(self._do, task, ahead))
 
-    def _do(self, task: _Task, ahead: list[TensorInfo]) -> QuantError | None:
+    def _do(self, task: _Task, ahead: list[TensorInfo]) -> _Written | None:
         if self._stop.is_set():
             return None
         for info in _large(ahead):
@@ -181,11 +191,13 @@ class Pipeline:
 
     def _expert_task(
         self, writer: ShardWriter, sources: Sequence[SourceTensor], offset: int
-    ) -> Callable[[], QuantError]:
-        def run() -> QuantError:
+    ) -> Callable[[], _Written]:
+        def run() -> _Written:
             matrices = read_expert(sources, self._model.infos)
-            writer.write(offset, [_view(tensor) for matrix in matrices for tensor in _tensors(matrix)])
-            return sum((matrix.error for matrix in matrices), QuantError(0.0, 0.0, 0.0))
+            views = [_view(tensor) for matrix in matrices for tensor in _tensors(matrix)]
+            xxh3 = expert_checksum(np.concatenate([np.asarray(view) for view in views]))
+            writer.write(offset, views)
+            return _Written(sum((matrix.error for matrix in matrices), QuantError(0.0, 0.0, 0.0)), xxh3)
 
         return run
 
@@ -224,7 +236,8 @@ class Pipeline:
         for future in job.futures:
             if future.done():
                 future.result()
-        experts = [future.result() for future in job.futures[: len(job.shard.experts)]]
+        results = [future.result() for future in job.futures[: len(job.shard.experts)]]
+        experts = [expert for expert in results if expert is not None]
         sha256 = job.writer.finish()
         self._open.popleft()
         self._journal.add_shard(
@@ -232,7 +245,8 @@ class Pipeline:
                 "shard": job.shard.file,
                 "size": job.shard.size,
                 "sha256": sha256,
-                "errors": [(error.rel_rms, error.max_abs) for error in experts if error is not None],
+                "errors": [(expert.error.rel_rms, expert.error.max_abs) for expert in experts],
+                "xxh3": [expert.xxh3 for expert in experts],
             }
         )
         for waiting in self._waiting.values():

@@ -3,7 +3,6 @@
 
 #include <sys/types.h>
 
-#include <atomic>
 #include <chrono>
 #include <condition_variable>
 #include <cstddef>
@@ -14,44 +13,19 @@
 #include <mutex>
 #include <optional>
 #include <span>
-#include <stdexcept>
 #include <string>
-#include <thread>
+#include <utility>
 #include <vector>
 
+#include "shard_file.h"
+
 namespace moebox {
-
-class ReadFailure : public std::runtime_error {
- public:
-  enum class Kind { io, short_read, changed, checksum };
-
-  // `error` is the errno of Kind::io.
-  ReadFailure(Kind kind, std::string path, std::uint64_t offset, int error = 0);
-
-  const char* kind_name() const;
-
-  Kind kind;
-  std::string path;
-  std::uint64_t offset;
-  int error;
-};
 
 // Bytes of one of the reader's files.
 struct Run {
   int file;
   std::uint64_t offset;
   std::size_t nbytes;
-};
-
-// For tests: what happens to the reads of files whose path starts with `prefix`, after the first `after` of
-// them, `count` times.
-struct Fault {
-  enum class Kind { error, shorten, flip, delay, refuse_direct };
-
-  std::string prefix;
-  Kind kind;
-  std::int64_t value;  // errno; bytes at most; what each byte is XORed with; microseconds
-  std::size_t after, count;
 };
 
 struct DriveTraffic {
@@ -102,7 +76,7 @@ class Reader {
   std::vector<DriveTraffic> traffic() const;
   // Copies that failed while another one was left: the failures, each told once.
   std::vector<ReadFailure> take_given_up();
-  void inject(Fault fault);
+  void inject(Fault fault) { faults_.add(std::move(fault)); }
 
  private:
   struct Copy;
@@ -110,7 +84,6 @@ class Reader {
   struct Piece;
   struct Job;
   struct Drive;
-  class Bounce;
 
   struct Task {
     Piece* piece = nullptr;
@@ -118,21 +91,14 @@ class Reader {
   };
   using Lock = std::unique_lock<std::mutex>;
 
-  Copy open_copy(const std::string& path, bool direct);
-  bool refused_direct(const std::string& path, int descriptor);
-  Drive& drive_of(const Copy& copy);
-  void cut(const Run& run, std::byte* target, Job& job) const;
+  Drive& drive_of(const ShardFile& file);
+  void cut(const Run& run, std::byte* target, Job& job);
   Job& job_of(Ticket ticket) const;
   void enqueue(Piece& piece, bool front);
   void withdraw(Piece& piece);
   Copy* usable_copy(const Piece& piece, const Drive* drive);
   Task take(Drive& drive);
   void work(Drive& drive);
-  std::optional<ReadFailure> read(const Task& task, Bounce& bounce);
-  std::optional<ReadFailure> read_range(const Copy& copy, std::byte* to, std::uint64_t begin,
-                                        std::size_t nbytes, std::size_t needed);
-  ssize_t read_at(const Copy& copy, std::byte* to, std::size_t nbytes, std::uint64_t offset);
-  std::optional<Fault> next_fault(const std::string& path, bool opening);
   void settle(const Task& task, std::optional<ReadFailure> failure, Lock& lock);
   bool try_another_copy(const Task& task, const ReadFailure& failure);
   void fail(Job& job, const ReadFailure& failure);
@@ -140,6 +106,7 @@ class Reader {
   void check(Job& job, Lock& lock);
 
   const std::size_t depth_, piece_bytes_;
+  Faults faults_;
   mutable std::mutex mutex_;
   mutable std::condition_variable finished_;
   std::deque<File> files_;  // never moved: pieces point into it
@@ -148,10 +115,6 @@ class Reader {
   std::vector<ReadFailure> given_up_;
   Ticket next_ticket_ = 1;
   bool stop_ = false;
-
-  std::mutex faults_mutex_;
-  std::vector<Fault> faults_;
-  std::atomic<bool> any_faults_{false};
 };
 
 }  // namespace moebox
