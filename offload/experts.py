@@ -1,7 +1,7 @@
-"""What the model asks for routed experts, and the tier that computes them on the CPU.
+"""What the model asks for routed experts, and where a checkpoint has them.
 
 The model knows layers, expert ids, weights and hidden states; where an expert lies is this package's
-business. A GPU tier joins by implementing `Experts`.
+business: `cpu_experts.py` without a GPU, `tiers.py` with one.
 
 Shapes: T tokens, H hidden_size, E n_routed_experts, k num_experts_per_tok.
 """
@@ -14,12 +14,10 @@ from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 
 from moebox.errors import CheckpointError
-from moebox.kernels import cpu
-from moebox.offload.checkpoint import Checkpoint, TensorInfo, map_bytes
+from moebox.offload.checkpoint import Checkpoint, TensorInfo
 from moebox.offload.layout import (
     EXPERT_TENSORS,
     MANIFEST_FILE,
@@ -33,8 +31,7 @@ log = logging.getLogger("moebox")
 
 Progress = Callable[[str, int, int], None]
 """Called with a stage's name, what is done and what there is to do, in bytes."""
-
-PAGE_BYTES = 4096
+Int32s = npt.NDArray[np.int32]
 
 
 class Experts(Protocol):
@@ -55,34 +52,6 @@ class Experts(Protocol):
             fp32 [T, H]: `sum_j weights[t, j] * expert[expert_ids[t, j]](hidden[t])`.
         """
         ...
-
-
-class CpuExperts:
-    """Experts computed where they lie in memory, straight from the INT4 bytes of the mapped shards."""
-
-    def __init__(self, layers: dict[int, list[cpu.Expert]], nbytes: int, pool: cpu.ThreadPool) -> None:
-        self.nbytes = nbytes
-        self._layers = layers
-        self._pool = pool
-
-    def forward(self, layer: int, expert_ids: Tensor, weights: Tensor, hidden: Tensor) -> Tensor:
-        """See `Experts.forward`."""
-        chosen, offsets, tokens, order = group_by_expert(expert_ids.numpy())
-        experts = self._layers[layer]
-        out = torch.zeros(hidden.shape, dtype=torch.float32)
-        cpu.experts_forward(
-            self._pool,
-            [experts[expert] for expert in chosen],
-            offsets,
-            tokens,
-            weights.numpy().reshape(-1)[order],
-            hidden.contiguous(),
-            out,
-        )
-        return out
-
-
-Int32s = npt.NDArray[np.int32]
 
 
 def group_by_expert(
@@ -108,19 +77,6 @@ def group_by_expert(
     bounds = [0, *(np.flatnonzero(in_order[1:] != in_order[:-1]) + 1).tolist(), flat.size]
     tokens = (order // top_k).astype(np.int32)
     return in_order[bounds[:-1]].tolist(), np.array(bounds, np.int32), tokens, order
-
-
-def open_experts(checkpoint: Checkpoint, pool: cpu.ThreadPool) -> CpuExperts:
-    """Map every routed expert of a quantized checkpoint; nothing is read yet.
-
-    Raises:
-        CheckpointError: as `find_experts`.
-    """
-    layers = {
-        layer: [cpu.Expert(*(checkpoint.read(info.name) for info in infos)) for infos in experts]
-        for layer, experts in find_experts(checkpoint).items()
-    }
-    return CpuExperts(layers, checkpoint.config.experts_bytes, pool)
 
 
 def find_experts(checkpoint: Checkpoint) -> dict[int, list[list[TensorInfo]]]:
@@ -177,19 +133,3 @@ def _check_places(
                     f"byte {extent.offset + offset}",
                     "The manifest belongs to other shards; quantize the source again.",
                 )
-
-
-def prefault(checkpoint: Checkpoint, progress: Progress | None = None) -> None:
-    """Read all experts into the page cache, shard by shard in the order of the files."""
-    names = [
-        f"{checkpoint.config.expert_name(layer, expert)}.{suffix}"
-        for layer in checkpoint.config.moe_layers
-        for expert in range(checkpoint.config.n_routed_experts)
-        for suffix in EXPERT_TENSORS
-    ]
-    done, total = 0, checkpoint.config.experts_bytes
-    for info in sorted((checkpoint.info(name) for name in names), key=lambda info: (info.file, info.offset)):
-        map_bytes(info)[::PAGE_BYTES].max(initial=0)
-        done += info.nbytes
-        if progress is not None:
-            progress("experts", done, total)

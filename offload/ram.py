@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import mmap
-import os
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -21,11 +19,10 @@ import torch
 from torch import Tensor
 
 from moebox.config import GROUP_SIZE, ModelConfig
-from moebox.errors import CheckpointError, PlanError
+from moebox.errors import PlanError
 from moebox.kernels import cpu
-from moebox.offload.checkpoint import Checkpoint
 from moebox.offload.device import Device
-from moebox.offload.experts import Progress, find_experts
+from moebox.offload.experts import Progress
 from moebox.offload.layout import ExpertLayout
 
 Bytes = npt.NDArray[np.uint8]
@@ -108,18 +105,6 @@ class RamTier:
             self._experts[row] = cpu.Expert(*row_tensors(self.slab[row], self.layout))
         return self._experts[row]
 
-    def load(
-        self, checkpoint: Checkpoint, keys: Iterable[int] | None = None, progress: Progress | None = None
-    ) -> None:
-        """Read experts from a quantized checkpoint; see `fill`.
-
-        Raises:
-            CheckpointError: also where a tensor is missing, of a wrong shape or type, or not where
-                `moebox.json` says.
-        """
-        with CheckpointSource(checkpoint) as source:
-            self.fill(source, keys, progress)
-
     def fill_synthetic(self, seed: int = 0, keys: Iterable[int] | None = None) -> None:
         """Random experts whose outputs are near their inputs in size; a key's bytes depend on `seed` only."""
         self.fill(SyntheticSource(self.config, seed), keys)
@@ -133,7 +118,7 @@ class RamTier:
             progress: called with ("experts", bytes done, bytes in all).
 
         Raises:
-            CheckpointError: a file is shorter than its header said, or cannot be read.
+            CheckpointError: as the source's `read`.
             ValueError: more keys than rows.
         """
         chosen = list(range(self.n_keys) if keys is None else keys)
@@ -206,61 +191,6 @@ def _in_threads(
         except BaseException:
             executor.shutdown(wait=True, cancel_futures=True)
             raise
-
-
-class CheckpointSource:
-    """Experts in the shards of a checkpoint: one read each where their six tensors lie together."""
-
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self._tensors = [infos for experts in find_experts(checkpoint).values() for infos in experts]
-        self._files: dict[Path, int] = {}
-
-    def __enter__(self) -> CheckpointSource:
-        for path in {info.file for infos in self._tensors for info in infos}:
-            self._files[path] = os.open(path, os.O_RDONLY)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for file in self._files.values():
-            os.close(file)
-        self._files.clear()
-
-    def in_order(self, keys: Sequence[int]) -> list[int]:
-        """See `Source`: shard by shard."""
-        return sorted(keys, key=lambda key: (self._tensors[key][0].file, self._tensors[key][0].offset))
-
-    def read(self, key: int, row: Bytes) -> None:
-        """See `Source`."""
-        begin = 0
-        for path, offset, nbytes in self.pieces(key):
-            _read_exactly(self._files[path], path, offset, row[begin : begin + nbytes])
-            begin += nbytes
-
-    def pieces(self, key: int) -> list[tuple[Path, int, int]]:
-        """File, offset and length of each run of tensors that lie one behind the other."""
-        pieces: list[tuple[Path, int, int]] = []
-        for info in self._tensors[key]:
-            path, offset, nbytes = pieces[-1] if pieces else (None, 0, 0)
-            if info.file == path and info.offset == offset + nbytes:
-                pieces[-1] = (info.file, offset, nbytes + info.nbytes)
-            else:
-                pieces.append((info.file, info.offset, info.nbytes))
-        return pieces
-
-
-def _read_exactly(file: int, path: Path, offset: int, target: Bytes) -> None:
-    done = 0
-    while done < target.size:
-        try:
-            count = os.preadv(file, [target[done:].data], offset + done)
-        except OSError as error:
-            raise CheckpointError(f"{path}: byte {offset + done}: {error.strerror}") from None
-        if not count:
-            raise CheckpointError(
-                f"{path}: ends at byte {offset + done}, its header said more",
-                "The file was changed while it was read; fetch it again.",
-            )
-        done += count
 
 
 class SyntheticSource:

@@ -19,9 +19,10 @@ from moebox.offload.experts import Progress
 from moebox.offload.gpu import GpuTier, spread_keys
 from moebox.offload.mailbox import Mailbox
 from moebox.offload.prefill import PrefillRoads
-from moebox.offload.ram import CheckpointSource, RamTier, Source, SyntheticSource
+from moebox.offload.ram import RamTier, Source, SyntheticSource
 from moebox.offload.roads import DecodeRoads
 from moebox.offload.self_check import check_expert_kernels
+from moebox.offload.store import ExpertStore
 
 
 class Routing(Protocol):
@@ -100,10 +101,10 @@ class TieredExperts:
         """Read all experts from disk into RAM and, as far as there are slots, onto the GPU.
 
         Raises:
-            CheckpointError: as `RamTier.load`.
+            CheckpointError: as `ExpertStore`.
         """
-        with CheckpointSource(checkpoint) as source:
-            self.fill(source, progress)
+        with ExpertStore.open(checkpoint) as store:
+            self.fill(store, progress)
 
     def fill_synthetic(self, seed: int = 0) -> None:
         """Random experts in the same places, without a checkpoint; see `RamTier.fill_synthetic`."""

@@ -40,6 +40,11 @@ def load(
     context: int | None = None,
     threads: int | None = None,
     progress: Callable[[str, int, int], None] | None = None,
+    stores: Sequence[str | Path] = (),
+    verify_reads: bool = False,
+    prefetch: bool = True,
+    statistics: bool = True,
+    record_trace: str | Path | None = None,
 ) -> Model:
     """Load a quantized checkpoint with its tokenizer and chat template.
 
@@ -47,12 +52,17 @@ def load(
         path: a folder that `moebox quantize` wrote, or a native INT4 checkpoint of the family.
         device: "cpu", "cuda" or "cuda:N"; None for the GPU if there is one.
         vram: GPU memory to use, bytes; None for what is free.
-        ram: memory to use, bytes; None for what is free.
+        ram: memory to use, bytes; experts beyond it are read from disk. None for what is free.
         backbone: precision of everything but the experts: "bf16", or on the CPU "int8" or "nf4".
         dtype: `torch.bfloat16` (default) or, on the CPU, `torch.float32`.
         context: tokens that a conversation may hold; None for what the model and the memory allow.
         threads: cores to compute on; None for all.
         progress: called with (what, bytes done, bytes in all).
+        stores: folders, best on several drives, with copies of some or all shards.
+        verify_reads: compare every expert that is read with its checksum.
+        prefetch: read experts that the next layers are likely to need, while the drives are idle.
+        statistics: keep what the router picked in the user's data folder, and start with what is known.
+        record_trace: a file for the experts that were picked.
 
     Raises:
         ConfigError, CheckpointError, TokenizerError, PlanError: names the file, the value and the fix.
@@ -75,6 +85,11 @@ def load(
         context=context,
         threads=threads,
         progress=progress,
+        stores=[Path(store) for store in stores],
+        verify_reads=verify_reads,
+        prefetch=prefetch,
+        statistics=statistics,
+        record_trace=None if record_trace is None else Path(record_trace),
     )
     return Model(engine, tokenizer, template)
 
@@ -87,6 +102,8 @@ class _Parser(Protocol):
 
 class Model:
     """A loaded model. One answer at a time; the cache of the last conversation is kept.
+
+    A context manager: leaving it is `close`.
 
     Attributes:
         engine: weights and arithmetic.
@@ -106,6 +123,19 @@ class Model:
         self._session: TokenSession | None = None
         self._busy = threading.Lock()
         self._generated: dict[str, list[int]] = {}
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End reads, and save what was learned of the routing; there are no answers afterwards.
+
+        The end of the program does it, too.
+        """
+        self.engine.close()
 
     @property
     def name(self) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from threading import Event
@@ -72,6 +72,11 @@ class Engine:
         context: int | None = None,
         threads: int | None = None,
         progress: Progress | None = None,
+        stores: Sequence[Path] = (),
+        verify_reads: bool = False,
+        prefetch: bool = True,
+        statistics: bool = True,
+        record_trace: Path | None = None,
     ) -> Engine:
         """Load a quantized checkpoint.
 
@@ -80,13 +85,19 @@ class Engine:
             device: "cpu", "cuda" or "cuda:N"; None: the GPU if there is one. "stand-in" runs the GPU's code
                 in CPU memory, for tests.
             vram: bytes of GPU memory to use; None: what is free.
-            ram: bytes that experts (and without a GPU backbone and cache) may take; None: what is free.
+            ram: bytes that experts (and without a GPU everything else of the model) may take; experts beyond
+                it are read from disk as they are needed. None: what is free.
             backbone: "bf16", or on the CPU "int8" or "nf4".
             dtype: `torch.bfloat16` or, on the CPU, `torch.float32`; None: bf16, but fp32 for a backbone of up
                 to 64 MiB on a CPU without bf16 instructions, where that is faster.
             context: tokens a session can hold; None: `max_position_embeddings`, or what memory allows.
             threads: cores to compute on; None: all that this process may use.
-            progress: called with ("backbone" | "experts", bytes done, bytes in all).
+            progress: called with ("backbone" | "memory" | "experts", bytes done, bytes in all).
+            stores: folders, best on several drives, with copies of some or all shards.
+            verify_reads: compare every expert that is read with its checksum.
+            prefetch: read experts that the next layers are likely to need, while the drives are idle.
+            statistics: let earlier runs' routing say what to keep at first, and learn from this one's.
+            record_trace: a file for the experts that were picked.
 
         Raises:
             ConfigError: `config.json` is missing or of another family.
@@ -96,14 +107,31 @@ class Engine:
         precision.check_precision(backbone)
         if threads is not None and threads < 1:
             raise PlanError(f"threads = {threads}, at least 1 is needed")
-        options = LoadOptions(vram, ram, backbone, dtype, context, threads, progress)
+        options = LoadOptions(
+            vram,
+            ram,
+            backbone,
+            dtype,
+            context,
+            threads,
+            progress,
+            tuple(map(Path, stores)),
+            verify_reads,
+            prefetch,
+            statistics,
+            None if record_trace is None else Path(record_trace),
+        )
         name = device or _default_device()
-        checkpoint = Checkpoint.open(Path(path))
+        checkpoint = Checkpoint.open(Path(path), stores=options.stores)
         check_quantized(checkpoint)
         check_names(checkpoint)
         load_runner = load_on_cpu if name == "cpu" else partial(_load_on_gpu, name)
         runner, plan = load_runner(checkpoint, options)
         return cls(checkpoint, runner, plan)
+
+    def close(self) -> None:
+        """End reads, and save what was learned of the routing; the model computes nothing afterwards."""
+        self.runner.close()
 
     @torch.inference_mode()
     def logits(self, token_ids: list[int]) -> Tensor:

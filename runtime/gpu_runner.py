@@ -142,6 +142,9 @@ class GpuRunner:
         cache.commit([token])
         return self._logits.clone()
 
+    def close(self) -> None:
+        """See `Runner.close`."""
+
     def _release(self) -> None:
         """Let a running program end without its host: an interrupt may have come before the first step."""
         box = self.experts.mailbox

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from moebox.config import ModelConfig
 from moebox.errors import CheckpointError
-from moebox.offload.checkpoint import Checkpoint, TensorInfo, open_tensor
+from moebox.offload.checkpoint import TORCH_DTYPES, Checkpoint, TensorInfo
 from moebox.offload.experts import Experts
 from moebox.runtime import backbone as precision
 from moebox.runtime.model import KimiK2
@@ -23,7 +24,7 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """What `Engine.load` was asked for; budgets in bytes, `context` in tokens."""
+    """What `Engine.load` was asked for; see there. Budgets in bytes, `context` in tokens."""
 
     vram: int | None = None
     ram: int | None = None
@@ -32,6 +33,11 @@ class LoadOptions:
     context: int | None = None
     threads: int | None = None
     progress: Progress | None = None
+    stores: Sequence[Path] = ()
+    verify_reads: bool = False
+    prefetch: bool = True
+    statistics: bool = True
+    record_trace: Path | None = None
 
 
 _NOT_RUN = re.compile(r"\.rotary_emb\.inv_freq$|^(vision_tower|mm_projector)\.")
@@ -126,7 +132,7 @@ def load_backbone(
     for parameter, infos in sources.items():
         module_name, _, attribute = parameter.rpartition(".")
         wanted = torch.float32 if precision.keeps_fp32(module_name) else dtype
-        weight = torch.cat([open_tensor(info).to(wanted) for info in infos])  # copies even a single one
+        weight = _joined([_read(info).to(wanted) for info in infos])
         if precision.is_quantized(module_name, weight.shape[-1], backbone):
             replace(model, module_name, _quantized_linear(weight, backbone))
         else:
@@ -136,6 +142,30 @@ def load_backbone(
         if progress is not None:
             progress("backbone", done, total)
     return model.eval()
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _read(info: TensorInfo) -> Tensor:
+    """The tensor in memory of its own: pages of a mapping would count as the process's, twice as much."""
+    tensor = torch.empty(info.shape, dtype=TORCH_DTYPES[info.dtype])
+    target = tensor.reshape(-1).view(torch.uint8).numpy()
+    try:
+        with info.file.open("rb", buffering=0) as file:
+            file.seek(info.offset)
+            done = 0
+            while done < info.nbytes and (count := file.readinto(target[done:].data)):
+                done += count
+    except OSError as error:
+        raise CheckpointError(f"{info.file}: {info.name}: cannot be read: {error.strerror}") from None
+    if done < info.nbytes:
+        raise CheckpointError(
+            f"{info.file}: {info.name}: the file ends at byte {info.offset + done}, its header said more",
+            "The file was changed while it was read; fetch it again.",
+        )
+    return tensor
 
 
 def _quantized_linear(weight: Tensor, backbone: str) -> nn.Module:

@@ -1,82 +1,192 @@
-"""Whether a model fits: experts, backbone and cache against the budget or the memory that is free."""
+"""What a box without a GPU holds: backbone, cache and a chunk's values, and experts in all RAM that is left.
+
+Experts beyond it stay on disk and are read as they are routed (`offload/ram_cache.py`).
+"""
 
 from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
 
+import psutil
 import torch
 
 from moebox.config import ModelConfig
 from moebox.errors import PlanError
 from moebox.offload.hardware import available_ram_bytes
+from moebox.offload.ram import row_stride
 from moebox.runtime.backbone import planned_bytes
 from moebox.runtime.kv_cache import bytes_per_token
+from moebox.runtime.processor import CPU_SCORES_BYTES
 
 log = logging.getLogger("moebox")
 
+CHUNK_TOKENS = 1024
+"""Tokens of a prompt that go through the CPU at once: bounds memory, and how much an interrupt loses.
+The same whatever the budget, since another chunk rounds otherwise."""
 SMALLEST_CONTEXT = 512
 """Tokens of cache that a plan must have room for, unless the model or the caller asks for less."""
 SYSTEM_SHARE = 0.05
 """Part of the free memory that is left to the system."""
+CACHE_SHARE = 0.15
+"""Part of the memory beside the backbone that the cache may take where experts have to stay on disk and no
+context was asked for."""
+KERNEL_PAIRS = 2048
+"""Pairs of token and expert that the CPU's kernel takes in one round."""
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What a load will take. `experts_fit`: all of them stay in memory, else the page cache holds a part."""
+    """What a load takes of RAM, in bytes, tokens and experts.
+
+    Attributes:
+        backbone_bytes, unquantized_backbone_bytes: as loaded, and in the model's dtype.
+        kv_bytes: cache of one conversation that fills `context` tokens.
+        workspace_bytes: values of a chunk on its way, at most.
+        rows: experts that RAM holds.
+        n_keys: experts there are.
+        row_bytes: of one.
+        program_bytes: what the process held before; it comes on top of the budget.
+    """
 
     backbone_bytes: int
     unquantized_backbone_bytes: int
-    experts_bytes: int
     context: int
-    experts_fit: bool
-    note: str = ""
-    """What a user may want to know of it: nothing."""
+    kv_bytes: int
+    workspace_bytes: int
+    rows: int
+    n_keys: int
+    row_bytes: int
+    program_bytes: int
+
+    @property
+    def experts_bytes(self) -> int:
+        """The experts' rows in RAM."""
+        return self.rows * self.row_bytes
+
+    @property
+    def experts_fit(self) -> bool:
+        """Whether all experts stay in RAM."""
+        return self.rows == self.n_keys
+
+    @property
+    def planned_bytes(self) -> int:
+        """All that the model takes: what a budget must hold."""
+        return self.backbone_bytes + self.kv_bytes + self.workspace_bytes + self.experts_bytes
+
+    @property
+    def note(self) -> str:
+        """What a user may want to know of it, in a line: nothing where all is in RAM."""
+        if self.experts_fit:
+            return ""
+        return (
+            f"RAM: {self.rows:,} of {self.n_keys:,} experts ({gib(self.experts_bytes)}), the others are read "
+            f"from disk; backbone {gib(self.backbone_bytes)}, cache {gib(self.kv_bytes)} for "
+            f"{self.context:,} tokens, workspace {gib(self.workspace_bytes)}"
+        )
 
 
 def plan_memory(
-    config: ModelConfig, dtype: torch.dtype, backbone: str, ram: int | None, context: int | None
+    config: ModelConfig,
+    dtype: torch.dtype,
+    backbone: str,
+    ram: int | None,
+    context: int | None,
+    free_ram: int | None = None,
 ) -> MemoryPlan:
-    """Decide the context and whether the experts stay in memory; sizes in bytes, `context` in tokens.
+    """Share RAM out; sizes in bytes, `context` in tokens, None for what is free or reasonable.
 
-    With a budget everything must fit it. Without one, experts that do not fit the free memory are read
-    through the page cache, which is said once.
+    Args:
+        ram: budget of all that the model takes.
+        free_ram: what the machine has to give; None: this one, now.
 
     Raises:
         PlanError: with the numbers, when it does not fit.
     """
     check_context(config, context)
-    per_token = bytes_per_token(config, dtype)
-    shapes = config.backbone_shapes()
-    backbone_bytes = planned_bytes(shapes, dtype, backbone)
-    available = available_ram_bytes()
-    room = int(available * (1 - SYSTEM_SHARE)) if ram is None else ram
-    smallest = context or min(SMALLEST_CONTEXT, config.max_position_embeddings)
-    fixed = backbone_bytes + smallest * per_token
-    experts_fit = fixed + config.experts_bytes <= room
-    if fixed > room or (ram is not None and not experts_fit):
-        raise PlanError(
-            _shortage(config, backbone_bytes, smallest, per_token, room, budget=ram is not None),
-            "Give a larger RAM budget or a smaller context, or load the backbone as int8 or nf4.",
-        )
+    available = available_ram_bytes() if free_ram is None else free_ram
     if ram is not None and ram > available:
         raise PlanError(
             f"RAM budget of {gib(ram)}, but only {gib(available)} are free", "Give a smaller budget."
         )
-    if not experts_fit:
-        log.warning(
-            "experts take %s, %s of memory are free beside the backbone: they are read from disk as needed, "
-            "and decoding runs at the disk's speed",
-            gib(config.experts_bytes),
-            gib(room - fixed),
+    room = int(available * (1 - SYSTEM_SHARE)) if ram is None else ram
+    smallest = context or min(SMALLEST_CONTEXT, config.max_position_embeddings)
+    least = _plan(config, dtype, backbone, smallest, least_rows(config))
+    if least.planned_bytes > room:
+        raise PlanError(
+            f"the model needs {gib(least.planned_bytes)} ({describe(least)}); "
+            f"{'the RAM budget is' if ram is not None else 'free memory is'} {gib(room)}",
+            "Give a larger RAM budget or a smaller context, or load the backbone as int8 or nf4.",
         )
-    left = room - backbone_bytes - (config.experts_bytes if experts_fit else (room - fixed) // 2)
+    tokens = context or _affordable_context(config, dtype, backbone, room)
+    fixed = _plan(config, dtype, backbone, tokens, 0).planned_bytes
+    rows = min((room - fixed) // row_stride(config), _n_keys(config))
+    return _plan(config, dtype, backbone, tokens, rows)
+
+
+def least_rows(config: ModelConfig) -> int:
+    """Experts that RAM must hold at least: those of one token's layer, and as many again on their way."""
+    return min(2 * config.num_experts_per_tok, _n_keys(config))
+
+
+def budget_for_share(
+    config: ModelConfig, dtype: torch.dtype, backbone: str, context: int, share: float
+) -> int:
+    """The least `ram` with which a share (0 to 1) of all experts has a row."""
+    rows = max(least_rows(config), round(share * _n_keys(config)))
+    return _plan(config, dtype, backbone, context, rows).planned_bytes
+
+
+def _plan(config: ModelConfig, dtype: torch.dtype, backbone: str, context: int, rows: int) -> MemoryPlan:
+    shapes = config.backbone_shapes()
     return MemoryPlan(
-        backbone_bytes,
-        planned_bytes(shapes, dtype, "bf16"),
-        config.experts_bytes,
-        context or min(config.max_position_embeddings, left // per_token),
-        experts_fit,
+        backbone_bytes=planned_bytes(shapes, dtype, backbone),
+        unquantized_backbone_bytes=planned_bytes(shapes, dtype, "bf16"),
+        context=context,
+        kv_bytes=context * bytes_per_token(config, dtype),
+        workspace_bytes=workspace_bytes(config, CHUNK_TOKENS, context),
+        rows=rows,
+        n_keys=_n_keys(config),
+        row_bytes=row_stride(config),
+        program_bytes=int(psutil.Process().memory_info().rss),
+    )
+
+
+def _n_keys(config: ModelConfig) -> int:
+    return len(config.moe_layers) * config.n_routed_experts
+
+
+def _affordable_context(config: ModelConfig, dtype: torch.dtype, backbone: str, room: int) -> int:
+    """What is left beside all experts; where they do not fit, a share of the memory."""
+    smallest = min(SMALLEST_CONTEXT, config.max_position_embeddings)
+    without, with_one = (_plan(config, dtype, backbone, tokens, 0).planned_bytes for tokens in (0, 1))
+    per_token, left = with_one - without, room - without
+    beside_all = (left - _n_keys(config) * row_stride(config)) // per_token
+    affordable = beside_all if beside_all >= smallest else int(left * CACHE_SHARE) // per_token
+    return min(config.max_position_embeddings, max(smallest, affordable))
+
+
+def workspace_bytes(config: ModelConfig, chunk: int, context: int) -> int:
+    """RAM that a chunk's intermediate values take at most, in a layer of any kind, computed in fp32."""
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    # Bytes a token: the residual, what is added to it, its norm on the way and the experts' sum; then the
+    # widest of attention (queries, positional parts through complex numbers, mixed values) and dense MLP.
+    queries = heads * (8 * config.qk_head_dim + 16 * config.qk_rope_head_dim + 8 * config.v_head_dim)
+    widest = max(queries, 12 * config.intermediate_size)
+    # A head's keys and values for all of the context, its latents in fp32, and scores on their way.
+    latent = config.kv_lora_rank + config.qk_rope_head_dim
+    attention = 4 * context * (latent + 3 * config.qk_head_dim + config.v_head_dim) + 4 * CPU_SCORES_BYTES
+    pairs = min(KERNEL_PAIRS, chunk * config.num_experts_per_tok)
+    kernel = pairs * (4 * hidden + 8 * config.moe_intermediate_size)
+    return chunk * (20 * hidden + widest) + attention + kernel
+
+
+def describe(plan: MemoryPlan) -> str:
+    """The parts of a plan in words."""
+    return (
+        f"backbone {gib(plan.backbone_bytes)} + cache {gib(plan.kv_bytes)} for {plan.context} tokens + "
+        f"workspace {gib(plan.workspace_bytes)} + {plan.rows} of {plan.n_keys} experts "
+        f"{gib(plan.experts_bytes)}"
     )
 
 
@@ -91,16 +201,3 @@ def check_context(config: ModelConfig, context: int | None) -> None:
 def gib(nbytes: float) -> str:
     """`nbytes` as text, in GiB or, if small, in MiB."""
     return f"{nbytes / 2**30:.1f} GiB" if nbytes >= 2**30 else f"{nbytes / 2**20:.1f} MiB"
-
-
-def _shortage(
-    config: ModelConfig, backbone_bytes: int, context: int, per_token: int, room: int, *, budget: bool
-) -> str:
-    cache_bytes = context * per_token
-    parts = f"backbone {gib(backbone_bytes)} + cache {gib(cache_bytes)} for {context} tokens"
-    need = backbone_bytes + cache_bytes
-    if budget:
-        parts = f"experts {gib(config.experts_bytes)} + {parts}"
-        need += config.experts_bytes
-    where = "the RAM budget is" if budget else "free memory is"
-    return f"the model needs {gib(need)} ({parts}); {where} {gib(room)}"

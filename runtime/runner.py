@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Protocol
 
 import torch
@@ -12,16 +14,15 @@ from moebox.config import ModelConfig
 from moebox.errors import PlanError
 from moebox.kernels import cpu
 from moebox.offload.checkpoint import Checkpoint
-from moebox.offload.experts import open_experts, prefault
+from moebox.offload.cpu_experts import CpuExperts
+from moebox.offload.store import ExpertStore
 from moebox.runtime.backbone import planned_bytes
 from moebox.runtime.kv_cache import KVCache
 from moebox.runtime.linear import native_bf16
 from moebox.runtime.loader import LoadOptions, load_backbone
-from moebox.runtime.memory import MemoryPlan, plan_memory
+from moebox.runtime.memory import CHUNK_TOKENS, MemoryPlan, plan_memory
 from moebox.runtime.model import KimiK2
-
-CHUNK_TOKENS = 1024
-"""Tokens of a prompt that go through the CPU at once: bounds memory, and how much an interrupt loses."""
+from moebox.runtime.recording import open_recording
 
 MULTITHREADED_FROM = 1 << 22
 """Tokens times hidden_size squared from which torch uses all threads; the experts' own pool always does."""
@@ -73,15 +74,30 @@ class Runner(Protocol):
         """
         ...
 
+    def close(self) -> None:
+        """End reads, and save what was learned of the routing; nothing is computed afterwards."""
+        ...
+
 
 class CpuRunner:
-    """Everything on the CPU: the backbone through torch, the experts through the pool of the kernels."""
+    """Everything on the CPU: the backbone through torch, the experts through the pool of the kernels.
 
-    def __init__(self, model: KimiK2, pool: cpu.ThreadPool, dtype: torch.dtype) -> None:
+    Args:
+        model: has its experts.
+        pool: computes them.
+        dtype: of the backbone.
+        resources: what `close` closes; the end of the program does, too.
+    """
+
+    def __init__(
+        self, model: KimiK2, pool: cpu.ThreadPool, dtype: torch.dtype, resources: ExitStack | None = None
+    ) -> None:
         self.model = model
         self.dtype = dtype
         self.chunk_tokens = CHUNK_TOKENS
         self._pool = pool
+        self._resources = resources or ExitStack()
+        weakref.finalize(self, self._resources.close)
 
     def new_cache(self, context: int) -> KVCache:
         """See `Runner.new_cache`; memory is taken as tokens come."""
@@ -102,6 +118,10 @@ class CpuRunner:
         hidden = self.model(token_ids, cache, between_layers)
         return self.model.logits(hidden[-1:] if last_only else hidden)
 
+    def close(self) -> None:
+        """See `Runner.close`."""
+        self._resources.close()
+
 
 def load_on_cpu(checkpoint: Checkpoint, options: LoadOptions) -> tuple[Runner, MemoryPlan]:
     """Load a checkpoint that was checked into RAM; see `Engine.load`."""
@@ -114,11 +134,21 @@ def load_on_cpu(checkpoint: Checkpoint, options: LoadOptions) -> tuple[Runner, M
     dtype = options.dtype or default_dtype(config, options.backbone)
     plan = plan_memory(config, dtype, options.backbone, options.ram, options.context)
     pool = cpu.ThreadPool(options.threads)
-    experts = open_experts(checkpoint, pool)
-    model = load_backbone(checkpoint, experts, dtype, options.backbone, options.progress)
-    if plan.experts_fit:
-        prefault(checkpoint, options.progress)
-    return CpuRunner(model, pool, dtype), plan
+    with ExitStack() as opened:
+        recording = open_recording(checkpoint, options.statistics, options.record_trace)
+        opened.callback(recording.close)
+        store = ExpertStore.open(checkpoint, options.stores, verify=options.verify_reads)
+        opened.callback(store.close)
+        model = load_backbone(checkpoint, None, dtype, options.backbone, options.progress)
+        experts = CpuExperts.load(
+            config, store, pool, plan.rows, recording.statistics, options.prefetch, options.progress
+        )
+        opened.callback(experts.cache.abandon)
+        experts.recorder = recording.recorder
+        if recording.statistics is not None:
+            recording.statistics.placement = experts.placement
+        model.connect(experts)
+        return CpuRunner(model, pool, dtype, opened.pop_all()), plan
 
 
 def default_dtype(config: ModelConfig, backbone: str) -> torch.dtype:

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from moebox.config import ModelConfig, parse_config
 from moebox.kernels import cpu
-from moebox.offload.experts import CpuExperts, Experts
+from moebox.offload.cpu_experts import CpuExperts
+from moebox.offload.experts import Experts
 from moebox.offload.ram import RamTier
+from moebox.offload.ram_cache import RamCache
 from moebox.quantize.synth_shapes import synth_config
 from moebox.runtime.backbone import keeps_fp32
 from moebox.runtime.model import KimiK2
@@ -76,9 +78,5 @@ def _random_matrix(shape: torch.Size, dtype: torch.dtype, block: Tensor) -> Tens
 
 
 def experts_in_ram(ram: RamTier, pool: cpu.ThreadPool) -> CpuExperts:
-    """The CPU tier over a slab that holds all experts."""
-    config, rows = ram.config, ram.rows.reshape(-1, ram.config.n_routed_experts)
-    layers = {
-        layer: [ram.expert(int(row)) for row in rows[index]] for index, layer in enumerate(config.moe_layers)
-    }
-    return CpuExperts(layers, config.experts_bytes, pool)
+    """The CPU's experts over a slab that holds all of them."""
+    return CpuExperts(ram.config, RamCache(ram), pool)

@@ -1,4 +1,4 @@
-"""The CPU tier against dequantized matrices, and its checks of the manifest."""
+"""The CPU's experts against dequantized matrices, and the checks of where they lie."""
 
 import json
 import logging
@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers.runtime import PROJECTIONS, dequantize, load_tensors, make_checkpoint, rewrite
+from helpers.store import cpu_experts
 from moebox.errors import CheckpointError
-from moebox.kernels import cpu
 from moebox.offload.checkpoint import Checkpoint
-from moebox.offload.experts import group_by_expert, open_experts, prefault
+from moebox.offload.experts import group_by_expert
 from moebox.offload.layout import MANIFEST_FILE
 from moebox.quantize.convert import quantize
 
@@ -26,7 +26,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def experts(folder):
-    return open_experts(Checkpoint.open(folder), cpu.ThreadPool(2))
+    return cpu_experts(Checkpoint.open(folder))
 
 
 def reference(folder, layer, ids, weights, hidden):
@@ -83,14 +83,6 @@ def test_groups_hold_every_pair_once(rows):
         assert set(ids.flat[order[begin:end]]) == {expert}
 
 
-def test_prefault_counts_all_bytes(folder):
-    checkpoint = Checkpoint.open(folder)
-    calls = []
-    prefault(checkpoint, lambda *call: calls.append(call))
-    assert calls[-1] == ("experts", checkpoint.config.experts_bytes, checkpoint.config.experts_bytes)
-    assert [done for _, done, _ in calls] == sorted(done for _, done, _ in calls)
-
-
 def test_bytes(experts, folder):
     tensors = load_tensors(folder)
     stored = sum(t.nbytes for name, t in tensors.items() if name.endswith(("_packed", "_scale")))
@@ -102,7 +94,7 @@ def test_scale_of_wrong_type(tmp_path):
     name = "model.layers.1.mlp.experts.0.down_proj.weight_scale"
     rewrite(folder, name, load_tensors(folder)[name].half())
     with pytest.raises(CheckpointError, match=r"F16.*implies BF16"):
-        open_experts(Checkpoint.open(folder), cpu.ThreadPool(1))
+        cpu_experts(Checkpoint.open(folder))
 
 
 @pytest.fixture
@@ -121,7 +113,7 @@ def edit_extent(folder, **changes):
 
 def test_both_layouts_give_the_same_bits(experts, written_by_moebox, caplog):
     with caplog.at_level(logging.WARNING, "moebox"):
-        own = open_experts(Checkpoint.open(written_by_moebox), cpu.ThreadPool(1))
+        own = cpu_experts(Checkpoint.open(written_by_moebox))
     assert "six reads" not in caplog.text
     hidden = torch.randn(7, 160).bfloat16()
     ids = torch.rand(7, 8).topk(4).indices
@@ -134,10 +126,10 @@ def test_both_layouts_give_the_same_bits(experts, written_by_moebox, caplog):
 def test_manifest_of_other_shards(written_by_moebox):
     edit_extent(written_by_moebox, offset=4096)
     with pytest.raises(CheckpointError, match=r"experts\.3\.gate_proj.*moebox\.json says .* byte 4096"):
-        open_experts(Checkpoint.open(written_by_moebox), cpu.ThreadPool(1))
+        cpu_experts(Checkpoint.open(written_by_moebox))
 
 
 def test_manifest_beyond_the_file(written_by_moebox):
     edit_extent(written_by_moebox, offset=1 << 40)
     with pytest.raises(CheckpointError, match=r"experts\.3: ends at byte"):
-        open_experts(Checkpoint.open(written_by_moebox), cpu.ThreadPool(1))
+        cpu_experts(Checkpoint.open(written_by_moebox))

@@ -1,4 +1,4 @@
-"""Rows hold an expert's bytes, from either layout on disk; broken files and full memory are said."""
+"""Rows hold an expert's bytes, from either layout on disk; full memory is said."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,8 @@ from moebox.offload import ram as ram_module
 from moebox.offload.checkpoint import Checkpoint
 from moebox.offload.device import StandInDevice
 from moebox.offload.layout import EXPERT_TENSORS
-from moebox.offload.ram import CheckpointSource, RamTier, row_tensors
+from moebox.offload.ram import RamTier, row_tensors
+from moebox.offload.store import ExpertStore
 from moebox.quantize.convert import quantize
 
 
@@ -36,7 +37,9 @@ def test_rows_are_what_the_checkpoint_holds(layout, request, folder):
     config = checkpoint.config
     ram = RamTier(config)
     calls = []
-    ram.load(checkpoint, progress=lambda *call: calls.append(call))
+    with ExpertStore.open(checkpoint) as store:
+        ram.fill(store, progress=lambda *call: calls.append(call))
+        assert len(store.runs(0)) == (1 if layout == "own" else 6)
     tensors = load_tensors(folder)
     for key in range(ram.n_keys):
         layer, expert = divmod(key, config.n_routed_experts)
@@ -46,21 +49,21 @@ def test_rows_are_what_the_checkpoint_holds(layout, request, folder):
             assert torch.equal(view, tensors[f"{name}.{suffix}"])
     assert [call[1] for call in calls] == sorted(call[1] for call in calls)
     assert calls[-1] == ("experts", config.experts_bytes, config.experts_bytes)
-    with CheckpointSource(checkpoint) as source:
-        assert len(source.pieces(0)) == (1 if layout == "own" else 6)
 
 
 def test_some_keys_in_few_rows(own):
     checkpoint = Checkpoint.open(own)
     whole, part = RamTier(checkpoint.config), RamTier(checkpoint.config, n_rows=5)
-    whole.load(checkpoint)
-    for keys in ([3, 9], [15, 0, 7, 2, 11]):
-        part.load(checkpoint, keys)
-        assert sorted(np.nonzero(part.rows >= 0)[0].tolist()) == sorted(keys)
-        for key in keys:
-            assert torch.equal(part.slab[part.rows[key]], whole.slab[whole.rows[key]])
-    with pytest.raises(ValueError, match="6 experts for 5 rows"):
-        part.load(checkpoint, range(6))
+    with ExpertStore.open(checkpoint) as store:
+        whole.fill(store)
+        for keys in ([3, 9], [15, 0, 7, 2, 11]):
+            part.fill(store, keys)
+            assert part.rows[keys].tolist() == list(range(len(keys)))
+            assert (part.rows >= 0).sum() == len(keys)
+            for key in keys:
+                assert torch.equal(part.slab[part.rows[key]], whole.slab[whole.rows[key]])
+        with pytest.raises(ValueError, match="6 experts for 5 rows"):
+            part.fill(store, range(6))
 
 
 def test_a_file_that_shrank(folder, tmp_path):
@@ -68,33 +71,11 @@ def test_a_file_that_shrank(folder, tmp_path):
         (tmp_path / file.name).write_bytes(file.read_bytes())
     checkpoint = Checkpoint.open(tmp_path)
     shard = max(tmp_path.glob("*.safetensors"), key=lambda file: file.stat().st_size)
-    with shard.open("r+b") as file:
-        file.truncate(shard.stat().st_size // 2)
-    with pytest.raises(CheckpointError, match=rf"{shard.name}: ends at byte \d+"):
-        RamTier(checkpoint.config).load(checkpoint)
-
-
-def test_short_reads_are_finished(own, monkeypatch):
-    checkpoint = Checkpoint.open(own)
-    expected, ram = RamTier(checkpoint.config), RamTier(checkpoint.config)
-    expected.load(checkpoint)
-    preadv = ram_module.os.preadv
-    monkeypatch.setattr(
-        ram_module.os, "preadv", lambda file, buffers, at: preadv(file, [buffers[0][:1000]], at)
-    )
-    ram.load(checkpoint)
-    assert torch.equal(ram.slab, expected.slab)
-
-
-def test_read_errors_name_the_file(own, monkeypatch):
-    checkpoint = Checkpoint.open(own)
-
-    def fail(*_):
-        raise OSError(5, "Input/output error")
-
-    monkeypatch.setattr(ram_module.os, "preadv", fail)
-    with pytest.raises(CheckpointError, match=r"safetensors: byte \d+: Input/output error"):
-        RamTier(checkpoint.config).load(checkpoint)
+    with ExpertStore.open(checkpoint) as store:
+        with shard.open("r+b") as file:
+            file.truncate(shard.stat().st_size // 2)
+        with pytest.raises(CheckpointError, match=rf"{shard.name}: model.*experts.*: byte \d+"):
+            RamTier(checkpoint.config).fill(store)
 
 
 def test_pinned_in_pieces_of_whole_rows(monkeypatch):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from helpers.runtime import make_checkpoint
+from helpers.store import cpu_experts
 from helpers.tiers import (
     EXPERTS,
     FIRST,
@@ -19,7 +20,6 @@ from moebox.errors import PlanError
 from moebox.kernels import cpu
 from moebox.offload.checkpoint import Checkpoint
 from moebox.offload.device import StandInDevice
-from moebox.offload.experts import open_experts
 from moebox.offload.ram import RamTier
 from moebox.offload.tiers import TieredExperts
 
@@ -78,7 +78,7 @@ def test_a_checkpoint_as_the_cpu_tier_computes_it(tmp_path, exclusive):
     tiers.load(checkpoint, lambda *call: calls.append(call))
     assert calls[-1] == ("experts", config.experts_bytes, config.experts_bytes)
     assert [call[1] for call in calls] == sorted(call[1] for call in calls)
-    expected = open_experts(checkpoint, pool)
+    expected = cpu_experts(checkpoint)
     hidden = torch.randn(9, config.hidden_size).bfloat16()
     ids = torch.rand(9, config.n_routed_experts).topk(config.num_experts_per_tok).indices
     weights = torch.rand(9, config.num_experts_per_tok)

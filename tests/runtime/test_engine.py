@@ -10,7 +10,7 @@ import moebox.runtime.runner as runner_module
 from helpers.runtime import make_checkpoint
 from moebox.errors import CheckpointError, ConfigError, PlanError, RequestError
 from moebox.runtime.engine import Cancelled, Engine, common_prefix
-from moebox.runtime.memory import plan_memory
+from moebox.runtime.memory import budget_for_share, plan_memory
 
 TOKENS = torch.randint(0, 512, (60,), generator=torch.Generator().manual_seed(2)).tolist()
 
@@ -170,7 +170,7 @@ def test_session_context_is_bounded(engine):
         ({"backbone": "fp4"}, PlanError, "'fp4' is unknown"),
         ({"context": 5000}, PlanError, "5000 tokens.*4096"),
         ({"context": 0}, PlanError, "context of 0"),
-        ({"ram": 1 << 20, "dtype": torch.bfloat16}, PlanError, r"needs 1\.6 MiB.*RAM budget is 1\.0 MiB"),
+        ({"ram": 1 << 20, "dtype": torch.bfloat16}, PlanError, r"needs 26\.8 MiB.*8 of 16 exp.* is 1\.0 MiB"),
         ({"ram": 1 << 60}, PlanError, "only .* free"),
         ({"threads": 0}, PlanError, "threads = 0"),
     ],
@@ -181,23 +181,34 @@ def test_options_that_cannot_be_served(folder, options, error, message):
 
 
 def test_budget_that_fits(folder):
-    loaded = Engine.load(folder, ram=8 << 20)
-    assert (
-        loaded.experts_bytes + loaded.backbone_bytes + loaded.context * loaded.kv_bytes_per_token <= 8 << 20
-    )
+    loaded = Engine.load(folder, ram=64 << 20)
+    assert loaded.plan.experts_fit
+    assert loaded.plan.planned_bytes <= 64 << 20
+    assert not loaded.plan.note
+    assert loaded.context == loaded.config.max_position_embeddings
 
 
-def test_experts_beyond_memory_run_from_the_page_cache(folder, monkeypatch, caplog):
-    config = Engine.load(folder).config
-    monkeypatch.setattr("moebox.runtime.memory.available_ram_bytes", lambda: 1_600_000)
-    with caplog.at_level(logging.WARNING, "moebox"):
-        plan = plan_memory(config, torch.bfloat16, "bf16", None, None)
-    assert not plan.experts_fit
-    assert "read from disk" in caplog.text
-    assert 512 <= plan.context < config.max_position_embeddings
-    monkeypatch.setattr("moebox.runtime.memory.available_ram_bytes", lambda: 1_000_000)
-    with pytest.raises(PlanError, match="free memory is"):
-        plan_memory(config, torch.bfloat16, "bf16", None, None)
+@pytest.mark.parametrize("share", [0.5, 0.75])
+def test_budget_that_holds_some_experts(folder, engine, share):
+    budget = budget_for_share(engine.config, torch.float32, "bf16", 100, share)
+    loaded = Engine.load(folder, dtype=torch.float32, context=100, ram=budget)
+    assert loaded.plan.rows == 16 * share
+    assert loaded.plan.planned_bytes <= budget
+    assert f"{loaded.plan.rows} of 16 experts" in loaded.plan.note
+    assert torch.equal(loaded.logits(TOKENS), engine.logits(TOKENS))
+
+
+def test_the_machines_memory_without_a_budget(engine):
+    config = engine.config
+    all_of_it = budget_for_share(config, torch.bfloat16, "bf16", 512, 1)
+    roomy = plan_memory(config, torch.bfloat16, "bf16", None, None, free_ram=2 * all_of_it)
+    assert roomy.experts_fit
+    assert roomy.context == config.max_position_embeddings
+    some = budget_for_share(config, torch.bfloat16, "bf16", 512, 0.75)
+    tight = plan_memory(config, torch.bfloat16, "bf16", None, 512, free_ram=int(some / 0.95) + 100)
+    assert tight.rows == 12
+    with pytest.raises(PlanError, match=r"needs .* \+ 8 of 16 experts .*free memory is"):
+        plan_memory(config, torch.bfloat16, "bf16", None, None, free_ram=1 << 20)
 
 
 def test_missing_folder(tmp_path):

@@ -1,0 +1,259 @@
+"""The routed experts of a box without a GPU: computed by the CPU, from rows in RAM, misses read from disk.
+
+Where an expert lies changes when it is computed, and no bit of the result. The kernel adds experts to a
+token's sum in ascending order; so does this module, whatever the order in which reads end.
+
+Shapes: T tokens, H hidden_size, E n_routed_experts, k num_experts_per_tok.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from moebox.config import ModelConfig
+from moebox.kernels import cpu
+from moebox.offload.counts import TIERS
+from moebox.offload.experts import Progress, group_by_expert
+from moebox.offload.gpu import spread_keys
+from moebox.offload.pairs import recent_use
+from moebox.offload.ram import RamTier
+from moebox.offload.ram_cache import RamCache, Store
+from moebox.offload.record import RoutingRecorder
+from moebox.offload.stats import RouterStatistics
+
+Floats = npt.NDArray[np.float32]
+
+
+class Foresight(Protocol):
+    """Guesses what decoding will need, and has it read: see `Prefetcher`."""
+
+    def begin_layer(self, moe: int, picks: Sequence[int]) -> None:
+        """These experts were routed; nothing was demanded yet."""
+        ...
+
+    def submitted(self, moe: int, hidden: Tensor, picks: Sequence[int]) -> None:
+        """Their reads are queued; `hidden` [1, H] is what the layer's router saw."""
+        ...
+
+    def end_token(self) -> None:
+        """The last layer is computed."""
+        ...
+
+
+@dataclass
+class LayerCounts:
+    """One call of `forward`: experts that were in RAM and that were read, bytes of the latter, and seconds
+    that the computation waited for them."""
+
+    hits: int = 0
+    cold: int = 0
+    cold_bytes: int = 0
+    read_s: float = 0.0
+
+
+class CpuExperts:
+    """Implements `Experts`; see the module. Not thread-safe.
+
+    Attributes:
+        config: of the model.
+        cache: rows, and reads into them.
+        pool: computes.
+        nbytes: INT4 bytes of all experts, wherever they lie.
+        recorder: told what was routed, where set.
+        prefetcher: guesses what the next layers will need, where set; decoding only.
+        last: what the last layer did.
+    """
+
+    def __init__(self, config: ModelConfig, cache: RamCache, pool: cpu.ThreadPool) -> None:
+        self.config, self.cache, self.pool = config, cache, pool
+        self.nbytes = config.experts_bytes
+        self.recorder: RoutingRecorder | None = None
+        self.prefetcher: Foresight | None = None
+        self.last = LayerCounts()
+
+    @classmethod
+    def load(
+        cls,
+        config: ModelConfig,
+        store: Store,
+        pool: cpu.ThreadPool,
+        rows: int,
+        statistics: RouterStatistics | None = None,
+        prefetch: bool = True,
+        progress: Progress | None = None,
+    ) -> CpuExperts:
+        """Allocate rows and read experts into them, at the disk's speed.
+
+        Args:
+            store: has all experts.
+            rows: experts that RAM holds; where they are fewer than there are, at least 2 k.
+            statistics: say which experts are read first, and what they score.
+            prefetch: keep as many rows for guesses as for a layer's misses.
+            progress: called with ("memory" | "experts", bytes done, bytes in all).
+
+        Raises:
+            PlanError: the system does not give so much memory.
+            CheckpointError: an expert could not be read.
+        """
+        ram = RamTier(config, rows, progress=progress)
+        top_k = config.num_experts_per_tok
+        cache = RamCache(ram, store, min(2 * top_k if prefetch else top_k, rows - top_k))
+        known = statistics is not None and statistics.tokens > 0
+        if statistics is None or not known:
+            order = spread_keys(len(config.moe_layers), config.n_routed_experts)
+        else:
+            order = statistics.order()
+        cache.fill(order[: rows - cache.reserve], progress)
+        if statistics is not None and known:
+            cache.residency.seed(np.arange(ram.n_keys, dtype=np.int32), statistics.seed_scores())
+        return cls(config, cache, pool)
+
+    def placement(self) -> npt.NDArray[np.uint8]:
+        """Where each expert lies: uint8 [L, E] of `counts.TIERS`."""
+        in_ram = [self.cache.resident(key) for key in range(self.cache.ram.n_keys)]
+        tiers = np.where(in_ram, TIERS.index("RAM"), TIERS.index("drive")).astype(np.uint8)
+        return tiers.reshape(-1, self.config.n_routed_experts)
+
+    def forward(self, layer: int, expert_ids: Tensor, weights: Tensor, hidden: Tensor) -> Tensor:
+        """See `Experts.forward`. Layers come in order, the first one starting a chunk or a token.
+
+        Raises:
+            CheckpointError: an expert could not be read.
+        """
+        moe = layer - self.config.first_k_dense_replace
+        ids = expert_ids.numpy()
+        if moe == 0:
+            self.cache.residency.tick += len(ids)
+        if self.recorder is not None:
+            self.recorder.layer(moe, ids)
+        work = _Work(self, moe, ids, weights.numpy(), hidden.contiguous())
+        self.last = work.counts
+        try:
+            return work.decode() if len(ids) == 1 else work.prefill()
+        except BaseException:
+            self.cache.abandon()
+            raise
+
+
+class _Work:
+    """One layer's experts for one chunk or token."""
+
+    def __init__(
+        self, experts: CpuExperts, moe: int, ids: npt.NDArray[np.int64], weights: Floats, hidden: Tensor
+    ) -> None:
+        self.cache, self.pool, self.prefetcher = experts.cache, experts.pool, experts.prefetcher
+        self.moe, self.hidden = moe, hidden
+        self.chosen, self.offsets, self.tokens, order = group_by_expert(ids)
+        self.weights = weights.reshape(-1)[order]
+        n_experts = experts.config.n_routed_experts
+        self.keys = [moe * n_experts + expert for expert in self.chosen]
+        recent = None if len(ids) == 1 else recent_use(ids, n_experts)[self.chosen]
+        self.cache.use(np.array(self.keys, np.int32), recent)
+        self.counts = LayerCounts()
+
+    def decode(self) -> Tensor:
+        """One token: hits are computed while misses are read, each miss when it is there. fp32 [1, H]."""
+        cache, keys = self.cache, self.keys
+        if self.prefetcher is not None:
+            self.prefetcher.begin_layer(self.moe, self.chosen)
+        cold = [i for i, key in enumerate(keys) if not cache.resident(key)]
+        self._demand(keys, len(cold))
+        if self.prefetcher is not None:
+            self.prefetcher.submitted(self.moe, self.hidden, self.chosen)
+        out = self._sum_in_order(cold) if cold else self._add(0, len(keys), self._zeros())
+        self._end(keys)
+        if self.prefetcher is not None and self.moe == len(cache.ram.config.moe_layers) - 1:
+            self.prefetcher.end_token()
+        return out
+
+    def _sum_in_order(self, cold: list[int]) -> Tensor:
+        """Each pick's output goes to a row of its own, and the rows are added as the kernel would."""
+        n = len(self.keys)
+        hidden = self.hidden.expand(n, -1).contiguous()
+        rows = torch.zeros(n, self.hidden.shape[1])
+        hits = sorted(set(range(n)) - set(cold))
+        while hits or cold:
+            if not hits:
+                hits = self._arrived(cold)
+                cold = [i for i in cold if i not in hits]
+            experts = [self.cache.wait(self.keys[i]) for i in hits]
+            picks = np.array(hits, np.int32)
+            offsets = np.arange(len(hits) + 1, dtype=np.int32)
+            cpu.experts_forward(self.pool, experts, offsets, picks, self.weights[picks], hidden, rows)
+            hits = []
+        out = self._zeros()
+        for row in rows:
+            out += row
+        return out
+
+    def _arrived(self, cold: list[int]) -> list[int]:
+        """Wait for the read that was begun first; it, and whatever has ended besides."""
+        self._wait(self.keys[cold[0]])
+        return [cold[0], *(i for i in cold[1:] if self.cache.ready(self.keys[i]))]
+
+    def prefill(self) -> Tensor:
+        """Many tokens: experts in ascending order, those that are there together, reads running ahead."""
+        cache, keys, n = self.cache, self.keys, len(self.keys)
+        cache.drop_all()
+        out, ahead, first = self._zeros(), 0, 0
+        while first < n:
+            ahead = self._read_ahead(first, ahead)
+            self._wait(keys[first])
+            last = first + 1
+            while last < ahead and cache.ready(keys[last]):
+                last += 1
+            self._add(first, last, out)
+            cache.done(keys[first:last])
+            first = last
+        self._end([])
+        return out
+
+    def _read_ahead(self, first: int, ahead: int) -> int:
+        """Demand keys from `ahead` on, until as many misses behind `first` as rows are kept free are on their
+        way; returns where the next call goes on. More would push out those that were just used."""
+        cold = [not self.cache.resident(key) for key in self.keys[first:]]
+        under_way = np.cumsum(cold)
+        end = first + int(np.searchsorted(under_way, self.cache.reserve, side="right"))
+        end = max(end, first + 1, ahead)
+        self._demand(self.keys[ahead:end], sum(cold[ahead - first : end - first]))
+        return end
+
+    def _add(self, first: int, last: int, out: Tensor) -> Tensor:
+        """Add the experts `first` to `last`, which are there, to `out`, which is returned."""
+        begin, end = int(self.offsets[first]), int(self.offsets[last])
+        cpu.experts_forward(
+            self.pool,
+            [self.cache.wait(key) for key in self.keys[first:last]],
+            self.offsets[first : last + 1] - self.offsets[first],
+            self.tokens[begin:end],
+            self.weights[begin:end],
+            self.hidden,
+            out,
+        )
+        return out
+
+    def _demand(self, keys: Sequence[int], n_cold: int) -> None:
+        self.cache.demand(*keys)
+        self.counts.hits += len(keys) - n_cold
+        self.counts.cold += n_cold
+        self.counts.cold_bytes += n_cold * self.cache.ram.layout.nbytes
+
+    def _wait(self, key: int) -> None:
+        began_s = time.perf_counter()
+        self.cache.wait(key)
+        self.counts.read_s += time.perf_counter() - began_s
+
+    def _end(self, keys: Sequence[int]) -> None:
+        self.cache.done(keys)
+        self.cache.trim()
+
+    def _zeros(self) -> Tensor:
+        return torch.zeros(self.hidden.shape, dtype=torch.float32)

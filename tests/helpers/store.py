@@ -1,0 +1,86 @@
+"""Experts from a real store; and a store whose reads end by chance, to see who trusts a row too early."""
+
+import numpy as np
+
+from moebox.errors import CheckpointError
+from moebox.kernels import cpu
+from moebox.offload.checkpoint import Checkpoint
+from moebox.offload.cpu_experts import CpuExperts
+from moebox.offload.ram import RamTier
+from moebox.offload.store import ExpertStore
+
+GARBAGE = 0xEE
+
+
+def cpu_experts(checkpoint: Checkpoint, rows: int | None = None, threads: int = 2) -> CpuExperts:
+    """A checkpoint's experts, by default all of them in RAM; the store ends with them."""
+    config = checkpoint.config
+    n_keys = len(config.moe_layers) * config.n_routed_experts
+    store = ExpertStore.open(checkpoint)
+    return CpuExperts.load(
+        config, store, cpu.ThreadPool(threads, pin=False), n_keys if rows is None else rows
+    )
+
+
+class SlowStore:
+    """Implements `ram_cache.Store` over a tier that holds all experts.
+
+    A row is garbage from `submit` until its read ends: in `wait`, or by chance whenever one is asked for.
+    """
+
+    def __init__(self, whole: RamTier, seed: int = 0, chance: float = 0.3) -> None:
+        self.whole = whole
+        self.rng = np.random.default_rng(seed)
+        self.chance = chance
+        self.broken: set[int] = set()
+        self.reads: list[int] = []
+        self.promoted: list[int] = []
+        self._open: dict[int, tuple[int, np.ndarray]] = {}
+        self._ended: set[int] = set()
+        self._next = 0
+
+    @property
+    def under_way(self) -> list[int]:
+        """Keys whose ticket has not ended."""
+        return [key for key, _ in self._open.values()]
+
+    def submit(self, key, row, *, prefetch=False):
+        assert not any(np.shares_memory(row, other) for _, other in self._open.values())
+        row[:] = GARBAGE
+        self._next += 1
+        self._open[self._next] = key, row
+        self.reads.append(key)
+        return self._next
+
+    def ready(self, ticket):
+        for other in self._open:
+            if self.rng.random() < self.chance:
+                self._end(other)
+        return ticket in self._ended
+
+    def wait(self, ticket):
+        self._end(ticket)
+        key, _ = self._open.pop(ticket)
+        if key in self.broken:
+            raise CheckpointError(f"expert {key}: broken")
+
+    def promote(self, ticket):
+        self.promoted.append(self._open[ticket][0])
+
+    def cancel(self, ticket):
+        _, row = self._open.pop(ticket)
+        row[:] = GARBAGE
+        return row.nbytes if ticket in self._ended else 0
+
+    def read(self, key, row):
+        row[:] = self.whole.slab[self.whole.rows[key], : row.size].numpy()
+
+    def in_order(self, keys):
+        return list(keys)
+
+    def _end(self, ticket):
+        if ticket not in self._ended:
+            self._ended.add(ticket)
+            key, row = self._open[ticket]
+            if key not in self.broken:
+                self.read(key, row)
