@@ -7,7 +7,7 @@ side by side, and where one fails the others go on. A key is `moe_index * E + ex
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -18,8 +18,11 @@ import numpy.typing as npt
 from moebox import _kernels
 from moebox.errors import CheckpointError
 from moebox.offload.checkpoint import Checkpoint, TensorInfo, find_shards
+from moebox.offload.drive_speed import DriveSpeed, measure_drive
+from moebox.offload.drives import drive_at
 from moebox.offload.experts import find_experts
 from moebox.offload.layout import Manifest, load_manifest
+from moebox.offload.profile import MachineProfile
 
 log = logging.getLogger("moebox")
 
@@ -78,6 +81,7 @@ class ExpertStore:
         reader: the native side, which other native code may share.
         n_keys: L * E.
         expert_bytes: of each read.
+        drives: identity of a drive (`drives.drive_at`) -> the shards on it.
     """
 
     def __init__(
@@ -86,8 +90,10 @@ class ExpertStore:
         reader: _kernels.Reader,
         runs: Sequence[list[Run]],
         checksums: Sequence[int] | None,
+        drives: Mapping[str, list[Path]],
     ) -> None:
         self.reader = reader
+        self.drives = drives
         self.n_keys = len(runs)
         self.expert_bytes = checkpoint.config.expert_bytes
         self._config = checkpoint.config
@@ -109,7 +115,8 @@ class ExpertStore:
 
         Args:
             folders: more folders with copies of shards than the checkpoint was opened with.
-            depth: reads under way at once on each drive.
+            depth: reads under way at once on each drive. By default what the machine's profile says; a drive
+                that it does not know is measured now, and the profile kept.
             verify: compare every expert with its checksum.
             direct: read with O_DIRECT, past the page cache, where the file system lets it.
 
@@ -126,7 +133,13 @@ class ExpertStore:
             shards = find_shards(checkpoint.folder, [*checkpoint.stores, *folders], names)
         reader = _kernels.Reader(depth or DEFAULT_DEPTH, PIECE_BYTES)
         files = {name: _add_file(reader, shards[name], direct) for name in names}
-        return cls(checkpoint, reader, [_runs(infos, files) for infos in tensors], checksums)
+        if direct:
+            _say_buffered({name: shards[name] for name in names if not reader.direct(files[name])})
+        drives = _drives(path for name in names for path in shards[name])
+        store = cls(checkpoint, reader, [_runs(infos, files) for infos in tensors], checksums, drives)
+        if depth is None:
+            store._set_depths()
+        return store
 
     def __enter__(self) -> ExpertStore:
         return self
@@ -202,6 +215,36 @@ class ExpertStore:
         self._say_given_up()
         return StoreTraffic(tuple(DriveTraffic(*drive) for drive in self.reader.traffic()))
 
+    def measure_depth(self) -> dict[str, DriveSpeed]:
+        """Measure each drive that holds enough of the model, and keep that in the machine's profile.
+
+        Returns:
+            Identity of a drive -> GB/s by queue depth, read with O_DIRECT.
+
+        Raises:
+            CheckpointError: a shard cannot be read.
+        """
+        speeds = {}
+        for drive, paths in self.drives.items():
+            speed = measure_drive(paths, PIECE_BYTES)
+            if speed is not None and speed.direct:
+                speeds[drive] = speed
+        _keep(speeds)
+        return speeds
+
+    def _set_depths(self) -> None:
+        profile = MachineProfile.load()
+        for drive, paths in self.drives.items():
+            depth = profile.drive_depth(drive)
+            if depth is None:
+                speed = measure_drive(paths, PIECE_BYTES)
+                if speed is None or not speed.direct:
+                    continue
+                _keep({drive: speed})
+                depth = speed.depth
+            for path in paths:
+                self.reader.set_depth(str(path), depth)
+
     def close(self) -> None:
         """Give up what is still being read."""
         for ticket in list(self._rows):
@@ -214,6 +257,32 @@ class ExpertStore:
     def _say_given_up(self) -> None:
         for message, *_ in self.reader.take_given_up():
             log.warning("%s: this copy is not used any more; the others are read instead", message)
+
+
+def _drives(paths: Iterable[Path]) -> dict[str, list[Path]]:
+    drives: dict[str, list[Path]] = {}
+    for path in paths:
+        drives.setdefault(drive_at(path).identity, []).append(path)
+    return drives
+
+
+def _keep(speeds: Mapping[str, DriveSpeed]) -> None:
+    profile = MachineProfile.load()
+    for drive, speed in speeds.items():
+        profile.put("drive", drive, speed.figures())
+        log.info("%s: %.2f GB/s with %d reads under way", drive, speed.gbps, speed.depth)
+    if speeds:
+        profile.save()
+
+
+def _say_buffered(shards: Mapping[str, Sequence[Path]]) -> None:
+    if shards:
+        log.warning(
+            "%s and %d more shards: O_DIRECT is refused here; they are read through the page cache, "
+            "which costs a copy and RAM for a second one",
+            next(iter(shards.values()))[0],
+            len(shards) - 1,
+        )
 
 
 def _add_file(reader: _kernels.Reader, copies: Sequence[Path], direct: bool) -> int:
