@@ -80,7 +80,11 @@ def model_options(command: Command) -> Command:
             click.option(
                 "--vram", type=ByteSize(), help="GPU memory to use at most.  [default: what is free]"
             ),
-            click.option("--ram", type=ByteSize(), help="Memory to use at most.  [default: what is free]"),
+            click.option(
+                "--ram",
+                type=ByteSize(),
+                help="Memory to use at most; experts beyond it are read from disk.  [default: what is free]",
+            ),
             click.option(
                 "--backbone",
                 type=click.Choice(["bf16", "int8", "nf4"]),
@@ -91,10 +95,42 @@ def model_options(command: Command) -> Command:
                 "--context", type=click.IntRange(1), help="Tokens of context.  [default: the model's]"
             ),
             click.option("--threads", type=click.IntRange(1), help="Cores to use.  [default: all]"),
+            click.option(
+                "--store",
+                "stores",
+                type=click.Path(file_okay=False, path_type=Path),
+                multiple=True,
+                help="Folder on another drive with copies of shards, read beside MODEL's; may be repeated.",
+            ),
+            click.option(
+                "--verify-reads", is_flag=True, help="Compare every expert that is read with its checksum."
+            ),
+            click.option(
+                "--prefetch/--no-prefetch",
+                default=True,
+                help="Read experts that the next layers are likely to need while the drives are idle.",
+            ),
+            click.option(
+                "--statistics/--no-statistics",
+                default=True,
+                help="Learn which experts are used, and start with those that were.",
+            ),
+            click.option(
+                "--record-trace",
+                type=click.Path(dir_okay=False, path_type=Path),
+                help="Write the experts that the router picks to this file.",
+            ),
         )
     ):
         command = option(command)
     return command
+
+
+LOADING = (
+    *("device", "vram", "ram", "backbone", "context", "threads"),
+    *("stores", "verify_reads", "prefetch", "statistics", "record_trace"),
+)
+"""Names of what `model_options` adds beside MODEL, as `moebox.load` has them."""
 
 
 def answer_options(command: Command) -> Command:
