@@ -40,7 +40,7 @@ def choose_experts(logits: Tensor, bias: Tensor, config: ModelConfig) -> tuple[T
     `logits` fp32 [T, E], `bias` fp32 [E] -> ids int64 [T, k], weights fp32 [T, k].
     """
     scores = logits.sigmoid()
-    choice = _mask_groups(scores + bias, config)
+    choice = mask_groups(scores + bias, config)
     ids = choice.topk(config.num_experts_per_tok, dim=-1, sorted=False).indices
     weights = scores.gather(1, ids)
     if config.norm_topk_prob:
@@ -48,7 +48,7 @@ def choose_experts(logits: Tensor, bias: Tensor, config: ModelConfig) -> tuple[T
     return ids, weights * config.routed_scaling_factor
 
 
-def _mask_groups(choice: Tensor, config: ModelConfig) -> Tensor:
+def mask_groups(choice: Tensor, config: ModelConfig) -> Tensor:
     """-inf outside the `topk_group` groups whose two best experts score highest: [T, E]."""
     if config.n_group == 1:
         return choice

@@ -1,0 +1,43 @@
+"""What the next layers will probably pick: their own routers, asked with this layer's state.
+
+A layer adds little to the residual stream, so the next router sees nearly what this one has seen. On
+dialogues that tiny-k2 continues, the k likeliest experts are 78 % of the next layer's picks, and 67 % of
+those one layer on; of the picks that a cache of half the experts does not hold, 74 and 62 %. Neither the
+norms' ratio, nor the shared expert's output, nor the scores' mean difference, nor statistics of which expert
+follows which adds as much as half a point.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch.nn.functional as F
+from torch import Tensor
+
+from moebox.offload.prefetch import LAYERS_AHEAD
+from moebox.runtime.mlp import MoE
+from moebox.runtime.model import KimiK2
+from moebox.runtime.router import mask_groups
+
+NAMED = 2
+"""Experts that are named, over those that a layer picks: the further ones are seldom picked."""
+
+
+class GateLookahead:
+    """Implements `offload.prefetch.Predictor` with the routers of a loaded model."""
+
+    def __init__(self, model: KimiK2) -> None:
+        self.config = model.config
+        self._gates = [layer.mlp.gate for layer in model.model.layers if isinstance(layer.mlp, MoE)]
+        self._count = min(NAMED * self.config.num_experts_per_tok, self.config.n_routed_experts)
+
+    def predict(self, moe: int, hidden: Tensor) -> list[tuple[int, npt.NDArray[np.int64]]]:
+        """See `Predictor.predict`; `hidden` [1, H] of any float type."""
+        state = hidden.float()
+        gates = self._gates[moe + 1 : moe + 1 + LAYERS_AHEAD]
+        named = []
+        for ahead, gate in enumerate(gates, 1):
+            scores = F.linear(state, gate.weight).sigmoid() + gate.e_score_correction_bias
+            choice = mask_groups(scores, self.config)
+            named.append((ahead, choice.topk(self._count).indices[0].numpy()))
+        return named
