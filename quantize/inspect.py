@@ -117,7 +117,7 @@ def inspect(
         CheckpointError: no checkpoint, an unfinished one, a damaged one, or a hash that differs.
     """
     folder = Path(folder)
-    _refuse_unfinished(folder)
+    refuse_unfinished(folder)
     checkpoint = Checkpoint.open(folder, stores)
     manifest = load_manifest(folder)
     if manifest is not None:
@@ -129,7 +129,8 @@ def inspect(
     return _report(checkpoint, manifest, worst, verified=verify or add_checksums)
 
 
-def _refuse_unfinished(folder: Path) -> None:
+def refuse_unfinished(folder: Path) -> None:
+    """Raise `CheckpointError` where there is no folder, or a conversion into it was not finished."""
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder")
     if (folder / WORK_FOLDER).exists() and not (folder / MANIFEST_FILE).exists():

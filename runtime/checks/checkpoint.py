@@ -9,7 +9,8 @@ from moebox.errors import CheckpointError, MoeboxError
 from moebox.offload.checkpoint import Checkpoint
 from moebox.offload.layout import ALIGNMENT, MANIFEST_FILE, load_manifest
 from moebox.offload.store import ExpertStore
-from moebox.quantize.inspect import inspect
+from moebox.quantize.inspect import refuse_unfinished
+from moebox.quantize.verify import verify_shards
 from moebox.runtime.checks.base import Check
 from moebox.runtime.template import Template
 from moebox.runtime.tokenizer import Tokenizer
@@ -20,6 +21,7 @@ Say = Callable[[str], None]
 def files(folder: Path, stores: Sequence[Path] = ()) -> tuple[Check, Checkpoint | None]:
     """Config, index, every shard's header, every copy's size; the checkpoint where it is whole."""
     try:
+        refuse_unfinished(folder)
         checkpoint = Checkpoint.open(folder, stores)
         _check_sizes(checkpoint)
     except MoeboxError as error:
@@ -83,7 +85,8 @@ def tokenizer(checkpoint: Checkpoint) -> Check:
 
 def checksums(checkpoint: Checkpoint, deep: bool, say: Say) -> Check:
     """With `deep`, every byte of every shard is read and compared with its SHA-256."""
-    if load_manifest(checkpoint.folder) is None:
+    manifest = load_manifest(checkpoint.folder)
+    if manifest is None:
         seen = (
             f"no {MANIFEST_FILE}: moebox did not write this checkpoint, and there is nothing to compare with"
         )
@@ -93,10 +96,14 @@ def checksums(checkpoint: Checkpoint, deep: bool, say: Say) -> Check:
             "model.checksums", "skip", "not read", fix="`--deep` reads every byte and compares checksums."
         )
     try:
-        inspect(checkpoint.folder, verify=True, progress=lambda report: say(report.line()))
+        verify_shards(checkpoint, manifest, lambda report: say(report.line()))
     except CheckpointError as error:
         return _failed("model.checksums", error, "Weights are wrong: answers may be nonsense.")
-    return Check("model.checksums", "pass", f"SHA-256 of all {len(checkpoint.shards)} shard(s) match")
+    return Check(
+        "model.checksums",
+        "pass",
+        f"SHA-256 of all {len(checkpoint.shards)} shard(s) and checksums of all experts match",
+    )
 
 
 def _failed(id: str, error: MoeboxError, costs: str, fix: str = "") -> Check:

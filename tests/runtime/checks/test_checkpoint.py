@@ -90,6 +90,16 @@ def test_a_folder_that_is_none_fails(tmp_path):
     assert "nowhere" in check.seen
 
 
+def test_an_unfinished_conversion_says_how_to_go_on(model):
+    (model / "moebox.json").unlink()
+    (model / ".moebox").mkdir()
+    (model / ".moebox/journal.jsonl").touch()
+    check, _ = checks.files(model)
+    assert check.status == "fail"
+    assert "unfinished" in check.seen
+    assert "moebox quantize" in check.fix
+
+
 def test_shards_may_lie_elsewhere(model, tmp_path):
     store = tmp_path / "store"
     store.mkdir()
