@@ -22,6 +22,8 @@ from moebox.cli_options import (
     ByteSize,
     DeviceName,
     Lengths,
+    Names,
+    Shares,
     answer_options,
     json_option,
     model_options,
@@ -287,6 +289,53 @@ def doctor(model: Path | None, stores: tuple[Path, ...], deep: bool, as_json: bo
         report = examine(DoctorOptions(model, stores, deep), status.update)
     _report(report.to_dict(), as_json, lambda: render_doctor(report, _console()))
     return int(report.failed)
+
+
+@main_group.command()
+@click.argument("model", type=click.Path(file_okay=False, path_type=Path), required=False)
+@click.option("--png", type=click.Path(dir_okay=False, path_type=Path), help="Draw the maps to this file.")
+@click.option("--reset", is_flag=True, help="Forget what is known of MODEL, and show nothing.")
+@click.option(
+    "--merge",
+    multiple=True,
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Add another box's statistics of MODEL first; may be repeated.",
+)
+@click.option(
+    "--replay",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Replay a file of --record-trace; MODEL may be left out then.  [default: what MODEL decoded last]",
+)
+@click.option("--budget", type=Shares(), default="5%,10%,20%,50%", help="Shares of all experts that fit.")
+@click.option(
+    "--policy",
+    type=Names("decayed", "lru", "lfu", "belady"),
+    help="Who goes when a cache is full: decayed, lru, lfu, belady.  [default: decayed; all for --replay]",
+)
+@json_option
+def stats(as_json: bool, png: Path | None, budget: tuple[float, ...], policy: Any, **options: Any) -> None:
+    """Show which experts MODEL's router picks, where they live, and what caches would hit.
+
+    The figures are those that running MODEL has left in the user's data folder. Nothing is loaded.
+
+    \b
+    Examples:
+      moebox stats out/tiny-k2
+      moebox stats /nvme/k2 --png k2.png --json
+      moebox stats --replay routing.npz --budget 5%,10%,20% --policy decayed,lru,belady
+    """
+    from moebox.runtime import stats_report
+    from moebox.runtime.stats_text import render_stats
+
+    if options["model"] is None and (png or options["merge"] or options["reset"] or not options["replay"]):
+        raise click.UsageError("give a checkpoint's folder; only --replay goes without")
+    asked = stats_report.StatsOptions(**options, budgets=budget, policies=policy)
+    result = stats_report.report_stats(asked)
+    if png is not None and isinstance(result, stats_report.StatsReport):
+        from moebox.runtime.stats_image import write_png
+
+        write_png(result, png)
+    _report(result.to_dict(), as_json, lambda: render_stats(result, _console()))
 
 
 def _sampling(options: dict[str, Any]) -> dict[str, Any]:

@@ -61,6 +61,49 @@ class DeviceName(click.ParamType[str]):
         return str(value)
 
 
+class Shares(click.ParamType[tuple[float, ...]]):
+    """Shares such as `5%,10%,0.2`, as numbers above 0 and up to 1."""
+
+    name = "shares"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[float, ...]:
+        """Parse `value`."""
+        if isinstance(value, tuple):
+            return value
+        try:
+            parts = [part.strip() for part in str(value).split(",")]
+            shares = tuple(
+                float(part.removesuffix("%")) / (100 if part.endswith("%") else 1) for part in parts
+            )
+        except ValueError:
+            shares = ()
+        if not shares or not all(0 < share <= 1 for share in shares):
+            self.fail(f"{value!r} is not a list of shares such as 5%,10%,20%", param, ctx)
+        return shares
+
+
+class Names(click.ParamType[tuple[str, ...]]):
+    """Some of the names that there are, such as `lru,belady`."""
+
+    name = "names"
+
+    def __init__(self, *names: str) -> None:
+        self.names = names
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, ...]:
+        """Parse `value`."""
+        if isinstance(value, tuple):
+            return value
+        chosen = tuple(part.strip() for part in str(value).split(","))
+        if not set(chosen) <= set(self.names):
+            self.fail(f"{value!r}; there are {', '.join(self.names)}", param, ctx)
+        return chosen
+
+
 Command = Callable[..., Any]
 
 
