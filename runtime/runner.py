@@ -15,11 +15,13 @@ from moebox.errors import PlanError
 from moebox.kernels import cpu
 from moebox.offload.checkpoint import Checkpoint
 from moebox.offload.cpu_experts import CpuExperts
+from moebox.offload.prefetch import Prefetcher
 from moebox.offload.store import ExpertStore
 from moebox.runtime.backbone import planned_bytes
 from moebox.runtime.kv_cache import KVCache
 from moebox.runtime.linear import native_bf16
 from moebox.runtime.loader import LoadOptions, load_backbone
+from moebox.runtime.lookahead import GateLookahead
 from moebox.runtime.memory import CHUNK_TOKENS, MemoryPlan, plan_memory
 from moebox.runtime.model import KimiK2
 from moebox.runtime.recording import open_recording
@@ -147,6 +149,11 @@ def load_on_cpu(checkpoint: Checkpoint, options: LoadOptions) -> tuple[Runner, M
         experts.recorder = recording.recorder
         if recording.statistics is not None:
             recording.statistics.placement = experts.placement
+        if options.prefetch and not plan.experts_fit:
+            guesses = GateLookahead(model)
+            experts.prefetcher = Prefetcher(
+                experts.cache, guesses, recording.statistics, config.n_routed_experts
+            )
         model.connect(experts)
         return CpuRunner(model, pool, dtype, opened.pop_all()), plan
 
