@@ -3,7 +3,6 @@
 #include <fcntl.h>
 #include <unistd.h>
 
-#include <algorithm>
 #include <array>
 #include <cerrno>
 #include <chrono>
@@ -167,9 +166,11 @@ ssize_t ShardFile::read_once(std::byte* to, std::size_t nbytes, std::uint64_t of
   }
   if (fault && fault->kind == Fault::Kind::delay)
     std::this_thread::sleep_for(std::chrono::microseconds(fault->value));
-  if (fault && fault->kind == Fault::Kind::shorten)
-    nbytes = std::min(nbytes, static_cast<std::size_t>(fault->value));
-  const ssize_t got = pread(descriptor_, to, nbytes, static_cast<off_t>(offset));
+  ssize_t got = pread(descriptor_, to, nbytes, static_cast<off_t>(offset));
+  if (fault && fault->kind == Fault::Kind::shorten && got > fault->value) {
+    std::memset(to + fault->value, 0xEE, static_cast<std::size_t>(got - fault->value));
+    got = fault->value;
+  }
   if (fault && fault->kind == Fault::Kind::flip)
     for (ssize_t i = 0; i < got; ++i) to[i] ^= static_cast<std::byte>(fault->value);
   return got;
