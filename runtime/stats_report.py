@@ -262,10 +262,10 @@ def _shares(uses: Grid, budgets: Sequence[float]) -> dict[str, float]:
 def _places(placement: Placement | None) -> Places | None:
     if placement is None:
         return None
-    return Places(placement.tiers.tolist(), placement.at_s, placement.process, _still_runs(placement))
+    return Places(placement.tiers.tolist(), placement.at_s, placement.process, still_runs(placement))
 
 
-def _still_runs(placement: Placement) -> bool:
+def still_runs(placement: Placement) -> bool:
     """Whether the process is the one that said so: its number may have been given to another one since."""
     try:
         return bool(psutil.Process(placement.process).create_time() <= placement.at_s <= time.time())
