@@ -150,7 +150,7 @@ class _Examination:
                 self.say(f"reading {drive.name}")
                 speed = _try(partial(measure_drive, files, PIECE_BYTES))
                 yield drives.bandwidth(drive, speed, self.profile.find("drive", drive.identity))
-                if isinstance(speed, DriveSpeed):
+                if isinstance(speed, DriveSpeed) and speed.direct:
                     self._note("drive", drive.identity, speed.figures(), "gbps")
         yield drives.space(data_folder(), "statistics and the machine's profile", free_bytes(data_folder()))
 

@@ -10,10 +10,11 @@ from moebox.offload.checkpoint import Checkpoint
 from moebox.offload.layout import ALIGNMENT, MANIFEST_FILE, load_manifest
 from moebox.offload.store import ExpertStore
 from moebox.quantize.inspect import refuse_unfinished
+from moebox.quantize.progress import format_bytes
 from moebox.quantize.verify import verify_shards
 from moebox.runtime.checks.base import Check
 from moebox.runtime.template import Template
-from moebox.runtime.tokenizer import Tokenizer
+from moebox.runtime.tokenizer import MODEL_FILE, Tokenizer
 
 Say = Callable[[str], None]
 
@@ -28,9 +29,10 @@ def files(folder: Path, stores: Sequence[Path] = ()) -> tuple[Check, Checkpoint 
         return _failed("model.files", error, "The model does not load."), None
     places = [path for paths in checkpoint.shards.values() for path in paths]
     nbytes = sum(info.nbytes for info in checkpoint.tensors.values())
+    copies = f", {len(places)} copies of them" if len(places) > len(checkpoint.shards) else ""
     seen = (
-        f"{len(checkpoint.tensors):,} tensors, {nbytes / 1e9:.2f} GB in {len(checkpoint.shards)} shard(s), "
-        f"{len(places)} file(s): headers and sizes fit together"
+        f"{len(checkpoint.tensors):,} tensors, {format_bytes(nbytes)} in {len(checkpoint.shards)} shard(s)"
+        f"{copies}: headers and sizes fit together"
     )
     return Check("model.files", "pass", seen, figures={"bytes": float(nbytes)}), checkpoint
 
@@ -51,7 +53,7 @@ def _check_sizes(checkpoint: Checkpoint) -> None:
 def experts(checkpoint: Checkpoint) -> Check:
     """Whether the experts are INT4 and where the manifest says, and how many reads each takes."""
     try:
-        with ExpertStore.open(checkpoint) as store:
+        with ExpertStore.open(checkpoint, depth=1) as store:  # no drive is measured for it
             runs = [store.runs(key) for key in range(store.n_keys)]
     except MoeboxError as error:
         fix = f"`moebox quantize {checkpoint.folder} FOLDER` makes INT4 experts of it."
@@ -59,7 +61,7 @@ def experts(checkpoint: Checkpoint) -> Check:
     scattered = sum(len(reads) > 1 for reads in runs)
     aligned = sum(len(reads) == 1 and reads[0][1] % ALIGNMENT == 0 for reads in runs)
     figures = {"experts": len(runs), "in_one_read": len(runs) - scattered, "aligned": aligned}
-    seen = f"{len(runs):,} experts of {checkpoint.config.expert_bytes / 1e6:.2f} MB"
+    seen = f"{len(runs):,} experts of {format_bytes(checkpoint.config.expert_bytes)}"
     if not scattered:
         seen += f", one read each, {aligned:,} of them from a page's start"
         return Check("model.experts", "pass", seen, figures=figures)
@@ -75,11 +77,19 @@ def experts(checkpoint: Checkpoint) -> Check:
 
 def tokenizer(checkpoint: Checkpoint) -> Check:
     """Whether text can go in and out: tokenizer and chat template."""
+    if not (checkpoint.folder / MODEL_FILE).exists():
+        return Check(
+            "model.tokenizer",
+            "warn",
+            f"{checkpoint.folder}: no {MODEL_FILE}",
+            "`run` and `chat` do not start; `bench`, which needs no text, does.",
+            f"Copy {MODEL_FILE}, tokenizer_config.json and the chat template from the original model.",
+        )
     try:
         loaded = Tokenizer.load(checkpoint.folder, checkpoint.config.vocab_size)
         Template.load(checkpoint.folder, loaded)
     except MoeboxError as error:
-        return _failed("model.tokenizer", error, "`run` and `chat` do not start; `bench` on tokens does.")
+        return _failed("model.tokenizer", error, "`run` and `chat` do not start.")
     return Check("model.tokenizer", "pass", f"{checkpoint.config.vocab_size:,} tokens, and a chat template")
 
 

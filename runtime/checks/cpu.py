@@ -22,7 +22,7 @@ def instruction_set(paths: Sequence[str] | None = None) -> Check:
     """Which of the kernels' variants runs here; `paths` best first, by default this machine's."""
     paths = isa_paths() if paths is None else paths
     best = paths[0]
-    seen = f"{best}, the best of {', '.join(paths)}"
+    seen = f"{cpu_name()}: {best}, the best of {', '.join(paths)}"
     if best == "scalar":
         return Check(
             "cpu.isa",

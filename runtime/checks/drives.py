@@ -16,6 +16,7 @@ K2_BYTES = 594_000_000_000
 SLOW_GBPS = 2.0
 """Less than an NVMe drive of PCIe 3 with four lanes reads."""
 LEAST_FREE_BYTES = 100_000_000
+MAKE_MODEL = "`moebox synth MODEL --layers 2 --experts 16 --format int4`"
 _IN_MEMORY = ("tmpfs", "ramfs")
 _REMOTE = ("nfs", "nfs4", "cifs", "smb3", "9p", "virtiofs", "ceph", "lustre", "fuse")
 _VIRTUAL = re.compile(r"(vd|xvd)[a-z]+$")
@@ -70,7 +71,7 @@ def bandwidth(drive: Drive, speed: DriveSpeed | Exception | None, before: Part |
             "drive.bandwidth",
             "skip",
             f"less than {LEAST_BYTES / 1e6:.0f} MB of shards: a cache would be measured",
-            fix="Name a larger model, or make one: `moebox synth MODEL --layers 2 --format int4`.",
+            fix=f"Name a larger model, or make one: {MAKE_MODEL}.",
             subject=drive.name,
         )
     figures = speed.figures()
@@ -110,12 +111,12 @@ def _slow(speed: DriveSpeed, before: Part | None) -> tuple[str, str]:
 
 
 def not_measured() -> Check:
-    """Without a model there is nothing to read."""
+    """Without a model, or with a broken one, there is nothing to read."""
     return Check(
         "drive.bandwidth",
         "skip",
-        "no shards to read: no MODEL was given, and moebox writes nothing here",
-        fix="Run `moebox doctor MODEL`; `moebox synth MODEL --layers 2 --format int4` makes one for that.",
+        "no shards to read, and nothing is written to measure with",
+        fix=f"Run `moebox doctor MODEL`; {MAKE_MODEL} makes one for that, of 6 GB.",
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,22 +72,19 @@ def _ask_nvml(uuid: str) -> dict[str, Any]:
     """Driver and link from the driver's own library; what it does not tell stays unknown."""
     import pynvml
 
-    try:
+    found: dict[str, Any] = {}
+    with suppress(pynvml.NVMLError):  # virtual machines hide the link
         pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
         cuda = pynvml.nvmlSystemGetCudaDriverVersion()
-        found: dict[str, Any] = {
-            "driver": pynvml.nvmlSystemGetDriverVersion(),
-            "driver_cuda": (cuda // 1000, cuda % 1000 // 10),
-        }
+        found["driver_cuda"] = (cuda // 1000, cuda % 1000 // 10)
+        found["driver"] = pynvml.nvmlSystemGetDriverVersion()
+        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
         found["link"] = Link(
             pynvml.nvmlDeviceGetCurrPcieLinkGeneration(handle),
             pynvml.nvmlDeviceGetCurrPcieLinkWidth(handle),
             pynvml.nvmlDeviceGetMaxPcieLinkGeneration(handle),
             pynvml.nvmlDeviceGetMaxPcieLinkWidth(handle),
         )
-    except pynvml.NVMLError:
-        return {}
     return found
 
 

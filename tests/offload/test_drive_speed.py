@@ -13,6 +13,7 @@ PIECE_BYTES = 1 << 20
 def files(tmp_path, monkeypatch):
     monkeypatch.setattr(drive_speed, "LEAST_BYTES", 8 << 20)
     monkeypatch.setattr(drive_speed, "READ_BYTES", 3 << 20)
+    monkeypatch.setattr(drive_speed, "DEPTH_S", 0.01)
     paths = [tmp_path / "one", tmp_path / "two"]
     for path in paths:
         path.write_bytes(bytes(6 << 20))
@@ -20,9 +21,14 @@ def files(tmp_path, monkeypatch):
 
 
 def test_each_depth_is_measured(files):
-    speed = measure_drive(files, PIECE_BYTES, depths=(1, 4), seconds=0.05)
+    speed = measure_drive(files, PIECE_BYTES, depths=(1, 4))
     assert list(speed.by_depth) == [1, 4]
     assert speed.gbps == max(speed.by_depth.values()) > 0
+
+
+def test_a_slow_drive_is_not_read_for_long(files, monkeypatch):
+    monkeypatch.setattr(drive_speed, "LONGEST_S", 0.0)
+    assert list(measure_drive(files, PIECE_BYTES, depths=(1, 4)).by_depth) == [1]
 
 
 def test_small_files_are_not_measured(files):

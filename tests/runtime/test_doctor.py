@@ -1,6 +1,7 @@
 """`moebox doctor`: what it says, what it keeps, and how it leaves."""
 
 import json
+import shutil
 from io import StringIO
 
 import pytest
@@ -10,6 +11,8 @@ from rich.console import Console
 from helpers.convert import make_source
 from moebox.cli import main_group
 from moebox.offload import drive_speed
+from moebox.offload.drive_speed import DriveSpeed
+from moebox.offload.drives import Drive
 from moebox.offload.hardware import cpu_identity
 from moebox.offload.profile import MachineProfile
 from moebox.quantize.convert import quantize
@@ -61,15 +64,35 @@ def test_a_models_drive_is_measured_and_kept(model):
     checks = by_id(report)
     assert checks["model.files"].status == "pass"
     assert checks["drive.bandwidth"].figures["gbps"] > 0
-    drive = drive_speed_identity(model)
+    drive = doctor.drive_at(model).identity
     profile = MachineProfile.load()
     assert profile.find("drive", drive).figures == checks["drive.bandwidth"].figures
     assert profile.drive_depth(drive) == checks["drive.bandwidth"].figures["depth"]
     assert profile.ceilings(drives=[drive]).nvme_gbps == checks["drive.bandwidth"].figures["gbps"]
 
 
-def drive_speed_identity(folder):
-    return doctor.drive_at(folder).identity
+def test_copies_on_several_drives_are_each_measured(model, tmp_path, monkeypatch):
+    store = tmp_path / "store"
+    store.mkdir()
+    for shard in model.glob("*.safetensors"):
+        shutil.copy(shard, store)
+
+    def by_folder(path, **roots):
+        return Drive("nvme1n1" if store in path.parents else "nvme0n1", f"identity of {path.parent.name}")
+
+    monkeypatch.setattr(doctor, "drive_at", by_folder)
+    checks = examine(DoctorOptions(model, [store])).checks
+    assert [c.subject for c in checks if c.id == "drive.bandwidth"] == ["nvme0n1", "nvme1n1"]
+    profile = MachineProfile.load()
+    both = profile.ceilings(drives=["identity of model", "identity of store"])
+    assert both.nvme_gbps > profile.ceilings(drives=["identity of model"]).nvme_gbps > 0
+
+
+def test_reads_through_the_page_cache_are_not_kept(model, monkeypatch):
+    monkeypatch.setattr(doctor, "measure_drive", lambda *_: DriveSpeed({1: 90.0}, direct=False))
+    report = examine(DoctorOptions(model))
+    assert by_id(report)["drive.bandwidth"].status == "warn"
+    assert MachineProfile.load().find("drive", doctor.drive_at(model).identity) is None
 
 
 def test_figures_of_a_busy_machine_do_not_replace_better_ones(monkeypatch):

@@ -131,3 +131,5 @@ def test_tokenizer_and_template(model):
     broken = checks.tokenizer(Checkpoint.open(model))  # its tokenizer file is a stub
     assert broken.status == "fail"
     assert broken.seen
+    (model / "tiktoken.model").unlink()
+    assert checks.tokenizer(Checkpoint.open(model)).status == "warn"

@@ -1,5 +1,8 @@
 """Checks of the GPU on made-up machines; a real one is looked at where there is one."""
 
+import sys
+import types
+
 import pytest
 import torch
 
@@ -41,6 +44,49 @@ def test_this_machine():
     assert len(found) == torch.cuda.device_count()
     assert found[0].vram_bytes >= found[0].free_bytes > 0
     assert found[0].driver
+
+
+class NVMLError(Exception):
+    pass
+
+
+def refused(*_):
+    raise NVMLError("Not Supported")
+
+
+def fake_nvml(monkeypatch, **functions):
+    """The driver's library: a box on which some of its functions answer."""
+    names = (
+        "nvmlInit nvmlSystemGetCudaDriverVersion nvmlSystemGetDriverVersion nvmlDeviceGetHandleByUUID "
+        "nvmlDeviceGetCurrPcieLinkGeneration nvmlDeviceGetCurrPcieLinkWidth "
+        "nvmlDeviceGetMaxPcieLinkGeneration nvmlDeviceGetMaxPcieLinkWidth"
+    )
+    module = types.SimpleNamespace(NVMLError=NVMLError, **(dict.fromkeys(names.split(), refused) | functions))
+    monkeypatch.setitem(sys.modules, "pynvml", module)
+    properties = types.SimpleNamespace(name="NVIDIA H200", major=9, minor=0, uuid="1234")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (139 * GIB, 140 * GIB))
+
+
+def test_what_the_drivers_library_tells(monkeypatch):
+    whole = {
+        "nvmlInit": lambda: None,
+        "nvmlSystemGetCudaDriverVersion": lambda: 13000,
+        "nvmlSystemGetDriverVersion": lambda: "580.95",
+        "nvmlDeviceGetHandleByUUID": lambda uuid: uuid,
+        "nvmlDeviceGetCurrPcieLinkGeneration": lambda handle: 5,
+        "nvmlDeviceGetCurrPcieLinkWidth": lambda handle: 16,
+        "nvmlDeviceGetMaxPcieLinkGeneration": lambda handle: 5,
+        "nvmlDeviceGetMaxPcieLinkWidth": lambda handle: 16,
+    }
+    fake_nvml(monkeypatch, **whole)
+    assert gpu.find_gpus() == [H200]
+    fake_nvml(monkeypatch, **(whole | {"nvmlDeviceGetMaxPcieLinkWidth": refused}))
+    assert gpu.find_gpus() == [altered(link=None)]
+    fake_nvml(monkeypatch)
+    assert gpu.find_gpus() == [altered(driver="", driver_cuda=None, link=None)]
 
 
 def test_no_gpu_is_no_fault(tmp_path, roots):
