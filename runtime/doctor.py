@@ -112,7 +112,7 @@ class _Examination:
         yield cpu.instruction_set()
         yield cpu.cores()
         yield cpu.numa(self.roots)
-        yield memory.size(config)
+        yield memory.size(config, vram=self.gpus[0].free_bytes if self.gpus else 0)
         yield memory.limits()
         yield memory.huge_pages(self.roots)
         yield memory.locked(bool(self.gpus))
@@ -147,6 +147,7 @@ class _Examination:
         else:
             for drive, files in _by_drive(self.checkpoint).items():
                 yield drives.kind(drive)
+                yield from drives.link(drive, self.roots)
                 self.say(f"reading {drive.name}")
                 speed = _try(partial(measure_drive, files, PIECE_BYTES))
                 yield drives.bandwidth(drive, speed, self.profile.find("drive", drive.identity))

@@ -8,7 +8,7 @@ from pathlib import Path
 from moebox.offload.drive_speed import LEAST_BYTES, READ_BYTES, DriveSpeed
 from moebox.offload.drives import Drive
 from moebox.offload.profile import Part
-from moebox.runtime.checks.base import Check, Status, unmeasured
+from moebox.runtime.checks.base import Check, Roots, Status, read_text, unmeasured
 from moebox.runtime.checks.memory import LESS_THAN_BEFORE
 
 K2_BYTES = 594_000_000_000
@@ -55,6 +55,35 @@ def kind(drive: Drive) -> Check:
             drive.name,
         )
     return Check("drive.kind", "pass", seen, subject=drive.name)
+
+
+def link(drive: Drive, roots: Roots) -> list[Check]:
+    """The PCIe link of an NVMe drive, or of each in a RAID; nothing for other drives."""
+    checks = (
+        _link(name, roots.sys / "block" / name / "device/device") for name in drive.members or [drive.name]
+    )
+    return [check for check in checks if check]
+
+
+def _link(name: str, folder: Path) -> Check | None:
+    speed, most_speed, width, most_width = (
+        read_text(folder / f"{which}_link_{what}")
+        for what in ("speed", "width")
+        for which in ("current", "max")
+    )
+    if not (speed and most_speed and width and most_width):
+        return None
+    seen = f"{speed} x{width}"
+    if (speed, width) == (most_speed, most_width):
+        return Check("drive.link", "pass", seen, subject=name)
+    return Check(
+        "drive.link",
+        "warn",
+        f"{seen}; the drive can {most_speed} x{most_width}",
+        "The slot, not the drive, limits how fast experts are read.",
+        "Put the drive into a slot of its generation with all its lanes (the board's manual tells which).",
+        name,
+    )
 
 
 def bandwidth(drive: Drive, speed: DriveSpeed | Exception | None, before: Part | None = None) -> Check:

@@ -7,10 +7,12 @@ import resource
 from collections.abc import Mapping
 
 import psutil
+import torch
 
 from moebox.config import ModelConfig
 from moebox.offload.hardware import CgroupLimit, available_ram_bytes, cgroup_limits
 from moebox.offload.profile import Part
+from moebox.runtime.backbone import planned_bytes
 from moebox.runtime.checks.base import Check, Roots, read_text, unmeasured
 from moebox.runtime.memory import SYSTEM_SHARE, gib
 
@@ -20,23 +22,31 @@ PLAUSIBLE_GBPS = 8.0
 """Less than one channel of the slowest memory that such a CPU takes."""
 
 
-def size(config: ModelConfig | None = None, total: int | None = None, available: int | None = None) -> Check:
-    """Memory of the machine and what is free; with a model, how many of its experts that holds. Bytes."""
+def size(
+    config: ModelConfig | None = None, total: int | None = None, available: int | None = None, vram: int = 0
+) -> Check:
+    """Memory of the machine and what is free; with a model, how many of its experts that holds. Bytes.
+
+    Args:
+        vram: free memory of the GPU, which holds the backbone and more experts.
+    """
     total = psutil.virtual_memory().total if total is None else total
     available = available_ram_bytes() if available is None else available
     figures = {"total_bytes": float(total), "available_bytes": float(available)}
     seen = f"{gib(available)} free of {gib(total)}"
     if config is None:
         return Check("ram.size", "pass", seen, figures=figures)
-    room = int(available * (1 - SYSTEM_SHARE))
+    backbone_bytes = planned_bytes(config.backbone_shapes(), torch.bfloat16, "bf16")
+    memory = int(available * (1 - SYSTEM_SHARE))
+    room = memory + max(vram - backbone_bytes, 0) if vram else max(memory - backbone_bytes, 0)
+    where = "memory and the GPU" if vram else "memory"
+    seen += f"; the experts take {gib(config.experts_bytes)}"
     if config.experts_bytes <= room:
-        return Check(
-            "ram.size", "pass", f"{seen}; the experts take {gib(config.experts_bytes)}", figures=figures
-        )
+        return Check("ram.size", "pass", f"{seen}, all fit {where}", figures=figures)
     return Check(
         "ram.size",
         "warn",
-        f"{seen}; the experts take {gib(config.experts_bytes)}, {room / config.experts_bytes:.0%} fit",
+        f"{seen}, {room / config.experts_bytes:.0%} fit {where}",
         "The others are read from the drive whenever they are picked, and the drive sets the pace.",
         "`moebox plan MODEL` tells the tokens per second and what more memory would bring.",
         figures=figures,

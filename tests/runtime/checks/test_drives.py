@@ -6,6 +6,7 @@ from moebox.offload.drive_speed import DriveSpeed
 from moebox.offload.drives import Drive
 from moebox.offload.profile import Part
 from moebox.runtime.checks import drives
+from moebox.runtime.checks.base import Roots
 
 NVME = Drive("nvme0n1", "Fast 4TB S1 4001 GB", "xfs", False, 4001 * 10**9)
 SPEED = DriveSpeed({1: 3.0, 2: 5.5, 4: 6.9, 8: 7.0}, direct=True)
@@ -30,6 +31,33 @@ def test_kinds(drive, status, words):
     assert words in check.costs
     assert drive.identity in check.seen
     assert all(member in check.seen for member in drive.members)
+
+
+def pcie(root, name, **files):
+    folder = root / "block" / name / "device/device"
+    folder.mkdir(parents=True)
+    for file, text in files.items():
+        (folder / file).write_text(f"{text}\n")
+
+
+FULL = {
+    "current_link_speed": "16.0 GT/s PCIe", "max_link_speed": "16.0 GT/s PCIe",
+    "current_link_width": 4, "max_link_width": 4,
+}  # fmt: skip
+
+
+def test_the_links_of_a_raids_drives(tmp_path):
+    pcie(tmp_path, "nvme0n1", **FULL)
+    pcie(tmp_path, "nvme1n1", **(FULL | {"current_link_width": 2}))
+    raid = Drive("md0", "md0 8000 GB", "xfs", members=("nvme0n1", "nvme1n1"))
+    full, narrow = drives.link(raid, Roots(sys=tmp_path))
+    assert (full.status, full.subject, full.seen) == ("pass", "nvme0n1", "16.0 GT/s PCIe x4")
+    assert (narrow.status, narrow.subject) == ("warn", "nvme1n1")
+    assert "x2; the drive can 16.0 GT/s PCIe x4" in narrow.seen
+
+
+def test_a_drive_without_a_pcie_link(tmp_path):
+    assert drives.link(NVME, Roots(sys=tmp_path)) == []
 
 
 def test_a_fast_drive():

@@ -11,7 +11,7 @@ from moebox.runtime.checks.base import Roots
 from moebox.runtime.synthetic import shape_config
 
 GIB = 1 << 30
-TINY = shape_config("tiny")
+TINY, K2 = shape_config("tiny"), shape_config("kimi-k2")
 
 
 def test_this_machine():
@@ -24,10 +24,18 @@ def test_this_machine():
 def test_a_model_that_fits_and_one_that_does_not():
     fits = memory.size(TINY, total=64 * GIB, available=32 * GIB)
     assert fits.status == "pass"
-    small = memory.size(TINY, total=64 * GIB, available=TINY.experts_bytes // 2)
+    small = memory.size(K2, total=512 * GIB, available=300 * GIB)
     assert small.status == "warn"
-    assert "48% fit" in small.seen  # half of it, less the system's share
+    assert "49% fit memory" in small.seen  # less the system's share and the backbone
     assert "moebox plan" in small.fix
+
+
+def test_a_gpu_holds_backbone_and_experts():
+    with_gpu = memory.size(K2, total=512 * GIB, available=300 * GIB, vram=80 * GIB)
+    assert with_gpu.status == "warn"
+    assert "64% fit memory and the GPU" in with_gpu.seen
+    assert memory.size(K2, total=512 * GIB, available=500 * GIB, vram=100 * GIB).status == "pass"
+    assert memory.size(K2, total=512 * GIB, available=500 * GIB).status == "warn"
 
 
 def test_the_tightest_limit_is_named(tmp_path):
