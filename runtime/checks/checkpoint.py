@@ -82,14 +82,14 @@ def tokenizer(checkpoint: Checkpoint) -> Check:
             "model.tokenizer",
             "warn",
             f"{checkpoint.folder}: no {MODEL_FILE}",
-            "`run` and `chat` do not start; `bench`, which needs no text, does.",
+            "`run`, `chat` and `bench` do not start.",
             f"Copy {MODEL_FILE}, tokenizer_config.json and the chat template from the original model.",
         )
     try:
         loaded = Tokenizer.load(checkpoint.folder, checkpoint.config.vocab_size)
         Template.load(checkpoint.folder, loaded)
     except MoeboxError as error:
-        return _failed("model.tokenizer", error, "`run` and `chat` do not start.")
+        return _failed("model.tokenizer", error, "`run`, `chat` and `bench` do not start.")
     return Check("model.tokenizer", "pass", f"{checkpoint.config.vocab_size:,} tokens, and a chat template")
 
 

@@ -1,8 +1,10 @@
 """`moebox doctor`: what it says, what it keeps, and how it leaves."""
 
 import json
+import re
 import shutil
 from io import StringIO
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -93,6 +95,13 @@ def test_reads_through_the_page_cache_are_not_kept(model, monkeypatch):
     report = examine(DoctorOptions(model))
     assert by_id(report)["drive.bandwidth"].status == "warn"
     assert MachineProfile.load().find("drive", doctor.drive_at(model).identity) is None
+
+
+def test_the_manual_explains_every_check(model):
+    """Ids that only a GPU or an NVMe drive brings up are listed by hand."""
+    text = (Path(__file__).parents[2] / "docs/doctor.md").read_text()
+    explained = set(re.findall(r"^\| `([a-z.-]+)` \|", text, re.MULTILINE))
+    assert {check.id for check in examine(DoctorOptions(model)).checks} | {"drive.link"} == explained
 
 
 def test_figures_of_a_busy_machine_do_not_replace_better_ones(monkeypatch):
