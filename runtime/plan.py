@@ -1,0 +1,117 @@
+"""`moebox plan`: what goes where, how often it will be found there, how fast that runs, and what would help.
+
+Nothing is loaded, and no weights are needed: a checkpoint's `config.json`, the hub's, or a shape will do.
+Memory is shared out by the planners that loading obeys (`memory.py`, `gpu_memory.py`).
+"""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moebox.config import load_config, parse_config
+from moebox.errors import PlanError, RequestError
+from moebox.offload.floor import GIGA
+from moebox.runtime.backbone import check_precision
+from moebox.runtime.plan_box import BoxOptions, find_box
+from moebox.runtime.plan_changes import changes
+from moebox.runtime.plan_hits import find_curve
+from moebox.runtime.plan_report import Plan, Subject, plan_on
+from moebox.runtime.synthetic import Shape, shape_config
+
+if TYPE_CHECKING:
+    from moebox.quantize.hub import HubSource
+
+LATER_CONTEXT = 262144
+"""Tokens of K2's later releases, of the same shape."""
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """What `moebox plan` is asked.
+
+    Attributes:
+        model: a checkpoint's folder, or a hub id; or None, with
+        shape: "kimi-k2" or "tiny".
+        box: the box, as far as it is not this one.
+        context: tokens; None: what the planner gives.
+        backbone: "bf16", or without a GPU "int8" or "nf4".
+        trace: a file of `--record-trace` to predict hits from.
+        stores: folders with more copies of the shards.
+    """
+
+    model: str | None = None
+    shape: Shape | None = None
+    box: BoxOptions = field(default_factory=BoxOptions)
+    context: int | None = None
+    backbone: str = "bf16"
+    trace: Path | None = None
+    stores: tuple[Path, ...] = ()
+
+
+def make_plan(options: PlanOptions) -> Plan:
+    """Plan without loading anything.
+
+    Raises:
+        PlanError: it does not fit; the message has the numbers and what is missing.
+        RequestError: neither a model nor a shape, or both; a trace that is none.
+        ConfigError, CheckpointError: the model's small files cannot be read.
+    """
+    check_precision(options.backbone)
+    subject = find_subject(options)
+    folders = [folder for folder in (subject.folder, *options.stores) if folder is not None]
+    box = find_box(options.box, subject.config, folders)
+    if box is None:
+        raise PlanError("this box could not be measured", "Run: moebox doctor")
+    curve = find_curve(subject.config, subject.folder, options.trace)
+    made = plan_on(subject, box, curve, options.context, options.backbone)
+    return replace(made, changes=changes(made, curve, options.context, options.backbone))
+
+
+def find_subject(options: PlanOptions) -> Subject:
+    """The model that is meant: its config, from a folder, the hub's headers, or a shape.
+
+    Raises:
+        RequestError, ConfigError, CheckpointError: as `make_plan`.
+    """
+    if (options.model is None) == (options.shape is None):
+        raise RequestError("nothing to plan", "Give a checkpoint's folder, a hub id, or --shape kimi-k2.")
+    if options.model is None:
+        return _shape_subject(options.shape or "kimi-k2", options.context)
+    folder = Path(options.model)
+    if folder.exists():
+        return Subject(folder.resolve().name, load_config(folder), folder)
+    return _hub_subject(options.model)
+
+
+def _shape_subject(shape: Shape, context: int | None) -> Subject:
+    config = shape_config(shape)
+    if shape == "kimi-k2" and config.max_position_embeddings < (context or 0) <= LATER_CONTEXT:
+        later = replace(config, max_position_embeddings=LATER_CONTEXT)
+        return Subject(shape, later, note=f"with {LATER_CONTEXT:,} tokens, as K2 has since the 0905 release")
+    return Subject(shape, config)
+
+
+def _hub_subject(name: str) -> Subject:
+    """A model on the hub: small files and headers come to a temporary folder, no weights."""
+    from moebox.quantize.hub import HubSource, parse_hub_id
+    from moebox.quantize.origin import HeaderStore
+
+    parsed = parse_hub_id(name)
+    if parsed is None:
+        raise RequestError(f"{name}: no such folder", "Give a checkpoint's folder, or a hub id, org/model.")
+    with tempfile.TemporaryDirectory(prefix="moebox-plan-") as folder:
+        source = HubSource(*parsed, Path(folder), HeaderStore(Path(folder) / "headers"))
+        try:
+            return Subject(name, parse_config(source.config, f"{name}: config.json"), note=_hub_note(source))
+        finally:
+            source.close()
+
+
+def _hub_note(source: HubSource) -> str:
+    nbytes = sum(facts.size for facts in source.facts.values())
+    packed = any(name.endswith(".weight_packed") for name in source.weight_map)
+    state = "has INT4 experts already" if packed else "`moebox quantize` makes its experts INT4"
+    return f"{nbytes / GIGA:,.0f} GB in {len(source.facts)} shards on the hub; {state}"
