@@ -18,6 +18,7 @@ import click
 
 from moebox import __version__
 from moebox.cli_options import (
+    LOADING,
     SAMPLING,
     ByteSize,
     DeviceName,
@@ -292,6 +293,54 @@ def doctor(model: Path | None, stores: tuple[Path, ...], deep: bool, as_json: bo
 
 
 @main_group.command()
+@click.argument("model", required=False)
+@click.option("--shape", type=click.Choice(["kimi-k2", "tiny"]), help="A model of this shape instead.")
+@click.option("--gpu", help="A GPU by name, such as h100-80gb, or none: plan for another box with it.")
+@click.option("--vram", type=ByteSize(), help="GPU memory.  [default: the GPU's, or what is free here]")
+@click.option(
+    "--ram",
+    type=ByteSize(),
+    help="Memory: all of another box, or what may be used of this one.  [default: what is free here]",
+)
+@click.option("--nvme-gbps", type=float, help="GB/s of all drives together.  [default: as measured here]")
+@click.option("--ram-gbps", type=float, help="GB/s of reading RAM.  [default: as measured here]")
+@click.option("--context", type=click.IntRange(1), help="Tokens of context.  [default: what fits]")
+@click.option(
+    "--backbone",
+    type=click.Choice(["bf16", "int8", "nf4"]),
+    default="bf16",
+    help="Precision of everything but the experts; on a GPU bf16.",
+)
+@click.option(
+    "--trace",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Predict hits from a file of --record-trace.  [default: what is known of MODEL, or published]",
+)
+@json_option
+def plan(model: str | None, as_json: bool, **options: Any) -> None:
+    """Say what goes where, how fast it will run and what would help most; nothing is loaded.
+
+    MODEL is a checkpoint's folder or a hub id, of which only headers are read. What was never measured of
+    this box is measured first, in some seconds.
+
+    \b
+    Examples:
+      moebox plan --shape kimi-k2 --gpu h100-80gb --ram 512GiB --nvme-gbps 7 --context 262144
+      moebox plan moonshotai/Kimi-K2-Thinking --gpu rtx-5090-32gb --ram 768GiB
+      moebox plan /nvme/k2 --ram 200GiB --json
+    """
+    from moebox.runtime.plan import PlanOptions, make_plan
+    from moebox.runtime.plan_box import BoxOptions
+    from moebox.runtime.plan_text import render_plan
+
+    if (model is None) == (options["shape"] is None):
+        raise click.UsageError("give a checkpoint's folder, a hub id or --shape, one of them")
+    box = BoxOptions(**{name: options.pop(name) for name in ("gpu", "vram", "ram", "nvme_gbps", "ram_gbps")})
+    made = make_plan(PlanOptions(model, box=box, **options))
+    _report(made.to_dict(), as_json, lambda: render_plan(made, _console()))
+
+
+@main_group.command()
 @click.argument("model", type=click.Path(file_okay=False, path_type=Path), required=False)
 @click.option("--png", type=click.Path(dir_okay=False, path_type=Path), help="Draw the maps to this file.")
 @click.option("--reset", is_flag=True, help="Forget what is known of MODEL, and show nothing.")
@@ -347,16 +396,7 @@ def _load(options: dict[str, Any]) -> Model:
     from moebox.runtime.api import load
 
     with _LoadProgress(_console(stderr=True)) as show:
-        model = load(
-            options["model"],
-            device=options["device"],
-            vram=options["vram"],
-            ram=options["ram"],
-            backbone=options["backbone"],
-            context=options["context"],
-            threads=options["threads"],
-            progress=show,
-        )
+        model = load(options["model"], progress=show, **{name: options[name] for name in LOADING})
     if model.engine.plan.note:
         click.secho(model.engine.plan.note, dim=True, err=True)
     saved = model.engine.backbone_saved_bytes
