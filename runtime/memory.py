@@ -5,7 +5,7 @@ Experts beyond it stay on disk and are read as they are routed (`offload/ram_cac
 
 from __future__ import annotations
 
-import logging
+import ctypes
 from dataclasses import dataclass
 
 import psutil
@@ -19,8 +19,6 @@ from moebox.runtime.backbone import planned_bytes
 from moebox.runtime.kv_cache import bytes_per_token
 from moebox.runtime.processor import CPU_SCORES_BYTES
 
-log = logging.getLogger("moebox")
-
 CHUNK_TOKENS = 1024
 """Tokens of a prompt that go through the CPU at once: bounds memory, and how much an interrupt loses.
 The same whatever the budget, since another chunk rounds otherwise."""
@@ -33,6 +31,8 @@ CACHE_SHARE = 0.15
 context was asked for."""
 KERNEL_PAIRS = 2048
 """Pairs of token and expert that the CPU's kernel takes in one round."""
+LARGE_BLOCK_BYTES = 4 << 20
+_M_MMAP_THRESHOLD = -3
 
 
 @dataclass(frozen=True)
@@ -188,6 +188,17 @@ def describe(plan: MemoryPlan) -> str:
         f"workspace {gib(plan.workspace_bytes)} + {plan.rows} of {plan.n_keys} experts "
         f"{gib(plan.experts_bytes)}"
     )
+
+
+def return_large_blocks() -> None:
+    """Have glibc give freed blocks of `LARGE_BLOCK_BYTES` back to the system at once.
+
+    Otherwise it keeps blocks of up to 32 MiB, and a chunk's values leave the heap in pieces: 1.7 times the
+    workspace in a model of 340 MB of experts. Other C libraries are left alone.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, LARGE_BLOCK_BYTES)
 
 
 def check_context(config: ModelConfig, context: int | None) -> None:

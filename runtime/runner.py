@@ -22,7 +22,7 @@ from moebox.runtime.kv_cache import KVCache
 from moebox.runtime.linear import native_bf16
 from moebox.runtime.loader import LoadOptions, load_backbone
 from moebox.runtime.lookahead import GateLookahead
-from moebox.runtime.memory import CHUNK_TOKENS, MemoryPlan, plan_memory
+from moebox.runtime.memory import CHUNK_TOKENS, MemoryPlan, plan_memory, return_large_blocks
 from moebox.runtime.model import KimiK2
 from moebox.runtime.recording import open_recording
 
@@ -135,6 +135,7 @@ def load_on_cpu(checkpoint: Checkpoint, options: LoadOptions) -> tuple[Runner, M
     config = checkpoint.config
     dtype = options.dtype or default_dtype(config, options.backbone)
     plan = plan_memory(config, dtype, options.backbone, options.ram, options.context)
+    return_large_blocks()
     pool = cpu.ThreadPool(options.threads)
     with ExitStack() as opened:
         recording = open_recording(checkpoint, options.statistics, options.record_trace)
