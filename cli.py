@@ -394,11 +394,11 @@ def _sampling(options: dict[str, Any]) -> dict[str, Any]:
 
 def _load(options: dict[str, Any]) -> Model:
     from moebox.runtime.api import load
+    from moebox.runtime.plan import loaded_line
 
     with _LoadProgress(_console(stderr=True)) as show:
         model = load(options["model"], progress=show, **{name: options[name] for name in LOADING})
-    if model.engine.plan.note:
-        click.secho(model.engine.plan.note, dim=True, err=True)
+    click.secho(loaded_line(model.engine), dim=True, err=True)
     saved = model.engine.backbone_saved_bytes
     if saved:
         note = f"backbone in {options['backbone']}: {model.engine.backbone_bytes / 1e6:,.1f} MB, "

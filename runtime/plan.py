@@ -15,14 +15,18 @@ from moebox.config import load_config, parse_config
 from moebox.errors import PlanError, RequestError
 from moebox.offload.floor import GIGA
 from moebox.runtime.backbone import check_precision
+from moebox.runtime.memory import MemoryPlan
 from moebox.runtime.plan_box import BoxOptions, find_box
 from moebox.runtime.plan_changes import changes
 from moebox.runtime.plan_hits import find_curve
-from moebox.runtime.plan_report import Plan, Subject, plan_on
+from moebox.runtime.plan_places import cpu_places, gpu_places
+from moebox.runtime.plan_report import Plan, Subject, plan_on, predict
+from moebox.runtime.plan_text import plan_line
 from moebox.runtime.synthetic import Shape, shape_config
 
 if TYPE_CHECKING:
     from moebox.quantize.hub import HubSource
+    from moebox.runtime.engine import Engine
 
 LATER_CONTEXT = 262144
 """Tokens of K2's later releases, of the same shape."""
@@ -68,6 +72,18 @@ def make_plan(options: PlanOptions) -> Plan:
     curve = find_curve(subject.config, subject.folder, options.trace)
     made = plan_on(subject, box, curve, options.context, options.backbone)
     return replace(made, changes=changes(made, curve, options.context, options.backbone))
+
+
+def loaded_line(engine: Engine) -> str:
+    """The plan that a loaded model obeys, in one line; with its speed where this box was measured before."""
+    config, plan = engine.config, engine.plan
+    places = cpu_places(config, plan) if isinstance(plan, MemoryPlan) else gpu_places(config, plan)
+    box = find_box(BoxOptions(), config, [engine.folder], measure=False)
+    if box is None or box.has_gpu == isinstance(plan, MemoryPlan):
+        return plan_line(places, config)
+    subject = Subject(engine.folder.resolve().name, config, engine.folder)
+    made = predict(subject, box, find_curve(config, engine.folder, None), places, engine.dtype)
+    return plan_line(places, config, made.tokens_per_s)
 
 
 def find_subject(options: PlanOptions) -> Subject:

@@ -28,8 +28,7 @@ from moebox.runtime.gpus import (
     find_preset,
 )
 from moebox.runtime.memory import SYSTEM_SHARE, gib
-from moebox.runtime.plan_probe import ColdReads, probe_cpu, probe_disk
-from moebox.runtime.plan_speed import CPU_BOX, H200_BOX, Efficiency
+from moebox.runtime.plan_speed import CPU_BOX, H200_BOX, ColdReads, Efficiency
 from moebox.runtime.synthetic import shape_config
 
 log = logging.getLogger("moebox")
@@ -237,7 +236,7 @@ class _Known:
         identity, ceilings = f"{cpu_identity()}; widths {_widths(self.config)}", self.ceilings()
         if ceilings is None:
             return None
-        part = self._figures("run", identity, lambda: probe_cpu(self.config, ceilings).figures())
+        part = self._figures("run", identity, lambda: _probe_cpu(self.config, ceilings))
         if part is None:
             return None
         return Efficiency.from_figures(part.figures, f"measured on this box, {part.measured[:10]}")
@@ -247,7 +246,7 @@ class _Known:
         if self.device or not self.folders:
             return None
         identity = f"{'; '.join(self.drives)}; experts of {self.config.expert_bytes} bytes"
-        part = self._figures("run", identity, lambda: asdict(probe_disk(self.folders[0], self.folders[1:])))
+        part = self._figures("run", identity, lambda: _probe_disk(self.folders))
         return None if part is None else ColdReads(**part.figures)
 
     def _figures(self, kind: Kind, identity: str, found: Callable[[], Mapping[str, float]]) -> Part | None:
@@ -269,6 +268,18 @@ class _Known:
     def quiet(self) -> bool:
         """Whether the cores are free: what is measured beside other programs is not kept."""
         return cpu_checks.load(cpu_checks.busy_cpus(), cpu.allowed_cpus()).status == "pass"
+
+
+def _probe_cpu(config: ModelConfig, ceilings: Ceilings) -> dict[str, float]:
+    from moebox.runtime.plan_probe import probe_cpu  # what it imports is of no use to most plans
+
+    return probe_cpu(config, ceilings).figures()
+
+
+def _probe_disk(folders: Sequence[Path]) -> dict[str, float]:
+    from moebox.runtime.plan_probe import probe_disk
+
+    return asdict(probe_disk(folders[0], folders[1:]))
 
 
 def _widths(config: ModelConfig) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -28,7 +28,7 @@ from moebox.runtime.bench_watch import CpuWatch
 from moebox.runtime.kv_cache import KVCache
 from moebox.runtime.loader import check_quantized
 from moebox.runtime.memory import least_rows
-from moebox.runtime.plan_speed import H200_BOX, Efficiency
+from moebox.runtime.plan_speed import H200_BOX, ColdReads, Efficiency
 from moebox.runtime.runner import CpuRunner, default_dtype
 from moebox.runtime.synthetic import experts_in_ram, synthetic_model
 
@@ -74,14 +74,6 @@ def probe_cpu(config: ModelConfig, ceilings: Ceilings, threads: int | None = Non
     small = small_config(config)
     with torch.inference_mode():
         return _Probe(small, ceilings, threads).efficiency()
-
-
-@dataclass(frozen=True)
-class ColdReads:
-    """What experts on the disk cost a layer: once where one is missing, and then each, at `gbps`."""
-
-    read_s: float
-    gbps: float
 
 
 def probe_disk(folder: Path, stores: Sequence[Path] = (), threads: int | None = None) -> ColdReads:

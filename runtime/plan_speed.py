@@ -117,6 +117,14 @@ CPU_BOX = Efficiency(
 
 
 @dataclass(frozen=True)
+class ColdReads:
+    """What experts on the disk cost a layer: once where one is missing, and then each, at `gbps`."""
+
+    read_s: float
+    gbps: float
+
+
+@dataclass(frozen=True)
 class Chances:
     """Where a pick's expert is found: shares of all picks, which add up to 1. Without a GPU `gpu` is 0."""
 

@@ -8,9 +8,10 @@ from rich import box as boxes
 from rich.table import Table
 from rich.text import Text
 
+from moebox.config import ModelConfig
 from moebox.offload.floor import GIGA
 from moebox.runtime.memory import gib
-from moebox.runtime.plan_places import DISK, GPU, RAM
+from moebox.runtime.plan_places import DISK, GPU, RAM, Places
 from moebox.runtime.plan_report import Plan
 from moebox.runtime.plan_speed import DecodePrediction, PrefillPrediction
 
@@ -46,19 +47,19 @@ def render_plan(plan: Plan, console: Console) -> None:
         _line(console, f"  {source}", "dim")
 
 
-def plan_line(plan: Plan) -> str:
-    """The same in one line, for `run` and `chat`."""
-    places, config = plan.places, plan.subject.config
+def plan_line(places: Places, config: ModelConfig, tokens_per_s: float | None = None) -> str:
+    """A memory plan in one line, for `run` and `chat`; with its speed where that can be foretold."""
     size = config.expert_bytes
     parts = [f"backbone {gib(places.backbone_bytes)}"]
     if places.gpu_experts:
         parts.append(f"{places.gpu_experts:,} experts ({gib(places.gpu_experts * size)}) on the GPU")
     warm = sum(part.experts for part in places.parts if part.place == RAM)
-    parts.append(f"{warm:,} of {places.keys:,} ({gib(warm * size)}) in RAM")
+    parts.append(f"{warm:,} of {places.keys:,} experts ({gib(warm * size)}) in RAM")
     if places.disk_experts:
         parts.append(f"{places.disk_experts:,} on disk only")
     parts.append(f"context {places.context:,}")
-    return f"plan: {', '.join(parts)}; about {_rate(plan.tokens_per_s)} tok/s"
+    speed = "" if tokens_per_s is None else f"; about {_rate(tokens_per_s)} tok/s"
+    return f"plan: {', '.join(parts)}{speed}"
 
 
 def _line(console: Console, text: str, style: str = "") -> None:
