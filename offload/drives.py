@@ -36,6 +36,7 @@ class Drive:
 @dataclass(frozen=True)
 class _Mount:
     device: str
+    point: Path
     filesystem: str
     source: str
 
@@ -46,12 +47,12 @@ def drive_at(path: Path, sys: Path = SYS, mountinfo: Path = MOUNTINFO) -> Drive:
     A partition counts as its whole drive. Behind overlays and network file systems no drive is visible; their
     identity is type and source of the mount.
     """
-    path = path.absolute()
+    path = path.resolve()
     while not path.exists():
         path = path.parent
     number = path.stat().st_dev
     device = f"{os.major(number)}:{os.minor(number)}"
-    mount = _mount(device, mountinfo)
+    mount = _mount(device, path, mountinfo)
     folder = _block_folder(device, sys) or _source_folder(mount, sys)
     if folder is None:
         source = f"{mount.filesystem} {mount.source}" if mount else f"device {device}"
@@ -59,25 +60,34 @@ def drive_at(path: Path, sys: Path = SYS, mountinfo: Path = MOUNTINFO) -> Drive:
     return _block_drive(folder, mount.filesystem if mount else "")
 
 
-def _mount(device: str, mountinfo: Path) -> _Mount | None:
-    """The mount of a device number: `id parent major:minor root point options ... - type source options`."""
+def _mount(device: str, path: Path, mountinfo: Path) -> _Mount | None:
+    """The mount with a device number, else the one that `path` lies in: btrfs gives subvolumes their own."""
+    mounts = _mounts(mountinfo)
+    around = [mount for mount in mounts if path.is_relative_to(mount.point)]
+    closest = max(around, key=lambda mount: len(mount.point.parts), default=None)
+    return next((mount for mount in mounts if mount.device == device), closest)
+
+
+def _mounts(mountinfo: Path) -> list[_Mount]:
+    """Lines are `id parent major:minor root point options ... - type source options` (proc(5))."""
     try:
         lines = mountinfo.read_text().splitlines()
     except OSError:
-        return None
+        return []
+    mounts = []
     for line in lines:
-        left, _, right = line.partition(" - ")
-        if left.split()[2:3] == [device] and len(right.split()) >= 2:
-            filesystem, source = right.split()[:2]
-            return _Mount(device, filesystem, source)
-    return None
+        left, right = (part.split() for part in line.split(" - ", 1))
+        mounts.append(_Mount(left[2], Path(left[4].replace("\\040", " ")), right[0], right[1]))
+    return mounts
 
 
 def _block_folder(device: str, sys: Path) -> Path | None:
-    """The whole drive's folder below /sys: a partition's folder lies in its drive's."""
     folder = sys / "dev/block" / device
-    if not folder.exists():
-        return None
+    return _whole(folder) if folder.exists() else None
+
+
+def _whole(folder: Path) -> Path:
+    """A drive's own folder below /sys: a partition's lies in it."""
     folder = folder.resolve()
     return folder.parent if (folder / "partition").exists() else folder
 
@@ -95,8 +105,9 @@ def _source_folder(mount: _Mount | None, sys: Path) -> Path | None:
 
 def _block_drive(folder: Path, filesystem: str) -> Drive:
     name, nbytes = folder.name, int(_text(folder / "size") or 0) * _SECTOR_BYTES
-    serial = _text(folder / "device/serial") or _text(folder / "serial") or _text(folder / "wwid")
-    parts = [_text(folder / "device/model") or name, serial, f"{nbytes / 1e9:.0f} GB"]
+    model = _first(folder, "device/model", "dm/name") or name
+    serial = _first(folder, "device/serial", "serial", "wwid", "device/wwid", "dm/uuid", "md/uuid")
+    parts = [model, serial, f"{nbytes / 1e9:.0f} GB"]
     slaves = folder / "slaves"
     return Drive(
         name,
@@ -104,8 +115,12 @@ def _block_drive(folder: Path, filesystem: str) -> Drive:
         filesystem,
         _text(folder / "queue/rotational") == "1",
         nbytes,
-        tuple(sorted(member.name for member in slaves.iterdir())) if slaves.is_dir() else (),
+        tuple(sorted({_whole(member).name for member in slaves.iterdir()})) if slaves.is_dir() else (),
     )
+
+
+def _first(folder: Path, *files: str) -> str:
+    return next((text for file in files if (text := _text(folder / file))), "")
 
 
 def _text(path: Path) -> str:

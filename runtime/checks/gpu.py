@@ -109,7 +109,7 @@ def _no_device(roots: Roots, torch_cuda: str | None) -> Check:
         fix = "Install NVIDIA's driver, and see that `nvidia-smi` lists the GPU."
         return Check("gpu.device", "warn", f"{what}, but no driver is loaded", costs, fix)
     if torch_cuda is None:
-        fix = "Install the CUDA build of the same release: `pip install torch --index-url https://download.pytorch.org/whl/cu130`."
+        fix = "Install the CUDA build of the same release, as https://pytorch.org/get-started tells."
         return Check("gpu.device", "warn", f"{what}, but torch is a build for the CPU only", costs, fix)
     fix = (
         "In a container, pass the GPU through (`docker run --gpus all`). Else update the driver to one for "

@@ -74,9 +74,18 @@ def test_a_partition_is_its_whole_drive(machine):
 def test_a_raid_names_its_members(machine):
     machine.mount("xfs", "/dev/md0")
     folder = machine.block("virtual/block/md0", machine.device, size=100)
-    for member in ("nvme1n1", "nvme0n1"):
-        (folder / "slaves" / member).mkdir(parents=True)
+    (folder / "slaves").mkdir()
+    for member in ("nvme1n1/nvme1n1p1", "nvme0n1/nvme0n1p1"):
+        part = machine.block(f"pci/{member}", partition=1)
+        (folder / "slaves" / part.name).symlink_to(part)
     assert machine.drive().members == ("nvme0n1", "nvme1n1")
+
+
+def test_a_logical_volume_goes_by_its_name(machine):
+    machine.block(
+        "virtual/block/dm-0", machine.device, size=2 * 10**9, dm__name="vg0-models", dm__uuid="LVM-x"
+    )
+    assert machine.drive().identity == "vg0-models LVM-x 1024 GB"
 
 
 def test_a_spinning_disk(machine):
@@ -99,6 +108,16 @@ def test_without_a_drive_the_file_system_is_named(machine, filesystem, source):
     machine.mount(filesystem, source)
     drive = machine.drive()
     assert (drive.name, drive.identity, drive.nbytes) == (filesystem, f"{filesystem} {source}", 0)
+
+
+def test_a_subvolume_is_found_by_its_mount_point(machine):
+    machine.mountinfo.write_text(
+        "29 1 0:5 / / rw - ext4 /dev/sda1 rw\n"
+        f"30 29 0:999 / {str(machine.root).replace(' ', chr(92) + '040')} rw - btrfs /dev/null rw\n"
+    )
+    machine.block("pci/nvme1n1", "1:3", size=2000, device__model="Fast")
+    drive = machine.drive()
+    assert (drive.name, drive.filesystem) == ("nvme1n1", "btrfs")
 
 
 def test_without_a_mount_table_the_number_is_named(machine):

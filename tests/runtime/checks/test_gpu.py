@@ -109,7 +109,7 @@ def test_a_driver_but_torch_for_the_cpu(tmp_path, roots):
     (check,) = gpu.device([], roots, torch_cuda=None)
     assert check.status == "warn"
     assert "CPU only" in check.seen
-    assert "pip install" in check.fix
+    assert "CUDA build" in check.fix
 
 
 def test_a_driver_but_no_device(tmp_path, roots):
