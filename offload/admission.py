@@ -83,6 +83,9 @@ class Admissions:
         self.ram.rows[victim] = row  # first, so that no interrupt leaves it nowhere
         residency.release(victim)
 
+    def finish(self) -> None:
+        """All copies are done."""
+
     def undo(self) -> None:
         """Forget what may not have arrived; all that was queued is done."""
         if not self.exclusive:

@@ -3,8 +3,9 @@
 Experts in the cache are computed where they are. Of the others, those with most tokens are uploaded, in
 groups, through a ring of slots, and the GPU computes each group while the next one is on its way; those with
 fewest are computed by the CPU from RAM, batch by batch. While a batch runs, in a thread of its own, uploads
-are queued that will last longer; then the split is looked at again, until the roads meet. Then uploads go on
-with experts of the next layer (`early.py`).
+are queued that will last longer; then the split is looked at again, until the roads meet. Experts on disk
+only follow in groups, shared out likewise as they arrive (`cold.py`). Then uploads go on with experts of the
+next layer (`early.py`).
 
 T tokens, H hidden_size, E n_routed_experts, k num_experts_per_tok; n experts and m pairs of token and expert
 in a layer.
@@ -16,7 +17,6 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
 from statistics import median
 
 import numpy as np
@@ -26,18 +26,18 @@ from torch import Tensor
 
 from moebox.kernels import cpu
 from moebox.offload.admission import Admissions
+from moebox.offload.cold import ColdAdmissions, ColdTier, LayerReads
 from moebox.offload.device import Device, Event
 from moebox.offload.early import CERTAIN, GROUP, EarlyGroup, EarlyUploads, Ring
 from moebox.offload.gpu import GpuTier
 from moebox.offload.pairs import recent_use, sort_pairs
 from moebox.offload.ram import RamTier
+from moebox.offload.record import RoutingRecorder
 from moebox.offload.split import RoadCosts, cpu_share, two_roads_s
+from moebox.offload.staging import LayerRecord, Staging
 
-TABLE = 2 * GROUP + 1
-"""int32 words that tell the GPU of a group: slots, then offsets."""
 BATCH_S = 6e-3
 """What the CPU takes at once: long against the cost of a look, short against a layer."""
-ZERO_ROWS = 512
 CPU_GBPS_PER_THREAD = 4.0
 CPU_GFLOPS_PER_THREAD = 200.0
 """What the CPU is taken for before it has computed anything."""
@@ -46,85 +46,13 @@ AHEAD_S = 1e-3
 """Uploads are queued for `AHEAD` times the CPU's next batch and `AHEAD_S` more."""
 
 
-@dataclass
-class LayerRecord:
-    """How a layer went.
-
-    Attributes:
-        layer: MoE index.
-        tokens: T.
-        residents, uploads, cpu: experts on each way.
-        early: those of the uploads that began before the layer.
-        wasted: early uploads that found no use, neither here nor in the layer that they were meant for.
-        expert_bytes: of one expert.
-        seconds: of the whole layer on the device, from its input to its output: without its early uploads'
-            time, but those of the next layer may slow it down.
-        upload_s, cpu_s: from the first upload's start to the last one's end, the early ones counted apart and
-            added; the CPU's work.
-        host_s: the host's cost before the first upload was queued.
-        floor_s: the best split of the misses at the roads' live figures, see `split.two_roads_s`.
-    """
-
-    layer: int
-    tokens: int
-    residents: int
-    expert_bytes: int
-    uploads: int = 0
-    cpu: int = 0
-    early: int = 0
-    wasted: int = 0
-    seconds: float = 0.0
-    upload_s: float = 0.0
-    cpu_s: float = 0.0
-    host_s: float = 0.0
-    floor_s: float = 0.0
-
-    @property
-    def pcie_gbps(self) -> float:
-        """GB/s of the uploads, wasted ones included."""
-        n = self.uploads + self.wasted
-        return n * self.expert_bytes / self.upload_s / 1e9 if self.upload_s else 0.0
-
-    @property
-    def cpu_gbps(self) -> float:
-        """GB/s of experts that the CPU went through."""
-        return self.cpu * self.expert_bytes / self.cpu_s / 1e9 if self.cpu_s else 0.0
-
-
-class Staging:
-    """Pinned memory that prefill hands data over in, for up to `capacity` tokens.
-
-    Between layers `sums` is zero, or zeros are on their way by `downloads`.
-    """
-
-    def __init__(self, device: Device, capacity: int, top_k: int, n_experts: int, hidden_size: int) -> None:
-        self.capacity = capacity
-        self.ids = device.pinned((capacity, top_k), torch.int64)
-        self.router_weights = device.pinned((capacity, top_k), torch.float32)
-        self.hidden = device.pinned((capacity, hidden_size), torch.bfloat16)
-        self.sums = device.pinned((capacity, hidden_size), torch.float32)
-        self.tokens = device.pinned((capacity * top_k,), torch.int32)
-        self.weights = device.pinned((capacity * top_k,), torch.float32)
-        self.residents = device.pinned((2 * n_experts + 1,), torch.int32)
-        # One row a group; at worst each is of one expert.
-        self.tables = device.pinned((n_experts, TABLE), torch.int32)
-        self._zeros = device.empty((min(capacity, ZERO_ROWS), hidden_size), torch.float32).zero_()
-        self._downloads = device.downloads
-        self._downloads.wait(device.mark())
-
-    def clear_sums(self, n_tokens: int) -> None:
-        """Queue zeros for the first rows of `sums`: by PCIe, since the CPU has better to do."""
-        for first in range(0, n_tokens, len(self._zeros)):
-            rows = self.sums[first : min(first + len(self._zeros), n_tokens)]
-            self._downloads.copy(rows, self._zeros[: len(rows)])
-
-
 class PrefillRoads:
     """Computes layers; keeps what they teach about the roads.
 
     Attributes:
         costs: live figures, to be set once when they were measured.
         records: of past layers, the last 1,024; call `settle` before you read them.
+        recorder: is told what was routed, where set.
     """
 
     def __init__(
@@ -134,8 +62,12 @@ class PrefillRoads:
         ram: RamTier,
         gpu: GpuTier,
         exclusive: bool = False,
+        cold: ColdTier | None = None,
     ) -> None:
+        """`cold`: where RAM does not hold what the GPU does not; only with `exclusive`."""
         config = ram.config
+        self.cold = cold
+        self.recorder: RoutingRecorder | None = None
         self.device, self.pool, self.ram, self.gpu, self.exclusive = device, pool, ram, gpu, exclusive
         self.shape = (config.hidden_size, config.moe_intermediate_size)
         self.n_experts = config.n_routed_experts
@@ -163,6 +95,7 @@ class PrefillRoads:
 
         Raises:
             DeviceError: a copy failed; the cache is worthless then.
+            CheckpointError: a cold expert could not be read.
         """
         staging = self._staging_for(len(hidden))
         current = _Layer(self, staging, layer, hidden)
@@ -170,6 +103,7 @@ class PrefillRoads:
             current.receive(expert_ids, weights)
             self._learn()
             current.compute_residents()
+            current.begin_reads()
             current.compute_early()
             current.share_misses()
             out = current.combine()
@@ -177,6 +111,8 @@ class PrefillRoads:
             current.abandon()
             raise
         self._last = current
+        if self.recorder is not None:
+            self.recorder.layer(layer, staging.ids[: len(hidden)].numpy())
         return out
 
     def settle(self) -> None:
@@ -193,6 +129,12 @@ class PrefillRoads:
         if self._last is not None:
             self.records.append(self._last.finish())
             self._last = None
+
+    def admissions(self) -> Admissions:
+        """Of one layer."""
+        if self.cold is None:
+            return Admissions(self.device, self.ram, self.gpu, self.exclusive)
+        return ColdAdmissions(self.device, self.ram, self.gpu, self.exclusive, tier=self.cold)
 
     def _staging_for(self, n_tokens: int) -> Staging:
         if self._staging is None or self._staging.capacity < n_tokens:
@@ -221,7 +163,8 @@ class _Layer:
         self.begin = self.device.mark()
         self.out = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
         self.record = LayerRecord(layer, len(hidden), 0, roads.costs.expert_bytes)
-        self.admissions = Admissions(self.device, self.ram, self.gpu, roads.exclusive)
+        self.admissions = roads.admissions()
+        self.reads: LayerReads | None = None
         self.early = roads.early.take()
         self.n_groups = 0
         self.queued: deque[tuple[Event, int]] = deque()
@@ -248,13 +191,16 @@ class _Layer:
     def _plan(self, ids: npt.NDArray[np.int64]) -> None:
         residency, n_experts = self.gpu.residency, self.roads.n_experts
         self.slots = residency.table()[self.first_key : self.first_key + n_experts]
-        self.pairs = sort_pairs(ids, self._turns(), len(self.early) + 2)
+        self.pairs = sort_pairs(ids, self._turns(), len(self.early) + 3)
         use = recent_use(ids, n_experts)
         used = np.array(self.pairs.experts, np.int32)
         residency.use(used + np.int32(self.first_key), use[used])
         self.keys = [self.first_key + expert for expert in self.pairs.experts]
-        self.front, self.back = int(self.pairs.starts[1]), len(self.keys)
-        if (self.ram.rows[self.keys[self.front :]] < 0).any():
+        self.front, self.back = int(self.pairs.starts[1]), int(self.pairs.starts[-2])
+        self.record.cold = len(self.keys) - self.back
+        if self.roads.cold is not None:
+            self.roads.cold.residency.use(used + np.int32(self.first_key), use[used])
+        elif self.record.cold:
             raise RuntimeError(f"MoE layer {self.layer}: an expert lies neither in RAM nor on the GPU")
         self.admissions.plan(self.keys[self.front :], self.keys[: self.front])
         self.bounds = self.pairs.offsets.tolist()
@@ -262,8 +208,9 @@ class _Layer:
         self.record.residents = self.front
 
     def _turns(self) -> npt.NDArray[np.int32]:
-        """Residents first, then early groups one by one, then the others: int32 [E]."""
-        turns = np.where(self.slots >= 0, 0, len(self.early) + 1).astype(np.int32)
+        """Residents first, then early groups one by one, then the others, cold ones last: int32 [E]."""
+        cold = self.ram.rows[self.first_key : self.first_key + self.roads.n_experts] < 0
+        turns = np.where(self.slots >= 0, 0, len(self.early) + 1 + cold).astype(np.int32)
         for turn, group in enumerate(self.early, 1):
             experts = np.array(list(group.slots)) - self.first_key
             turns[experts[(experts >= 0) & (experts < len(turns))]] = turn  # else of a layer that never came
@@ -304,9 +251,18 @@ class _Layer:
             self.counts[first:last],
         )
 
+    def begin_reads(self) -> None:
+        """Have cold experts read, into rows that nothing of the last layer uses any more."""
+        if self.record.cold:
+            assert self.roads.cold is not None
+            self.cpu_ready.synchronize()
+            layer = range(self.first_key, self.first_key + self.roads.n_experts)
+            busy = set(self.keys[self.front : self.back])
+            self.reads = LayerReads(self.roads.cold, self.gpu, layer, self.keys[self.back :], busy)
+
     def compute_early(self) -> None:
         """Queue the experts that were uploaded before the layer began."""
-        for group, n in zip(self.early, np.diff(self.pairs.starts[1:-1]).tolist(), strict=True):
+        for group, n in zip(self.early, np.diff(self.pairs.starts[1:-2]).tolist(), strict=True):
             self.queued.append((group.end, len(group.slots)))
             self.device.compute_waits(group.end)
             self.record.early += n
@@ -329,6 +285,15 @@ class _Layer:
         """Let uploads go up from the front and the CPU down from the back until they meet."""
         self.record.host_s = time.perf_counter() - self.begun_s
         self.record.floor_s = two_roads_s(self.roads.costs, self.pairs.counts[self.record.residents :])
+        cold = self.back
+        self._share()
+        if self.reads is not None:
+            self._share_cold(self.reads, cold)
+        self.roads.go_on_early(self.layer + 1, len(self.hidden))
+        if self.running is not None:
+            self._end_on_cpu()
+
+    def _share(self) -> None:
         while self.front < self.back:
             n = self._next_batch()
             batch_s = self._begin_on_cpu(n) if n else float("inf")
@@ -336,9 +301,27 @@ class _Layer:
                 self._upload(min(GROUP, self.back - self.front))
             if self.running is not None and self.front < self.back:
                 self._end_on_cpu()
-        self.roads.go_on_early(self.layer + 1, len(self.hidden))
+
+    def _share_cold(self, reads: LayerReads, first: int) -> None:
+        """Share out the experts from `first` on, as they arrive."""
+        while batch := reads.next_batch(self._let_go_of_ram):
+            if self.running is not None:
+                self._end_on_cpu()
+            self.uploads.append((self.device.uploads.record(), 0))  # the road stood empty
+            self.front, self.back = first, first + len(batch)
+            first = self.back
+            self._share()
+            self._let_go_of_ram()
+            reads.settle()
+        self.record.read_s = time.perf_counter() - self.begun_s
+
+    def _let_go_of_ram(self) -> None:
+        """Wait until nobody uses RAM's rows."""
         if self.running is not None:
             self._end_on_cpu()
+        self.device.uploads.record().synchronize()
+        self.device.downloads.record().synchronize()
+        self.admissions.finish()
 
     def _next_batch(self) -> int:
         costs, left = self.roads.costs, self.pairs.counts[self.front : self.back]
@@ -446,6 +429,8 @@ class _Layer:
             self.staging.sums.zero_()
         finally:
             self.roads.early.take()
+            if self.reads is not None:
+                self.reads.cancel()
             self.admissions.undo()
 
     def wait(self) -> None:
@@ -458,14 +443,17 @@ class _Layer:
         self.record.seconds = self.end.seconds_since(self.begin)
         if self.early:
             self.record.upload_s = self.early[-1].end.seconds_since(self.early[0].begin)
-        if self.uploads:
-            self.record.upload_s += self.uploads[-1][0].seconds_since(self.uploads[0][0])
+        if seconds := self._upload_seconds():
+            self.record.upload_s += sum(s * n for s, n in seconds)
             # The median: where the host was late, as when a kernel is compiled, the road stood empty.
-            self.roads.costs.learn_uploads(1, median(self._seconds_per_upload()))
+            self.roads.costs.learn_uploads(1, median(s for s, _ in seconds))
+        self.admissions.finish()
         return self.record
 
-    def _seconds_per_upload(self) -> list[float]:
+    def _upload_seconds(self) -> list[tuple[float, int]]:
+        """Of each group: seconds an upload, and how many."""
         return [
-            end.seconds_since(begin) / n
+            (end.seconds_since(begin) / n, n)
             for (begin, _), (end, n) in zip(self.uploads[:-1], self.uploads[1:], strict=True)
+            if n
         ]

@@ -39,12 +39,14 @@ HALF_LIFE_TOKENS = 16.0
 FIELDS: tuple[str, ...] = tuple(_kernels.ROAD_FIELDS)
 """Columns of `DecodeRoads.stats`; `_s` are seconds.
 
-hits, uploads, cpu: experts found on the GPU, uploaded, computed by the CPU. part: what the GPU computes of an
-expert in RAM, from 0 to 1; the CPU has the rest of it, so that cpu is no whole number then.
+hits, uploads, cpu, cold: experts found on the GPU, uploaded, computed by the CPU where they lay in RAM, and
+computed by the CPU when they had been read from disk. part: what the GPU computes of an expert in RAM, from 0
+to 1; the CPU has the rest of it, so that cpu is no whole number then.
 wait_s: the host waited for the GPU to route. listed_s: flag seen until the GPU may go on with the hits.
 schedule_s: flag seen until the uploads were queued and the CPU ran: the host's cost on the critical path.
-cpu_s: the CPU's work. upload_s: the copies, by the device's clock (NaN until they are known, at the latest
-when the next token starts). layer_s: flag seen until the CPU's sum was published.
+cpu_s: the CPU's work, without cold experts. upload_s: the copies, by the device's clock (NaN until they are
+known, at the latest when the next token starts). read_s: the first read's begin until the last one's end.
+layer_s: flag seen until the CPU's sum was published.
 """
 
 
@@ -74,6 +76,8 @@ class DecodeRoads(_kernels.DecodeRoads):
         one_address: a pinned int32 1.
         exclusive: an expert lies in RAM or in a slot, not both: a retained upload frees its row, and a
             victim is downloaded before its slot is free.
+        cold: reads experts that lie in neither, which then changes `ram` and `ram_rows`, too; only with
+            `exclusive`.
         pcie_gbps, cpu_gbps: what the roads are taken for at first; live averages follow.
         isa: one of `kernels.cpu.isa_paths()`; the best by default.
 
@@ -111,6 +115,7 @@ class DecodeRoads(_kernels.DecodeRoads):
         n_experts: int,
         top_k: int,
         exclusive: bool = False,
+        cold: _kernels.ColdTier | None = None,
         pcie_gbps: float = 50.0,
         cpu_gbps: float = 50.0,
         isa: str | None = None,
@@ -130,6 +135,7 @@ class DecodeRoads(_kernels.DecodeRoads):
             exclusive,
             (pcie_gbps, cpu_gbps),
             isa,
+            cold,
         )
 
     def run_token(self, ids: Tensor | npt.NDArray[np.int32] | None = None, timeout_s: float = 30.0) -> None:
@@ -144,6 +150,7 @@ class DecodeRoads(_kernels.DecodeRoads):
 
         Raises:
             DeviceError: the GPU did not answer in time, or a copy failed.
+            ReadFailure: a cold expert could not be read; see `cold.ColdTier.read_errors`.
             RuntimeError: `abort` was called, or an expert id is out of range or given twice.
         """
         with _device_errors():

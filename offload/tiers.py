@@ -6,23 +6,32 @@ layers. A key is `moe_index * E + expert`, where moe_index counts MoE layers fro
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
 from moebox.config import ModelConfig
 from moebox.errors import PlanError
 from moebox.kernels import cpu
-from moebox.offload.checkpoint import Checkpoint
+from moebox.offload.cold import ColdTier, least_rows
+from moebox.offload.counts import TIERS
 from moebox.offload.device import Device
 from moebox.offload.experts import Progress
 from moebox.offload.gpu import GpuTier, spread_keys
 from moebox.offload.mailbox import Mailbox
 from moebox.offload.prefill import PrefillRoads
 from moebox.offload.ram import RamTier, Source, SyntheticSource
-from moebox.offload.roads import DecodeRoads
+from moebox.offload.record import RoutingRecorder
+from moebox.offload.roads import DecodeRoads, Residency
 from moebox.offload.self_check import check_expert_kernels
 from moebox.offload.store import ExpertStore
+
+if TYPE_CHECKING:
+    from moebox.offload.stats import RouterStatistics
 
 
 class Routing(Protocol):
@@ -49,6 +58,7 @@ class TieredExperts:
         routing: replaces the router's choice where set.
         nbytes: INT4 bytes of all experts, wherever they lie.
         exclusive: an expert lies in RAM or on the GPU, not in both.
+        cold: where the two do not hold the model: reads the others from disk.
     """
 
     def __init__(
@@ -59,14 +69,15 @@ class TieredExperts:
         ram: RamTier,
         gpu: GpuTier,
         exclusive: bool,
+        cold: ColdTier | None = None,
     ) -> None:
         """Use `build`."""
         self.config, self.device, self.pool, self.ram, self.gpu = config, device, pool, ram, gpu
-        self.exclusive = exclusive
+        self.exclusive, self.cold = exclusive, cold
         self.shape = (config.hidden_size, config.moe_intermediate_size)
         self.routing: Routing | None = None
         self.nbytes = config.experts_bytes
-        self.prefill = PrefillRoads(device, pool, ram, gpu, exclusive)
+        self.prefill = PrefillRoads(device, pool, ram, gpu, exclusive, cold)
         self.mailbox = Mailbox.allocate(
             device, len(config.moe_layers), config.num_experts_per_tok, config.hidden_size
         )
@@ -81,54 +92,85 @@ class TieredExperts:
         ram: RamTier,
         slots: int,
         exclusive: bool = False,
+        store: ExpertStore | None = None,
     ) -> TieredExperts:
         """Allocate the GPU's slab and the mailbox; where RAM is filled already, warm the slots from it.
 
         `slots` is of cache; `gpu.STAGING_SLOTS` come on top for prefill. Fewer are taken, and said, where
-        the device has less memory than was planned.
+        the device has less memory than was planned. In exclusive mode experts that find no room are left in
+        the `store`, if there is one, which must then stay open.
 
         Raises:
             PlanError: RAM, or in exclusive mode RAM and slots together, is too small; no memory for the ring.
         """
         gpu = GpuTier(config, device, slots)
-        _check_room(ram, gpu, exclusive)
-        experts = cls(config, device, pool, ram, gpu, exclusive)
+        cold = None
+        if store is not None and exclusive and ram.n_rows + gpu.n_cached < ram.n_keys:
+            cold = _cold_tier(ram, store)
+        else:
+            _check_room(ram, gpu, exclusive)
+        experts = cls(config, device, pool, ram, gpu, exclusive, cold)
         if (ram.rows >= 0).all():
-            experts._warm()
+            experts._warm(experts._spread_keys())
         return experts
 
-    def load(self, checkpoint: Checkpoint, progress: Progress | None = None) -> None:
-        """Read all experts from disk into RAM and, as far as there are slots, onto the GPU.
+    def load(
+        self, store: Source, statistics: RouterStatistics | None = None, progress: Progress | None = None
+    ) -> None:
+        """Read experts from disk onto the GPU and into RAM, as far as there are slots and rows.
+
+        Args:
+            statistics: say who is hot, and so who lies where at first, and what the first scores are.
+            progress: see `fill`.
 
         Raises:
-            CheckpointError: as `ExpertStore`.
+            CheckpointError: an expert could not be read.
         """
-        with ExpertStore.open(checkpoint) as store:
-            self.fill(store, progress)
+        known = statistics is not None and statistics.tokens > 0
+        self.fill(store, progress, statistics.order() if statistics is not None and known else None)
+        if statistics is not None and known:
+            keys, scores = np.arange(self.ram.n_keys, dtype=np.int32), statistics.seed_scores()
+            for residency in self._residencies():
+                residency.seed(keys, scores)
 
     def fill_synthetic(self, seed: int = 0) -> None:
         """Random experts in the same places, without a checkpoint; see `RamTier.fill_synthetic`."""
         self.fill(SyntheticSource(self.config, seed))
 
-    def fill(self, source: Source, progress: Progress | None = None) -> None:
-        """Take all experts from `source`; what lay in RAM and in the cache is forgotten.
+    def fill(
+        self, source: Source, progress: Progress | None = None, order: Sequence[int] | None = None
+    ) -> None:
+        """Take experts from `source`; what lay in RAM and in the cache is forgotten.
 
         Args:
             progress: called with ("experts", bytes done, bytes in all).
+            order: all keys; the first ones go to the GPU, the last ones stay on disk where not all find room.
         """
         self.settle()
         self.gpu.clear()
+        keys, n_cache = self._spread_keys() if order is None else order, self.gpu.n_cached
         if not self.exclusive:
             self.ram.fill(source, progress=progress)
-            self._warm()
+            self._warm(keys)
             return
-        keys, n_cache = self._spread_keys(), self.gpu.n_cached
+        in_memory = keys if self.cold is None else keys[: n_cache + self.cold.capacity]
+        n, nbytes = len(in_memory), self.config.expert_bytes
         for first in range(0, n_cache, self.ram.n_rows):  # through rows that are not in use yet
-            batch = keys[first : min(first + self.ram.n_rows, n_cache)]
-            self.ram.fill(source, batch, _part(progress, first, self))
+            batch = in_memory[first : min(first + self.ram.n_rows, n_cache)]
+            self.ram.fill(source, batch, _part(progress, first, n, nbytes))
             self.gpu.fill(self.ram, batch)
-        self.ram.fill(source, keys[n_cache:], _part(progress, n_cache, self))
+        self.ram.fill(source, in_memory[n_cache:], _part(progress, n_cache, n, nbytes))
+        if self.cold is not None:
+            self.cold.take_over()
         self._get_ready()
+
+    def placement(self) -> npt.NDArray[np.uint8]:
+        """Where each expert lies: uint8 [L, E] of `counts.TIERS`."""
+        self.settle()
+        tiers = np.full(self.ram.n_keys, TIERS.index("drive"), np.uint8)
+        tiers[self.ram.rows >= 0] = TIERS.index("RAM")
+        tiers[self.gpu.residency.table() >= 0] = TIERS.index("GPU")
+        return tiers.reshape(-1, self.config.n_routed_experts)
 
     def forward(self, layer: int, expert_ids: Tensor, weights: Tensor, hidden: Tensor) -> Tensor:
         """See `Experts.forward`: tensors on the device, bf16 `hidden`; `layer` as the model counts.
@@ -138,11 +180,13 @@ class TieredExperts:
 
         Raises:
             DeviceError: a copy failed.
+            CheckpointError: an expert could not be read.
         """
         moe = layer - self.config.first_k_dense_replace
         self.roads.settle()
         if moe == 0:
-            self.gpu.residency.tick += len(hidden)
+            for residency in self._residencies():
+                residency.tick += len(hidden)
         if self.routing is not None:
             expert_ids = self.routing.prefill(moe, len(hidden))
         return self.prefill.run(moe, expert_ids, weights, hidden)
@@ -153,8 +197,25 @@ class TieredExperts:
         self.roads.clear()
 
     def run_token(self, timeout_s: float = 30.0) -> None:
-        """The host's side of one token, while the program runs: see `DecodeRoads.run_token`."""
-        self.roads.run_token(None if self.routing is None else self.routing.decode(), timeout_s)
+        """The host's side of one token, while the program runs: see `DecodeRoads.run_token`.
+
+        Raises:
+            CheckpointError: an expert could not be read; the token is lost, nothing else.
+        """
+        ids = None if self.routing is None else self.routing.decode()
+        with nullcontext() if self.cold is None else self.cold.read_errors():
+            self.roads.run_token(ids, timeout_s)
+        if self.recorder is not None:
+            self.recorder.token((self.mailbox.ids if ids is None else ids).numpy())
+
+    @property
+    def recorder(self) -> RoutingRecorder | None:
+        """Is told what was routed, where set."""
+        return self.prefill.recorder
+
+    @recorder.setter
+    def recorder(self, recorder: RoutingRecorder | None) -> None:
+        self.prefill.recorder = recorder
 
     def settle(self) -> None:
         """Wait for what is under way: before others look at RAM, slots or records."""
@@ -191,12 +252,16 @@ class TieredExperts:
             n_experts=self.config.n_routed_experts,
             top_k=self.config.num_experts_per_tok,
             exclusive=self.exclusive,
+            cold=self.cold,
             pcie_gbps=self.prefill.costs.pcie_gbps,
             cpu_gbps=self.prefill.costs.cpu_gbps,
         )
 
-    def _warm(self) -> None:
-        self.gpu.fill(self.ram, self._spread_keys()[: self.gpu.n_cached])
+    def _residencies(self) -> list[Residency]:
+        return [self.gpu.residency] if self.cold is None else [self.gpu.residency, self.cold.residency]
+
+    def _warm(self, keys: Sequence[int]) -> None:
+        self.gpu.fill(self.ram, keys[: self.gpu.n_cached])
         self._get_ready()
 
     def _get_ready(self) -> None:
@@ -216,17 +281,27 @@ def _check_room(ram: RamTier, gpu: GpuTier, exclusive: bool) -> None:
             f"{ram.n_keys} experts; RAM holds {ram.n_rows}"
             + (f" and the GPU {gpu.n_cached} more" if exclusive else "")
             + f": {missing_bytes} bytes too few",
-            "Give more RAM or GPU memory, or use --device cpu, which reads experts from disk.",
+            "Give more RAM or GPU memory.",
         )
 
 
-def _part(progress: Progress | None, first: int, experts: TieredExperts) -> Progress | None:
-    """`progress` of a part of all experts, the one that begins with the `first`."""
+def _cold_tier(ram: RamTier, store: ExpertStore) -> ColdTier:
+    least = least_rows(ram.config.num_experts_per_tok)
+    if ram.n_rows < least:
+        raise PlanError(
+            f"RAM holds {ram.n_rows} experts; to read others from disk, {least} are needed: "
+            f"{(least - ram.n_rows) * ram.stride} bytes more",
+            "Give more --ram.",
+        )
+    return ColdTier(ram, store)
+
+
+def _part(progress: Progress | None, first: int, n: int, nbytes: int) -> Progress | None:
+    """`progress` of a part of n experts of `nbytes`, the one that begins with the `first`."""
     if progress is None:
         return None
-    nbytes = experts.config.expert_bytes
 
     def report(stage: str, done: int, _: int) -> None:
-        progress(stage, first * nbytes + done, experts.nbytes)
+        progress(stage, first * nbytes + done, n * nbytes)
 
     return report

@@ -1,17 +1,19 @@
 """Whether a model fits a GPU and the RAM beside it: decided from the config, before anything is loaded.
 
 VRAM = backbone + cache for the context + workspace of a prefill chunk + staging for uploads + reserve; what
-is left holds experts. RAM holds all experts; where it cannot, RAM and VRAM together hold each expert once.
+is left holds experts. RAM holds all experts; where it cannot, RAM and VRAM together hold each expert once;
+where that is not enough either, the others are read from disk as they are needed.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from moebox.config import ModelConfig
 from moebox.errors import PlanError
+from moebox.offload.cold import least_rows, spare_rows
 from moebox.offload.gpu import STAGING_SLOTS
 from moebox.offload.ram import row_stride
 from moebox.runtime.backbone import planned_bytes
@@ -37,7 +39,7 @@ class GpuPlan:
     """What a load takes of VRAM and RAM, in bytes, tokens and experts.
 
     `slots` experts fit the GPU beside everything else, `ram_rows` the RAM; `exclusive` where an expert lies
-    in one of the two only.
+    in one of the two only; `cold` experts lie on disk only.
     """
 
     context: int
@@ -49,6 +51,7 @@ class GpuPlan:
     slots: int
     ram_rows: int
     exclusive: bool
+    cold: int = 0
 
     @property
     def unquantized_backbone_bytes(self) -> int:
@@ -65,6 +68,8 @@ class GpuPlan:
     def note(self) -> str:
         """What a user may want to know of it, in a line."""
         rest = "the others in RAM only" if self.exclusive else f"all {self.ram_rows:,} of them in RAM"
+        if self.cold:
+            rest = f"{self.ram_rows:,} in RAM; {self.cold:,} are read from disk as needed"
         return (
             f"GPU: backbone {gib(self.backbone_bytes)}, cache {gib(self.kv_bytes)} for {self.context:,} "
             f"tokens, room for {self.slots:,} experts; {rest}"
@@ -170,14 +175,15 @@ def workspace_bytes(config: ModelConfig, chunk: int, context: int) -> int:
 
 
 def _share_experts(config: ModelConfig, plan: GpuPlan, slots: int, ram_room: int) -> GpuPlan:
-    keys, row_bytes = n_keys(config), row_stride(config)
+    keys, row_bytes, top_k = n_keys(config), row_stride(config), config.num_experts_per_tok
     rows = min(ram_room // row_bytes, keys)
-    lasting = max(slots - config.num_experts_per_tok, 0)  # the others are passed through
-    missing = keys - rows - lasting
-    if rows < keys and missing > 0:
+    near = rows + max(slots - top_k, 0)  # the others are passed through
+    cold = keys - near + spare_rows(rows, top_k) if rows < keys and near < keys else 0
+    least = least_rows(top_k)
+    if cold and rows < least:
         raise PlanError(
-            f"the experts take {gib(keys * row_bytes)}; RAM holds {gib(rows * row_bytes)} and the GPU "
-            f"{gib(slots * row_bytes)} of them: {gib(missing * row_bytes)} are missing",
-            "Give more --ram or --vram or a smaller --context, or use --device cpu, which reads from disk.",
+            f"RAM holds {gib(rows * row_bytes)} of experts; to read others from disk, room for {least} is "
+            f"needed, {gib(least * row_bytes)}: {gib((least - rows) * row_bytes)} are missing",
+            "Give more --ram.",
         )
-    return GpuPlan(**{**plan.__dict__, "slots": slots, "ram_rows": rows, "exclusive": rows < keys})
+    return replace(plan, slots=slots, ram_rows=rows, exclusive=rows < keys, cold=cold)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,6 +18,7 @@ from moebox.offload.checkpoint import Checkpoint
 from moebox.offload.device import Device, Launch, open_device
 from moebox.offload.hardware import available_ram_bytes
 from moebox.offload.ram import RamTier
+from moebox.offload.store import ExpertStore
 from moebox.offload.tiers import TieredExperts
 from moebox.runtime.decode_program import DecodeProgram
 from moebox.runtime.gpu_memory import GpuPlan, plan_gpu_memory
@@ -24,6 +27,7 @@ from moebox.runtime.loader import LoadOptions, load_backbone
 from moebox.runtime.memory import gib
 from moebox.runtime.model import KimiK2
 from moebox.runtime.processor import GpuProcessor
+from moebox.runtime.recording import open_recording
 
 log = logging.getLogger("moebox")
 
@@ -44,10 +48,17 @@ class GpuRunner:
         experts: the tiers.
         memory: lent to one session after the other.
         chunk_tokens: tokens that go through the model at once.
+        resources: what `close` closes; the end of the program does, too.
     """
 
     def __init__(
-        self, model: KimiK2, device: Device, experts: TieredExperts, memory: CacheMemory, chunk_tokens: int
+        self,
+        model: KimiK2,
+        device: Device,
+        experts: TieredExperts,
+        memory: CacheMemory,
+        chunk_tokens: int,
+        resources: ExitStack | None = None,
     ) -> None:
         model.connect(experts)
         self.model = model
@@ -59,6 +70,8 @@ class GpuRunner:
         self._inputs = device.pinned((2,), torch.int64)
         self._logits = device.pinned((model.config.vocab_size,), torch.float32)
         self._spare = [memory]
+        self._resources = resources or ExitStack()
+        weakref.finalize(self, self._resources.close)
 
     def new_cache(self, context: int) -> KVCache:
         """See `Runner.new_cache`: the memory that was planned for, or new memory where that is lent."""
@@ -144,6 +157,7 @@ class GpuRunner:
 
     def close(self) -> None:
         """See `Runner.close`."""
+        self._resources.close()
 
     def _release(self) -> None:
         """Let a running program end without its host: an interrupt may have come before the first step."""
@@ -217,14 +231,24 @@ def load_on_gpu(name: str, checkpoint: Checkpoint, options: LoadOptions) -> tupl
 def _load_planned(checkpoint: Checkpoint, device: Device, plan: GpuPlan, options: LoadOptions) -> GpuRunner:
     config = checkpoint.config
     processor = GpuProcessor(device.torch_device, device.ops)
-    model = load_backbone(checkpoint, None, torch.bfloat16, "bf16", options.progress, processor)
-    # The experts' slab comes last: it is what shrinks where memory turns out to be short.
-    memory = CacheMemory(model, device, plan.context)
-    pool = cpu.ThreadPool(options.threads or max(1, cpu.allowed_cpus() - CORES_FOR_UPLOADS))
-    ram = RamTier(config, plan.ram_rows, device, options.progress)
-    experts = TieredExperts.build(config, device, pool, ram, plan.slots, plan.exclusive)
-    experts.load(checkpoint, options.progress)
-    return GpuRunner(model, device, experts, memory, plan.chunk_tokens)
+    with ExitStack() as opened:
+        recording = open_recording(checkpoint, options.statistics, options.record_trace)
+        opened.callback(recording.close)
+        store = opened.enter_context(
+            ExpertStore.open(checkpoint, options.stores, verify=options.verify_reads)
+        )
+        model = load_backbone(checkpoint, None, torch.bfloat16, "bf16", options.progress, processor)
+        # The experts' slab comes last: it is what shrinks where memory turns out to be short.
+        memory = CacheMemory(model, device, plan.context)
+        pool = cpu.ThreadPool(options.threads or max(1, cpu.allowed_cpus() - CORES_FOR_UPLOADS))
+        ram = RamTier(config, plan.ram_rows, device, options.progress)
+        experts = TieredExperts.build(config, device, pool, ram, plan.slots, plan.exclusive, store)
+        experts.load(store, recording.statistics, options.progress)
+        experts.recorder = recording.recorder
+        if recording.statistics is not None:
+            # No cycle: the end of the runner saves, and must not come in the middle of a garbage collection.
+            recording.statistics.placement = partial(TieredExperts.placement, weakref.proxy(experts))
+        return GpuRunner(model, device, experts, memory, plan.chunk_tokens, opened.pop_all())
 
 
 def _check_options(name: str, options: LoadOptions) -> None:

@@ -105,7 +105,7 @@ Share divide(std::size_t misses, std::size_t most, std::size_t inner, double pci
 }
 
 DecodeRoads::DecodeRoads(ThreadPool& pool, Residency& residency, Copier& copier, const RoadShape& shape,
-                         const Mailbox& mailbox, const Stores& stores, bool exclusive,
+                         const Mailbox& mailbox, const Stores& stores, bool exclusive, ColdTier* cold,
                          const ExpertKernels& kernels)
     : pool_(pool),
       residency_(residency),
@@ -114,8 +114,14 @@ DecodeRoads::DecodeRoads(ThreadPool& pool, Residency& residency, Copier& copier,
       box_(mailbox),
       stores_(stores),
       kernels_(kernels),
-      turnover_(residency, copier, stores, exclusive),
-      stats_(shape.layers) {}
+      cold_tier_(cold),
+      turnover_(residency, copier, stores, exclusive, cold),
+      stats_(shape.layers) {
+  if (!cold_tier_) return;
+  if (!exclusive) throw std::invalid_argument("cold: only where experts are in RAM or on the GPU, not both");
+  cold_tier_->attach(stores);
+  cold_sums_.resize(shape.top_k * shape.hidden);
+}
 
 void DecodeRoads::clear() {
   copier_.attach();
@@ -126,17 +132,17 @@ void DecodeRoads::clear() {
 }
 
 void DecodeRoads::run_token(const std::int32_t* trace, double timeout_s) {
-  ThreadPool::Lease lease(pool_);
-  const ThreadPool::Hot hot(lease);
+  Hands hands(pool_);
   std::size_t layer = 0;
   abort_ = false;
   try {
     copier_.attach();
     learn_upload_times();
     residency_.set_tick(residency_.tick() + 1);
+    if (cold_tier_) cold_tier_->set_tick(residency_.tick());
     turnover_.begin_token();
     for (; layer < shape_.layers; ++layer)
-      run_layer(lease, layer, (trace ? trace : box_.ids) + layer * shape_.top_k, timeout_s);
+      run_layer(hands, layer, (trace ? trace : box_.ids) + layer * shape_.top_k, timeout_s);
     if (const auto error = copier_.error()) throw DeviceFailure(*error);
   } catch (...) {
     end_early(layer);
@@ -145,8 +151,7 @@ void DecodeRoads::run_token(const std::int32_t* trace, double timeout_s) {
   }
 }
 
-void DecodeRoads::run_layer(ThreadPool::Lease& lease, std::size_t layer, const std::int32_t* ids,
-                            double timeout_s) {
+void DecodeRoads::run_layer(Hands& hands, std::size_t layer, const std::int32_t* ids, double timeout_s) {
   LayerStats& stats = stats_[layer];
   stats = {};
   const auto start = Clock::now();
@@ -158,7 +163,9 @@ void DecodeRoads::run_layer(ThreadPool::Lease& lease, std::size_t layer, const s
   decide();
   publish_lists(layer);
   stats.listed_s = Seconds(Clock::now() - seen).count();
-  compute(lease, layer, seen);
+  read_cold(layer);
+  compute(hands.lease, layer, seen);
+  compute_cold(hands, layer);
   raise(box_.summed + layer * kFlagWords);
   stats.layer_s = Seconds(Clock::now() - seen).count();
   stats.wait_s = Seconds(seen - start).count();
@@ -187,10 +194,10 @@ void DecodeRoads::wait_routed(std::size_t layer, double timeout_s) {
   }
 }
 
-// Sorts the layer's experts into hits and, for the time being in cpu_, misses.
+// Sorts the layer's experts into hits, cold ones and, for the time being in cpu_, other misses.
 void DecodeRoads::look_up(std::size_t layer, const std::int32_t* ids) {
   const float* weights = box_.weights + layer * shape_.top_k;
-  hits_.clear(), uploads_.clear(), cpu_.clear(), hit_keys_.clear();
+  hits_.clear(), uploads_.clear(), cpu_.clear(), cold_.clear(), hit_keys_.clear();
   for (std::size_t i = 0; i < shape_.top_k; ++i) {
     const std::int32_t id = ids[i];
     if (id < 0 || static_cast<std::size_t>(id) >= shape_.n_experts || std::find(ids, ids + i, id) != ids + i)
@@ -199,11 +206,14 @@ void DecodeRoads::look_up(std::size_t layer, const std::int32_t* ids) {
     const auto key = static_cast<std::int32_t>(layer * shape_.n_experts + id);
     const std::int32_t slot = residency_.slot(key);
     residency_.use(key, 1);
-    (slot < 0 ? cpu_ : hits_).push_back({key, slot, weights[i]});
+    const bool cold = slot < 0 && stores_.rows[key] < 0;
+    (slot >= 0 ? hits_ : cold ? cold_ : cpu_).push_back({key, slot, weights[i]});
     if (slot >= 0) hit_keys_.push_back(key);
-    if (slot < 0 && stores_.rows[key] < 0)
+    if (cold && !cold_tier_)
       throw std::logic_error("expert " + std::to_string(id) + " of MoE layer " + std::to_string(layer) +
                              " is neither in RAM nor on the GPU");
+    if (cold_tier_) cold_tier_->use(key);
+    if (cold_tier_ && slot < 0 && !cold) cold_tier_->keep(key);
   }
 }
 
@@ -285,6 +295,32 @@ void DecodeRoads::sum_on_cpu(ThreadPool::Lease& lease, std::size_t layer,
   experts_one(lease, {experts_.data(), experts_.size(), weights_.data(), hidden, sum}, kernels_, first);
 }
 
+void DecodeRoads::read_cold(std::size_t layer) {
+  if (cold_.empty()) return;
+  stats_[layer].cold = static_cast<double>(cold_.size());
+  read_since_ = Clock::now();
+  for (const Pick& pick : cold_) cold_tier_->read(pick.key);
+}
+
+// One after the other as they come; added up in the order of the picks, so that the sum hangs on no race.
+void DecodeRoads::compute_cold(Hands& hands, std::size_t layer) {
+  if (cold_.empty()) return;
+  hands.hot.reset();  // reads take long, and their threads need cores
+  const std::uint16_t* hidden = box_.hidden + layer * shape_.hidden;
+  while (cold_tier_->reading()) {
+    const std::int32_t key = cold_tier_->arrival();
+    stats_[layer].read_s = Seconds(Clock::now() - read_since_).count();
+    const auto pick = std::ranges::find(cold_, key, &Pick::key);
+    const auto expert = expert_at(stores_.row(stores_.rows[key]), shape_.hidden, shape_.inner, 0);
+    float* sum = cold_sums_.data() + (pick - cold_.begin()) * shape_.hidden;
+    experts_one(hands.lease, {&expert, 1, &pick->weight, hidden, sum}, kernels_);
+  }
+  hands.hot.emplace(hands.lease);
+  float* sum = box_.sums + layer * shape_.hidden;
+  for (std::size_t i = 0; i < cold_.size(); ++i)
+    for (std::size_t h = 0; h < shape_.hidden; ++h) sum[h] += cold_sums_[i * shape_.hidden + h];
+}
+
 void DecodeRoads::learn_upload_times() {
   while (!timings_.empty() && copier_.reached(timings_.front().end)) {
     const Timing& timing = timings_.front();
@@ -335,6 +371,7 @@ void DecodeRoads::recover() {
     copier_.drop(timing.end);
   }
   timings_.clear();
+  if (cold_tier_) cold_tier_->cancel();
   turnover_.undo();
 }
 

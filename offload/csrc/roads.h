@@ -8,8 +8,10 @@
 #include <cstdint>
 #include <deque>
 #include <limits>
+#include <optional>
 #include <vector>
 
+#include "cold.h"
 #include "copier.h"
 #include "experts_one.h"
 #include "pool.h"
@@ -55,10 +57,10 @@ class LiveRate {
 };
 
 struct LayerStats {
-  static constexpr std::array kFields = {"hits",     "uploads",    "part",  "cpu",      "wait_s",
-                                         "listed_s", "schedule_s", "cpu_s", "upload_s", "layer_s"};
-  double hits = 0, uploads = 0, part = 0, cpu = 0, wait_s = 0, listed_s = 0, schedule_s = 0, cpu_s = 0,
-         upload_s = 0, layer_s = 0;
+  static constexpr std::array kFields = {"hits",     "uploads",    "part",  "cpu",      "cold",   "wait_s",
+                                         "listed_s", "schedule_s", "cpu_s", "upload_s", "read_s", "layer_s"};
+  double hits = 0, uploads = 0, part = 0, cpu = 0, cold = 0, wait_s = 0, listed_s = 0, schedule_s = 0,
+         cpu_s = 0, upload_s = 0, read_s = 0, layer_s = 0;
 };
 static_assert(sizeof(LayerStats) == LayerStats::kFields.size() * sizeof(double));
 
@@ -77,7 +79,8 @@ Share divide(std::size_t misses, std::size_t most, std::size_t inner, double pci
 class DecodeRoads {
  public:
   DecodeRoads(ThreadPool& pool, Residency& residency, Copier& copier, const RoadShape& shape,
-              const Mailbox& mailbox, const Stores& stores, bool exclusive, const ExpertKernels& kernels);
+              const Mailbox& mailbox, const Stores& stores, bool exclusive, ColdTier* cold,
+              const ExpertKernels& kernels);
 
   // `trace`: expert ids [L, k] to use instead of the mailbox's, or null.
   void run_token(const std::int32_t* trace, double timeout_s);
@@ -102,7 +105,14 @@ class DecodeRoads {
     Copier::Mark begin, end;
   };
 
-  void run_layer(ThreadPool::Lease& lease, std::size_t layer, const std::int32_t* ids, double timeout_s);
+  // The pool for as long as a token takes.
+  struct Hands {
+    explicit Hands(ThreadPool& pool) : lease(pool), hot(std::in_place, lease) {}
+    ThreadPool::Lease lease;
+    std::optional<ThreadPool::Hot> hot;
+  };
+
+  void run_layer(Hands& hands, std::size_t layer, const std::int32_t* ids, double timeout_s);
   void wait_routed(std::size_t layer, double timeout_s);
   void look_up(std::size_t layer, const std::int32_t* ids);
   void decide();
@@ -111,6 +121,8 @@ class DecodeRoads {
   void queue_uploads(std::size_t layer);
   void compute(ThreadPool::Lease& lease, std::size_t layer, Clock::time_point seen);
   void sum_on_cpu(ThreadPool::Lease& lease, std::size_t layer, const std::function<void()>& first);
+  void read_cold(std::size_t layer);
+  void compute_cold(Hands& hands, std::size_t layer);
   void learn_upload_times();
   void end_early(std::size_t from);
   void recover();
@@ -122,17 +134,20 @@ class DecodeRoads {
   const Mailbox box_;
   const Stores stores_;
   const ExpertKernels& kernels_;
+  ColdTier* const cold_tier_;  // null where every expert is in memory
   Turnover turnover_;
   std::atomic<bool> abort_{false};
 
   std::vector<LayerStats> stats_;  // by layer
   std::deque<Timing> timings_;
   // The layer's chosen experts.
-  std::vector<Pick> hits_, uploads_, cpu_;
+  std::vector<Pick> hits_, uploads_, cpu_, cold_;
   std::size_t part_rows_ = 0;  // of the last one in cpu_, that the GPU computes
   std::vector<std::int32_t> hit_keys_;
   std::vector<ExpertWeights> experts_;
   std::vector<float> weights_;
+  Clock::time_point read_since_;
+  std::vector<float> cold_sums_;  // [cold_.size(), H]
 };
 
 }  // namespace moebox

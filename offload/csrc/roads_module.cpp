@@ -150,14 +150,15 @@ class Roads {
         Arrays arrays, std::pair<std::uintptr_t, std::size_t> slab,
         std::tuple<std::uintptr_t, std::size_t, std::uintptr_t> flags,
         std::pair<std::size_t, std::size_t> experts, bool exclusive, std::pair<double, double> gbps,
-        const std::optional<std::string>& isa)
+        const std::optional<std::string>& isa, ColdTier* cold)
       : arrays_(std::move(arrays)) {
     const RoadShape road = checked_shape(shape, experts, residency);
     const auto& [uploaded, uploaded_stride, one] = flags;
     if (uploaded_stride < sizeof(std::int32_t))
       bad("uploaded_stride_bytes: " + std::to_string(uploaded_stride) + " given, at least 4 needed");
     roads_.emplace(pool, residency, copier, road, mailbox(uploaded, uploaded_stride, one),
-                   stores(road, slab, residency), exclusive, MOEBOX_TABLE(kExpertKernels, choose_isa(isa)));
+                   stores(road, slab, residency), exclusive, cold,
+                   MOEBOX_TABLE(kExpertKernels, choose_isa(isa)));
     set(roads_->pcie, "pcie_gbps", gbps.first);
     set(roads_->cpu, "cpu_gbps", gbps.second);
   }
@@ -265,6 +266,29 @@ class Roads {
   std::optional<DecodeRoads> roads_;
 };
 
+using Extent =
+    std::pair<std::vector<std::tuple<int, std::uint64_t, std::size_t>>, std::optional<std::uint64_t>>;
+
+ColdTier make_cold(Residency& residency, Reader& reader, const std::vector<Extent>& given) {
+  std::vector<ColdTier::Extent> extents;
+  for (const auto& [tuples, checksum] : given) {
+    auto& extent = extents.emplace_back(std::vector<Run>{}, checksum);
+    for (const auto& [file, offset, nbytes] : tuples) extent.runs.push_back({file, offset, nbytes});
+  }
+  return {residency, reader, std::move(extents)};
+}
+
+void register_cold(nb::module_& m) {
+  nb::class_<ColdTier>(m, "ColdTier")
+      .def(
+          "__init__",
+          [](ColdTier* self, Residency& residency, Reader& reader, const std::vector<Extent>& extents) {
+            new (self) ColdTier(make_cold(residency, reader, extents));
+          },
+          "residency"_a, "reader"_a, "extents"_a, nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>())
+      .def_prop_ro("failed", &ColdTier::failed);
+}
+
 void register_decode(nb::module_& m) {
   m.attr("ROAD_FIELDS") =
       nb::cast(std::vector<std::string>(LayerStats::kFields.begin(), LayerStats::kFields.end()));
@@ -273,10 +297,10 @@ void register_decode(nb::module_& m) {
       .def(nb::init<ThreadPool&, Residency&, Copier&, Sizes, Roads::Arrays,
                     std::pair<std::uintptr_t, std::size_t>,
                     std::tuple<std::uintptr_t, std::size_t, std::uintptr_t>, Sizes, bool,
-                    std::pair<double, double>, const std::optional<std::string>&>(),
+                    std::pair<double, double>, const std::optional<std::string>&, ColdTier*>(),
            "pool"_a, "residency"_a, "copier"_a, "shape"_a, "arrays"_a, "slab"_a, "flags"_a, "experts"_a,
-           "exclusive"_a, "gbps"_a, "isa"_a.none(), nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(),
-           nb::keep_alive<1, 4>())
+           "exclusive"_a, "gbps"_a, "isa"_a.none(), "cold"_a.none(), nb::keep_alive<1, 2>(),
+           nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>(), nb::keep_alive<1, 13>())
       .def("run_token", &Roads::run_token, "ids"_a.none(), "timeout_s"_a)
       .def(
           "clear", [](Roads& r) { r.get().clear(); }, Unlocked())
@@ -297,6 +321,7 @@ void register_decode(nb::module_& m) {
 void register_roads(nb::module_& m) {
   register_residency(m);
   register_copiers(m);
+  register_cold(m);
   register_decode(m);
 }
 

@@ -2,13 +2,16 @@
 
 #include <algorithm>
 
+#include "cold.h"
+
 namespace moebox {
 
-Turnover::Turnover(Residency& residency, Copier& copier, const Stores& stores, bool exclusive)
-    : residency_(residency), copier_(copier), stores_(stores), exclusive_(exclusive) {}
+Turnover::Turnover(Residency& residency, Copier& copier, const Stores& stores, bool exclusive, ColdTier* cold)
+    : residency_(residency), copier_(copier), stores_(stores), exclusive_(exclusive), cold_(cold) {}
 
 void Turnover::begin_token() {
   if (!exclusive_) return fresh_.clear();
+  if (cold_) return;
   std::vector<bool> taken(stores_.n_rows);
   for (std::size_t key = 0; key < residency_.n_keys(); ++key)
     if (stores_.rows[key] >= 0) taken[stores_.rows[key]] = true;
@@ -19,6 +22,7 @@ void Turnover::begin_token() {
 }
 
 void Turnover::begin_step() {
+  if (cold_) cold_->end_step();
   std::erase_if(leaving_, [this](const Leaving& leaving) {
     if (!copier_.reached(leaving.done)) return false;
     finish(leaving);
@@ -30,10 +34,28 @@ void Turnover::finish(const Leaving& leaving) {
   copier_.drop(leaving.done);
   residency_.hold(leaving.key, false);
   if (leaving.used) {
-    free_rows_.push_back(leaving.row);
+    free_row(leaving.key, leaving.row);
   } else {
     stores_.rows[leaving.key] = leaving.row;
     residency_.release(leaving.key);
+    if (cold_) cold_->downloaded(leaving.key);
+  }
+}
+
+// -1: none is free.
+std::int32_t Turnover::take_row(std::int32_t key) {
+  if (cold_) return cold_->take_row(key);
+  if (free_rows_.empty()) return -1;
+  const std::int32_t row = free_rows_.back();
+  free_rows_.pop_back();
+  return row;
+}
+
+void Turnover::free_row(std::int32_t key, std::int32_t row) {
+  if (cold_) {
+    cold_->vacate(key);
+  } else {
+    free_rows_.push_back(row);
   }
 }
 
@@ -43,6 +65,7 @@ void Turnover::make_room(std::span<const std::int32_t> hits) {
   if (exclusive_) {
     choose_victims();
     retain_fresh();
+    if (cold_) cold_->make_room();
   } else {
     residency_.trim();
   }
@@ -66,7 +89,7 @@ void Turnover::choose_victims() {
 void Turnover::retain_fresh() {
   for (std::int32_t key : fresh_) {
     if (residency_.slot(key) < 0) continue;
-    free_rows_.push_back(stores_.rows[key]);
+    free_row(key, stores_.rows[key]);
     stores_.rows[key] = -1;
   }
   fresh_.clear();
@@ -74,10 +97,9 @@ void Turnover::retain_fresh() {
 
 void Turnover::begin_downloads() {
   for (std::int32_t key : victims_) {
-    if (free_rows_.empty()) break;
-    const std::int32_t row = free_rows_.back();
+    const std::int32_t row = take_row(key);
+    if (row < 0) break;
     copier_.download(stores_.row(row), stores_.slot(residency_.slot(key)), stores_.expert_bytes);
-    free_rows_.pop_back();
     leaving_.push_back({key, row, copier_.mark(Copier::Way::down), false});
     residency_.hold(key, true);
   }
@@ -85,6 +107,7 @@ void Turnover::begin_downloads() {
 }
 
 void Turnover::settle() {
+  if (cold_) cold_->end_step();
   for (const Leaving& leaving : leaving_) finish(leaving);
   leaving_.clear();
   if (!exclusive_) return;
@@ -94,6 +117,7 @@ void Turnover::settle() {
 }
 
 void Turnover::undo() {
+  if (cold_) cold_->end_step();
   for (Leaving& leaving : leaving_) {
     leaving.used = true;
     finish(leaving);

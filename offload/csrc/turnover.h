@@ -11,6 +11,8 @@
 
 namespace moebox {
 
+class ColdTier;
+
 // Rows of RAM and slots of the GPU, of one stride each; a key's row is rows[key], or -1.
 struct Stores {
   std::uintptr_t ram;
@@ -28,12 +30,14 @@ struct Stores {
 //
 // Exclusive: an expert that was uploaded and is not the weakest at the next step gives its row up; a victim
 // without a row is downloaded into a free one first, and stays a hit until that is done. An expert always has
-// a row or a slot.
+// a row or a slot. Where RAM has too few rows for that (`cold`), a victim for which none is free waits, and
+// who leaves RAM is left to the disk.
 //
 // The GPU has left a layer when it routes the next one: a step's calls come after that, in this order.
 class Turnover {
  public:
-  Turnover(Residency& residency, Copier& copier, const Stores& stores, bool exclusive);
+  // `cold` may be null; not if it is not exclusive.
+  Turnover(Residency& residency, Copier& copier, const Stores& stores, bool exclusive, ColdTier* cold);
 
   // The stores may have been changed by others since the last token.
   void begin_token();
@@ -60,11 +64,14 @@ class Turnover {
   void choose_victims();
   void retain_fresh();
   void finish(const Leaving& leaving);
+  std::int32_t take_row(std::int32_t key);
+  void free_row(std::int32_t key, std::int32_t row);
 
   Residency& residency_;
   Copier& copier_;
   const Stores stores_;
   const bool exclusive_;
+  ColdTier* const cold_;               // keeps account of the rows, if there is one
   std::vector<std::int32_t> fresh_;    // uploaded, and whether to keep them is open
   std::vector<std::int32_t> victims_;  // to be downloaded
   std::vector<Leaving> leaving_;       // being downloaded; held

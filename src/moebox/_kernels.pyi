@@ -166,6 +166,26 @@ ROAD_FIELDS: list[str]
 class DeviceFailure(RuntimeError):
     """What `offload.roads` turns into `DeviceError`."""
 
+class ColdTier:
+    """Reads experts that are nowhere in memory into rows of RAM, whose account `residency` keeps.
+
+    Args:
+        residency: its slots are the rows of RAM; `reserve` of them are free before a step reads.
+        reader: reads.
+        extents: of each key: runs of the reader's files, and the XXH3-64 to compare, or None.
+
+    Raises ValueError where a number does not fit; sizes are checked by `DecodeRoads`.
+    """
+    def __init__(
+        self,
+        residency: Residency,
+        reader: Reader,
+        extents: list[tuple[list[tuple[int, int, int]], int | None]],
+    ) -> None: ...
+    @property
+    def failed(self) -> int:
+        """Whose read failed last, or -1."""
+
 class DecodeRoads:
     def __init__(
         self,
@@ -180,6 +200,7 @@ class DecodeRoads:
         exclusive: bool,
         gbps: tuple[float, float],
         isa: str | None,
+        cold: ColdTier | None,
     ) -> None: ...
     def clear(self) -> None:
         """Zero all flags: before each launch of the GPU's program, when the last one is over."""

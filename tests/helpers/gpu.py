@@ -47,6 +47,11 @@ PLACEMENTS = {
     "mixed": Placement(0.3),
     "thrashing": Placement(0.0, slots=4),
     "exclusive": Placement(0.6, ram=0.5),
+    "cold": Placement(0.15, ram=0.35),
+    "cold-most": Placement(0.1, ram=0.2),
+    "cold-ram": Placement(0.0, ram=0.4),
+    "cold-thrashing": Placement(0.0, ram=0.3, slots=4),
+    "cold-few-rows": Placement(0.5, ram=0.045),
 }
 
 

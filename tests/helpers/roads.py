@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import tempfile
 import threading
 import time
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from helpers.experts import Routing, random_arrays, reference
+from moebox._kernels import ColdTier, Reader
 from moebox.kernels.cpu import ThreadPool
 from moebox.offload.roads import DecodeRoads, HostCopier, Residency
 
@@ -31,6 +33,8 @@ class Spec:
     reserve: int = 3
     rows: int | None = None
     """of RAM; None: one for each expert"""
+    spare: int | None = None
+    """of the rows, kept free to read into: experts beyond slots and rows are in a file only"""
     seed: int = 0
     max_delay_us: float = 0.0
     cpu_gbps: float = 50.0
@@ -83,6 +87,7 @@ class Rig:
         self.nbytes = self.gold.shape[1]
         self.exclusive = spec.rows is not None
         self._place(spec.rows if spec.rows is not None else spec.keys)
+        self.cold = None if spec.spare is None else self._cold_tier()
         self.box = Mailbox(spec)
         self.copier = HostCopier(spec.seed, spec.max_delay_us)
         self.pool = ThreadPool(spec.threads, pin=False)
@@ -96,12 +101,36 @@ class Rig:
         self.ram_rows = torch.full((spec.keys,), -1, dtype=torch.int32)
         self.residency = Residency(spec.keys, spec.slots, spec.reserve)
         keys = np.random.default_rng(spec.seed).permutation(spec.keys)
-        for row, key in enumerate(keys[: min(rows, spec.keys)]):
+        filled = rows - (spec.spare or 0)
+        for row, key in enumerate(keys[: min(filled, spec.keys)]):
             self.ram[row, : self.nbytes] = torch.from_numpy(self.gold[key])
             self.ram_rows[key] = row
-        for key in keys[rows:]:
+        keys = keys[filled:]
+        for key in keys if spec.spare is None else keys[: spec.slots - spec.reserve]:
             slot = self.residency.place(int(key))
             self.slab[slot, : self.nbytes] = torch.from_numpy(self.gold[key])
+
+    def _cold_tier(self) -> ColdTier:
+        """All experts in a file, as long as the rig lives."""
+        spec, stride = self.spec, self.ram.shape[1]
+        self.file = tempfile.NamedTemporaryFile()  # noqa: SIM115
+        padded = np.zeros((spec.keys, stride), np.uint8)
+        padded[:, : self.nbytes] = self.gold
+        self.file.write(padded.tobytes())
+        self.file.flush()
+        self.reader = Reader(2, 4096)
+        file = self.reader.add_file([self.file.name])
+        self.rows = Residency(spec.keys, len(self.ram), spec.spare)
+        for key in self.ram_rows.argsort()[(self.ram_rows < 0).sum() :].tolist():
+            assert self.rows.place(key) == self.ram_rows[key]
+        extents = [([(file, key * stride, self.nbytes)], None) for key in range(spec.keys)]
+        return ColdTier(self.rows, self.reader, extents)
+
+    def delay_reads(self, seed: int) -> None:
+        """Each read takes its time, at random."""
+        generator = np.random.default_rng(seed)
+        for after in range(200):
+            self.reader.inject(self.file.name, "delay", int(generator.integers(0, 2000)), after, 1)
 
     def _roads(self) -> DecodeRoads:
         spec, box = self.spec, self.box
@@ -121,6 +150,7 @@ class Rig:
             n_experts=spec.n_experts,
             top_k=spec.top_k,
             exclusive=self.exclusive,
+            cold=self.cold,
             pcie_gbps=50.0,
             cpu_gbps=spec.cpu_gbps,
             isa=spec.isa,
@@ -129,7 +159,8 @@ class Rig:
     def check_places(self) -> None:
         """Every expert has a home with its bytes in it; no home is shared. After `settle`."""
         rows, table = self.ram_rows.numpy(), self.residency.table()
-        assert ((rows >= 0) | (table >= 0)).all()
+        assert self.cold is not None or ((rows >= 0) | (table >= 0)).all()
+        assert self.cold is None or np.array_equal(rows, self.rows.table())
         for home in (rows[rows >= 0], table[table >= 0]):
             assert len(set(home.tolist())) == len(home)
         for key in range(self.spec.keys):

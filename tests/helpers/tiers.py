@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import defaultdict
 from functools import cache
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,12 +13,15 @@ import torch
 from torch import Tensor
 
 from helpers import experts as arithmetic
+from moebox._kernels import Reader
 from moebox.config import ModelConfig
 from moebox.kernels import cpu
+from moebox.offload import prefill
 from moebox.offload.device import StandInDevice
 from moebox.offload.experts import group_by_expert
 from moebox.offload.layout import ExpertLayout
 from moebox.offload.ram import RamTier, SyntheticSource, row_tensors
+from moebox.offload.store import ExpertStore
 from moebox.offload.tiers import TieredExperts
 
 EXPERTS, TOP_K, LAYERS = 32, 4, 2
@@ -58,6 +62,24 @@ def build(device, slots: int, exclusive: bool = False, threads: int = 1, **chang
     return tiers
 
 
+def build_cold(device, file: Path, slots: int, rows: int, n_experts: int = EXPERTS) -> TieredExperts:
+    """Filled tiers that leave the rest of the experts in a file, which is written here."""
+    config = small_config(n_routed_experts=n_experts)
+    experts = all_bytes(config)
+    file.write_bytes(experts.numpy().tobytes())
+    reader = Reader(2, 4096)
+    number = reader.add_file([str(file)])
+    nbytes = experts.shape[1]
+    runs = [[(number, key * nbytes, nbytes)] for key in range(len(experts))]
+    store = ExpertStore(SimpleNamespace(config=config), reader, runs, None, ())
+    ram = RamTier(config, rows, device)
+    pool = cpu.ThreadPool(1, pin=False)
+    tiers = TieredExperts.build(config, device, pool, ram, slots, exclusive=True, store=store)
+    tiers.load(store)
+    assert tiers.cold is not None
+    return tiers
+
+
 class Oracle:
     """fp64 results, from the experts' source."""
 
@@ -89,10 +111,13 @@ def check_places(tiers: TieredExperts) -> None:
     """Every expert lies where the tables say, whole, and in exclusive mode in one place only."""
     tiers.settle()
     table, rows = tiers.gpu.residency.table(), tiers.ram.rows
-    assert tiers.gpu.residency.n_free >= tiers.gpu.residency.reserve
+    assert tiers.cold is not None or tiers.gpu.residency.n_free >= tiers.gpu.residency.reserve
     for key, (slot, row) in enumerate(zip(table.tolist(), rows.tolist(), strict=True)):
         expected = all_bytes(tiers.config)[key]
-        if tiers.exclusive:
+        if tiers.cold is not None:
+            assert slot < 0 or row < 0, key
+            assert tiers.cold.residency.slot(key) == row, key
+        elif tiers.exclusive:
             assert (slot < 0) != (row < 0), key
         else:
             assert row >= 0
@@ -203,6 +228,25 @@ class RecordingThread:
         result = future.result()
         self.races.join("host", self.races.clocks["cpu"])
         return result
+
+
+def watch_cpu(races: Races, tiers: TieredExperts, monkeypatch) -> None:
+    """Have the CPU's work on prompts recorded too."""
+    rows = []
+    forward, expert = prefill.cpu.experts_forward, tiers.ram.expert
+
+    def watched_expert(row):
+        rows.append(tiers.ram.slab[row])
+        return expert(row)
+
+    def watched_forward(pool, experts, offsets, tokens, weights, hidden, out):
+        races.step("cpu", [*rows, hidden], [out])
+        rows.clear()
+        forward(pool, experts, offsets, tokens, weights, hidden, out)
+
+    monkeypatch.setattr(tiers.ram, "expert", watched_expert)
+    monkeypatch.setattr(prefill.cpu, "experts_forward", watched_forward)
+    tiers.prefill.cpu_thread = RecordingThread(races, tiers.prefill.cpu_thread)
 
 
 class _Ops:

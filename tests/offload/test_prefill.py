@@ -19,11 +19,11 @@ from helpers.tiers import (
     Oracle,
     Races,
     RecordingDevice,
-    RecordingThread,
     build,
     check_places,
     random_chunk,
     small_config,
+    watch_cpu,
 )
 from moebox.errors import DeviceError
 from moebox.offload import prefill
@@ -107,31 +107,12 @@ def test_uploads_take_the_busiest(monkeypatch):
     assert sorted(taken) == sorted(counts[counts > 0].tolist())[: len(taken)]
 
 
-def watch(races, tiers, monkeypatch):
-    """Have the CPU's work recorded too."""
-    rows = []
-    forward, expert = prefill.cpu.experts_forward, tiers.ram.expert
-
-    def watched_expert(row):
-        rows.append(tiers.ram.slab[row])
-        return expert(row)
-
-    def watched_forward(pool, experts, offsets, tokens, weights, hidden, out):
-        races.step("cpu", [*rows, hidden], [out])
-        rows.clear()
-        forward(pool, experts, offsets, tokens, weights, hidden, out)
-
-    monkeypatch.setattr(tiers.ram, "expert", watched_expert)
-    monkeypatch.setattr(prefill.cpu, "experts_forward", watched_forward)
-    tiers.prefill.cpu_thread = RecordingThread(races, tiers.prefill.cpu_thread)
-
-
 @pytest.mark.parametrize(("slots", "exclusive"), PLACEMENTS)
 def test_no_races(monkeypatch, slots, exclusive):
     races = Races()
     tiers = build(RecordingDevice(races), slots, exclusive)
     races.steps.clear()  # loading ended with a look at results, so all of it is done
-    watch(races, tiers, monkeypatch)
+    watch_cpu(races, tiers, monkeypatch)
     tiers.prefill.costs.pcie_gbps = tiers.prefill.costs.cpu_gbps = 1.0
     generator = torch.Generator().manual_seed(6)
     for n_tokens, layer in itertools.product((30, 20), range(FIRST, FIRST + LAYERS)):

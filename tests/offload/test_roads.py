@@ -29,6 +29,12 @@ PLACEMENTS = {
     "exclusive, thrashing": Spec(slots=5, reserve=3, rows=30),
     "exclusive, without a spare row": Spec(slots=12, reserve=3, rows=21),
     "exclusive, full": Spec(slots=10, reserve=2, rows=20),
+    "cold": Spec(slots=6, reserve=3, rows=16, spare=4),
+    "cold, as few rows as will do": Spec(slots=4, reserve=2, rows=12, spare=4),
+    "cold, no slots": Spec(slots=0, reserve=0, rows=14, spare=4),
+    "cold, uploads only": Spec(slots=10, reserve=4, rows=14, spare=6, cpu_gbps=1e-3),
+    "cold, divided": Spec(inner=96, slots=6, reserve=2, rows=15, spare=4),
+    "cold, one layer": Spec(layers=1, n_experts=24, slots=5, reserve=3, rows=12, spare=4, cpu_gbps=1.0),
 }
 
 
@@ -43,9 +49,14 @@ def test_every_expert_is_served_whatever_the_order_of_events(name: str, seed: in
     """Slots hold the right bytes while they may be read, sums are right, no expert gets lost."""
     spec = Spec(**{**vars(PLACEMENTS[name]), "seed": seed, "max_delay_us": (0, 30, 200, 500)[seed]})
     rig, generator = Rig(spec), np.random.default_rng(seed)
+    if spec.max_delay_us and rig.cold is not None:
+        rig.delay_reads(seed)
     for token in range(8):
         ids = random_ids(spec, generator)
         run_token(rig, ids, token, injected=bool(token % 2))
+        assert (
+            sum(fields(rig)[name] for name in ("hits", "uploads", "part", "cpu", "cold")) == spec.top_k
+        ).all()
         if token == 4:
             rig.roads.settle()
             rig.check_places()

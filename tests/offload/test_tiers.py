@@ -21,6 +21,7 @@ from moebox.kernels import cpu
 from moebox.offload.checkpoint import Checkpoint
 from moebox.offload.device import StandInDevice
 from moebox.offload.ram import RamTier
+from moebox.offload.store import ExpertStore
 from moebox.offload.tiers import TieredExperts
 
 
@@ -75,7 +76,8 @@ def test_a_checkpoint_as_the_cpu_tier_computes_it(tmp_path, exclusive):
     ram = RamTier(config, n_keys - 6 if exclusive else n_keys, device)
     tiers = TieredExperts.build(config, device, pool, ram, 6 + config.num_experts_per_tok, exclusive)
     calls = []
-    tiers.load(checkpoint, lambda *call: calls.append(call))
+    with ExpertStore.open(checkpoint) as store:
+        tiers.load(store, progress=lambda *call: calls.append(call))
     assert calls[-1] == ("experts", config.experts_bytes, config.experts_bytes)
     assert [call[1] for call in calls] == sorted(call[1] for call in calls)
     expected = cpu_experts(checkpoint)

@@ -90,7 +90,10 @@ def test_ram_and_vram_hold_the_model_together():
             r"needs 2\d\.\d GiB before the first expert .*free are 20",
         ),
         ({"vram": 20 * GIB, "context": 4096}, r"the VRAM budget is 20"),
-        ({"ram": 400 * GIB, "context": 4096}, r"take 53\d\.\d GiB; RAM holds 400\.0 GiB.*are missing"),
+        (
+            {"ram": GIB // 2, "context": 4096},
+            r"RAM holds 496\.1 MiB of experts; .* room for 24 is needed, 567\.0 MiB: 70\.9 MiB are missing",
+        ),
         ({"context": 1 << 20}, r"context of 1048576 tokens"),
     ],
 )
@@ -101,11 +104,21 @@ def test_refusals(options, message):
 
 def test_missing_bytes_add_up():
     """What is said to be missing is what makes it fit."""
+    vram, row = least_vram_bytes(TINY, 100), row_stride(TINY)
+    least = 3 * TINY.num_experts_per_tok
     with pytest.raises(PlanError) as raised:
-        plan(TINY, vram=least_vram_bytes(TINY, 100), ram=3 * row_stride(TINY), context=100)
-    missing = n_keys(TINY) - 3
-    assert f"{missing * row_stride(TINY) / 2**20:.1f} MiB are missing" in str(raised.value)
-    more = (missing + TINY.num_experts_per_tok) * row_stride(TINY)
-    assert plan(
-        TINY, vram=least_vram_bytes(TINY, 100) + more, ram=3 * row_stride(TINY), context=100
-    ).exclusive
+        plan(TINY, vram=vram, ram=(least - 2) * row, context=100)
+    assert f"{2 * row / 2**20:.1f} MiB are missing" in str(raised.value)
+    assert plan(TINY, vram=vram, ram=least * row, context=100).cold
+
+
+def test_what_fits_neither_is_read_from_disk():
+    """RAM keeps some rows free for that."""
+    made = plan(ram=300 * GIB, context=4096)
+    spare = K2.num_experts_per_tok + 16
+    assert made.exclusive
+    assert made.ram_rows == 300 * GIB // row_stride(K2)
+    assert made.cold == n_keys(K2) - (made.ram_rows - spare) - (made.slots - K2.num_experts_per_tok)
+    assert f"{made.ram_rows:,} in RAM; {made.cold:,} are read from disk" in made.note
+    together = plan(ram=530 * GIB, context=4096)
+    assert (together.exclusive, together.cold) == (True, 0)

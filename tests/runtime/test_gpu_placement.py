@@ -71,8 +71,11 @@ def routed(cpu_model, expected):
 
 
 def check_roads(name, stats):
-    hits, uploads, cpu = (int(stats[:, FIELDS.index(field)].sum()) for field in ("hits", "uploads", "cpu"))
-    assert hits + uploads + cpu == 7 * 6
+    hits, uploads, cpu, cold = (
+        int(stats[:, FIELDS.index(field)].sum()) for field in ("hits", "uploads", "cpu", "cold")
+    )
+    assert hits + uploads + cpu + cold == 7 * 6
+    assert not cold or name.startswith("cold")
     if name == "all-cpu":
         assert cpu == 7 * 6
     elif name == "all-gpu":
@@ -87,7 +90,8 @@ def check_roads(name, stats):
 def test_logits(folder, cpu_model, tokens, expected, forced, device, name):  # noqa: F811
     budgets = PLACEMENTS[name].budgets(cpu_model.engine.config, CONTEXT)
     engine = Engine.load(folder, device=need(device), context=CONTEXT, **budgets)
-    assert engine.plan.exclusive == (name == "exclusive")
+    assert engine.plan.exclusive == (name == "exclusive" or name.startswith("cold"))
+    assert (engine.plan.cold > 0) == (engine.runner.experts.cold is not None) == name.startswith("cold")
     logits, _ = expected
     assert relative(engine.logits(tokens), logits) <= TOLERANCE
     engine.runner.chunk_tokens = PROMPT // 2 + 1  # the second chunk attends to the first one's cache
