@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -149,7 +150,8 @@ def load_on_cpu(checkpoint: Checkpoint, options: LoadOptions) -> tuple[Runner, M
         opened.callback(experts.cache.abandon)
         experts.recorder = recording.recorder
         if recording.statistics is not None:
-            recording.statistics.placement = experts.placement
+            # No cycle: the end of the runner saves, and must not come in the middle of a garbage collection.
+            recording.statistics.placement = partial(CpuExperts.placement, weakref.proxy(experts))
         if options.prefetch and not plan.experts_fit:
             guesses = GateLookahead(model)
             experts.prefetcher = Prefetcher(
