@@ -80,6 +80,7 @@ class _Examination:
         self.gpus = gpu.find_gpus()
         self.checkpoint: Checkpoint | None = None
         self.doubtful = False
+        self.kept_earlier = False
 
     def checks(self) -> Iterator[Check]:
         """In the order in which they are shown."""
@@ -161,13 +162,14 @@ class _Examination:
             return
         before = self.profile.find(kind, identity)
         if self.doubtful and before is not None and before.figures.get(name, 0.0) > figures[name]:
+            self.kept_earlier = True
             return
         self.profile.put(kind, identity, figures)
 
     def _keep_profile(self) -> Check:
         path = profile_path()
         if self.profile.save():
-            kept = "; earlier figures that are better were kept" if self.doubtful else ""
+            kept = "; those of an idler machine were not replaced" if self.kept_earlier else ""
             return Check("profile", "pass", f"bandwidths are kept in {path}{kept}")
         return Check(
             "profile",
