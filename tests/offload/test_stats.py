@@ -130,7 +130,6 @@ def test_chances_follow_the_previous_layers_picks(fresh, tmp_path):
     assert together[[2, 3]].min() > 0.9
     assert together[[0, 1, 4, 5, 6, 7]].max() < 0.05
     assert mixed[2] > mixed[4] > 0.1
-    assert mixed.sum() == pytest.approx(TOP_K, rel=1e-3)
     np.testing.assert_allclose(unseen, [0, 0, 1, 2 / 3, 1 / 3, 0, 0, 0], rtol=1e-2, atol=1e-6)
 
 
