@@ -37,7 +37,7 @@ def _variants(plan: Plan, context: int | None) -> Iterator[tuple[str, Box, int |
         yield f"RAM for all experts: {gib(enough)}", replace(box, ram=None, free_ram=enough), context
         more = replace(ceilings, nvme_gbps=2 * ceilings.nvme_gbps)
         yield f"a second drive: {more.nvme_gbps:g} GB/s together", replace(box, ceilings=more), context
-    elif plan.chances.ram > 0:
+    if plan.chances.ram > 0:
         more = replace(ceilings, ram_gbps=2 * ceilings.ram_gbps)
         yield f"RAM and CPU twice as fast: {more.ram_gbps:,.0f} GB/s", replace(box, ceilings=more), context
     preset = PRESETS[FIRST_GPU] if not box.has_gpu else box.preset and next_larger(box.preset)

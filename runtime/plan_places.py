@@ -14,6 +14,7 @@ from moebox.runtime.memory import CHUNK_TOKENS, MemoryPlan, plan_memory
 from moebox.runtime.plan_box import Box
 
 GPU, RAM, DISK = "GPU", "RAM", "disk"
+SPARE_ROWS = "rows for experts that are being read"
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,8 @@ def gpu_places(config: ModelConfig, plan: GpuPlan) -> Places:
     """The parts of a plan with a GPU; slots that are kept free for what passes through hold no expert."""
     keys, stride, rows = n_keys(config), row_stride(config), plan.ram_rows
     lasting = min(max(plan.slots - config.num_experts_per_tok, 0), keys)
-    near = min(rows + lasting, keys) if plan.exclusive else max(rows, lasting)
+    near = keys - plan.cold
+    warm = min(near - lasting, rows) if plan.exclusive else rows
     passing_bytes = (plan.slots - lasting) * stride
     parts = [
         Part(GPU, "backbone: attention, shared experts, dense layers, head", plan.backbone_bytes),
@@ -93,8 +95,10 @@ def gpu_places(config: ModelConfig, plan: GpuPlan) -> Places:
         Part(GPU, "staging of uploads", plan.staging_bytes + passing_bytes),
         Part(GPU, "reserve: kernels, graphs, libraries", RESERVE_BYTES),
         Part(GPU, "hot experts", lasting * stride, lasting),
-        Part(RAM, "warm experts" if plan.exclusive else "all experts", rows * stride, rows),
+        Part(RAM, "warm experts" if plan.exclusive else "all experts", warm * stride, warm),
     ]
+    if warm < rows:
+        parts.append(Part(RAM, SPARE_ROWS, (rows - warm) * stride))
     return Places(
         (*parts, *_cold(config, keys - near)),
         plan.context,
@@ -117,7 +121,7 @@ def cpu_places(config: ModelConfig, plan: MemoryPlan) -> Places:
         Part(RAM, "warm experts" if spare else "all experts", (rows - spare) * plan.row_bytes, rows - spare),
     ]
     if spare:
-        parts.append(Part(RAM, "rows for experts that are being read", spare * plan.row_bytes))
+        parts.append(Part(RAM, SPARE_ROWS, spare * plan.row_bytes))
     cold = plan.n_keys - rows + spare
     return Places(
         (*parts, *_cold(config, cold)),

@@ -13,7 +13,7 @@ from moebox.offload.floor import GIGA
 from moebox.runtime.memory import gib
 from moebox.runtime.plan_places import DISK, GPU, RAM, Places
 from moebox.runtime.plan_report import Plan
-from moebox.runtime.plan_speed import DecodePrediction, PrefillPrediction
+from moebox.runtime.plan_speed import DecodePrediction
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -36,11 +36,13 @@ def render_plan(plan: Plan, console: Console) -> None:
     _hits(plan, console)
     for decode in plan.decode:
         _decode(plan, decode, console)
-    for prefill in plan.prefill:
-        _prefill(plan, prefill, console)
-    _loading(plan, console)
+    layers = len(plan.subject.config.moe_layers)
+    _line(console, f"prefill; moving experts, computing and disk are those of one of {layers} layers", "bold")
+    console.print(_prefill(plan))
+    _line(console, f"loading: {_seconds(plan.loading.seconds)}", "bold")
+    console.print(_loading(plan))
     if plan.changes:
-        _line(console, "\nwhat would help most", "bold")
+        _line(console, "what would help most", "bold")
         console.print(_changes(plan))
     _line(console, "where the figures are from", "bold")
     for source in plan.box.sources:
@@ -77,12 +79,12 @@ def _answer(plan: Plan) -> Table:
     """What a stranger wants to know."""
     table = Table.grid(padding=(0, 2))
     for decode in plan.decode:
-        behind = f"behind {decode.cached_tokens:,} tokens of context"
-        table.add_row("  writing", f"{_rate(decode.tokens_per_s)} tokens a second", behind)
+        behind = f"writing behind {decode.cached_tokens:,} tokens of context"
+        table.add_row("  decode", f"{_rate(decode.tokens_per_s)} tok/s", behind)
     for prefill in plan.prefill:
-        text = f"prompt of {prefill.tokens:,} tokens, done in {_seconds(prefill.seconds)}"
-        table.add_row("  reading", f"{_rate(prefill.tokens_per_s)} tokens a second", text)
-    table.add_row("  loading", _seconds(plan.loading.seconds), "once")
+        text = f"reading a prompt of {prefill.tokens:,} tokens: {_seconds(prefill.seconds)}"
+        table.add_row("  prefill", f"{_rate(prefill.tokens_per_s)} tok/s", text)
+    table.add_row("  loading", _seconds(plan.loading.seconds), "until the first prompt can begin")
     table.add_row("")
     return table
 
@@ -118,7 +120,7 @@ def _hits(plan: Plan, console: Console) -> None:
 def _decode(plan: Plan, decode: DecodePrediction, console: Console) -> None:
     _line(
         console,
-        f"\nwriting behind {decode.cached_tokens:,} tokens of context: {_ms(decode.seconds)} ms a token = "
+        f"\ndecode behind {decode.cached_tokens:,} tokens of context: {_ms(decode.seconds)} ms a token = "
         f"{_rate(decode.tokens_per_s)} tok/s",
         "bold",
     )
@@ -157,36 +159,29 @@ def _token(plan: Plan, decode: DecodePrediction) -> Table:
     return table
 
 
-def _prefill(plan: Plan, prefill: PrefillPrediction, console: Console) -> None:
-    layers = len(plan.subject.config.moe_layers)
-    reached = plan.box.efficiency.of_prefill_floor(prefill.tokens)
-    _line(
-        console,
-        f"\nreading a prompt of {prefill.tokens:,} tokens: {_seconds(prefill.seconds)} = "
-        f"{_rate(prefill.tokens_per_s)} tok/s",
-        "bold",
-    )
-    parts = [
-        f"moving experts {_ms(prefill.layer_moving_s)}",
-        f"computing {_ms(prefill.layer_computing_s)}",
-    ]
-    if prefill.layer_disk_s:
-        parts.append(f"disk {_ms(prefill.layer_disk_s)}")
-    how = "the longest of" if plan.box.has_gpu else "the sum of what the CPU does, at least the disk:"
-    _line(
-        console,
-        f"  floor of a layer: {how} {', '.join(parts)} ms; {layers} layers {_seconds(prefill.floor_s)}; "
-        f"{reached:.0%} of it is reached",
-    )
+def _prefill(plan: Plan) -> Table:
+    """A layer's floor is the longest of its parts; without a GPU the CPU moves and computes, one by one."""
+    names = ("tokens", "moving ms", "computing ms", "disk ms", "floor s", "reached", "expected s", "tok/s")
+    table = _table(*((name, "right") for name in names))
+    for prefill in plan.prefill:
+        table.add_row(
+            f"{prefill.tokens:,}",
+            _ms(prefill.layer_moving_s),
+            _ms(prefill.layer_computing_s),
+            _ms(prefill.layer_disk_s),
+            f"{prefill.floor_s:.2f}",
+            f"{prefill.floor_s / prefill.seconds:.0%}",
+            f"{prefill.seconds:.2f}",
+            _rate(prefill.tokens_per_s),
+        )
+    return table
 
 
-def _loading(plan: Plan, console: Console) -> None:
-    stages = " + ".join(
-        f"{what} {nbytes / GIGA:,.3g} GB / {gbps:.2f} GB/s = {_seconds(nbytes / (gbps * GIGA))}"
-        for what, nbytes, gbps in plan.loading.stages
-    )
-    _line(console, f"\nloading: {_seconds(plan.loading.seconds)}", "bold")
-    _line(console, f"  {stages}")
+def _loading(plan: Plan) -> Table:
+    table = _table(("", ""), ("GB", "right"), ("GB/s", "right"), ("s", "right"))
+    for what, nbytes, gbps in plan.loading.stages:
+        table.add_row(what, f"{nbytes / GIGA:,.3f}", f"{gbps:.2f}", f"{nbytes / (gbps * GIGA):,.1f}")
+    return table
 
 
 def _changes(plan: Plan) -> Table:
@@ -209,5 +204,5 @@ def _rate(value: float) -> str:
 
 def _seconds(seconds: float) -> str:
     if seconds >= 120:
-        return f"{seconds / 60:,.1f} min"
+        return f"{seconds / 60:,.1f} minutes"
     return f"{seconds:.1f} s" if seconds >= 1 else f"{seconds * 1e3:.0f} ms"
