@@ -28,6 +28,8 @@ from moebox.cli_options import (
     answer_options,
     json_option,
     model_options,
+    prefetch_option,
+    store_option,
 )
 from moebox.errors import MoeboxError
 
@@ -224,7 +226,10 @@ def demo() -> None:
     "[default: what is free]",
 )
 @click.option(
-    "--ram", type=ByteSize(), help="Memory for the whole model's experts, likewise.  [default: all of them]"
+    "--ram",
+    type=ByteSize(),
+    help="Memory for the whole model, likewise; MODEL's experts beyond it are read from disk.  "
+    "[default: all of them]",
 )
 @click.option("--context", type=click.IntRange(1), help="Tokens of cache in --vram.  [default: a part of it]")
 @click.option("--prompt-tokens", type=Lengths(), default="512,4096", help="Prompts to measure; empty: none.")
@@ -235,6 +240,8 @@ def demo() -> None:
     "[default: model for MODEL, else synthetic]",
 )
 @click.option("--threads", type=click.IntRange(1), help="Cores to use.  [default: all, less one for a GPU]")
+@store_option
+@prefetch_option
 @json_option
 def bench(as_json: bool, **options: Any) -> None:
     """Measure prompts and decoding beside what the box could do at best.
@@ -248,6 +255,7 @@ def bench(as_json: bool, **options: Any) -> None:
       moebox bench /nvme/k2
       moebox bench --shape kimi-k2 --layers 9 --vram 80GB --prompt-tokens 512 --json
       moebox bench out/tiny-k2 --device cpu --prompt-tokens 64 --decode-tokens 32
+      moebox bench /nvme/k2 --device cpu --ram 300GiB --context 8192
     """
     from moebox.runtime.bench import bench as run_bench
     from moebox.runtime.bench_rigs import BenchOptions

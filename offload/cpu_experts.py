@@ -56,7 +56,7 @@ class LayerCounts:
     hits: int = 0
     cold: int = 0
     cold_bytes: int = 0
-    read_s: float = 0.0
+    wait_s: float = 0.0
 
 
 class CpuExperts:
@@ -115,6 +115,11 @@ class CpuExperts:
         if statistics is not None and known:
             cache.residency.seed(np.arange(ram.n_keys, dtype=np.int32), statistics.seed_scores())
         return cls(config, cache, pool)
+
+    @property
+    def read_s(self) -> float:
+        """Seconds in which the drive that was busy longest had something to read, since loading began."""
+        return self.cache.store.traffic().busy_s if self.cache.store is not None else 0.0
 
     def placement(self) -> npt.NDArray[np.uint8]:
         """Where each expert lies: uint8 [L, E] of `counts.TIERS`."""
@@ -249,7 +254,7 @@ class _Work:
     def _wait(self, key: int) -> None:
         began_s = time.perf_counter()
         self.cache.wait(key)
-        self.counts.read_s += time.perf_counter() - began_s
+        self.counts.wait_s += time.perf_counter() - began_s
 
     def _end(self, keys: Sequence[int]) -> None:
         self.cache.done(keys)

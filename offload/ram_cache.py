@@ -18,6 +18,7 @@ from moebox.kernels import cpu
 from moebox.offload.experts import Progress
 from moebox.offload.ram import Bytes, RamTier, Source
 from moebox.offload.roads import HALF_LIFE_TOKENS, Residency
+from moebox.offload.store import StoreTraffic
 
 
 class Store(Source, Protocol):
@@ -41,6 +42,10 @@ class Store(Source, Protocol):
 
     def cancel(self, ticket: int) -> int:
         """End a read and its ticket, well or not; returns bytes that were read for nothing."""
+        ...
+
+    def traffic(self) -> StoreTraffic:
+        """What was read so far."""
         ...
 
 

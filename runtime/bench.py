@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,8 @@ PROMPT_RUNS = 3
 PROMPT_BUDGET_S = 10.0
 """No further run of a prompt starts after so many seconds of it."""
 WARMUP_TOKENS = 64
-"""Decoded on a GPU before the measured tokens: four half-lives of an expert's score fill the cache."""
+"""Decoded before the measured tokens where not all experts are where they are computed: four half-lives of
+an expert's score fill the cache."""
 CPU_WARMUP_TOKENS = 2
 SEED = 0
 
@@ -65,6 +67,7 @@ def bench(options: BenchOptions, progress: Progress | None = None) -> BenchRepor
         rig = checkpoint_rig(options.model, options, name, routing, progress)
     else:
         rig = shape_rig((config, full), options, device, pool, routing, progress)
+    ceilings = replace(ceilings, nvme_gbps=rig.nvme_gbps)
     run = _Run(rig, options, ceilings, device)
     with torch.inference_mode():
         prefill, decode = run.prompts(), run.decode()
@@ -102,7 +105,7 @@ def _trace(options: BenchOptions, config: ModelConfig, device: Device | None) ->
     if kind == "model":
         return None
     layers, experts, top_k = len(config.moe_layers), config.n_routed_experts, config.num_experts_per_tok
-    tokens = max(options.prompt_tokens, default=0) + options.decode_tokens + _warmup_tokens(device)
+    tokens = max(options.prompt_tokens, default=0) + options.decode_tokens + _warmup_tokens(options, device)
     if kind == "synthetic":
         return synthetic_trace(tokens, layers, experts, top_k, SEED)
     trace = RoutingTrace.load(Path(kind))
@@ -110,8 +113,8 @@ def _trace(options: BenchOptions, config: ModelConfig, device: Device | None) ->
     return trace
 
 
-def _warmup_tokens(device: Device | None) -> int:
-    return CPU_WARMUP_TOKENS if device is None else WARMUP_TOKENS
+def _warmup_tokens(options: BenchOptions, device: Device | None) -> int:
+    return CPU_WARMUP_TOKENS if device is None and options.ram is None else WARMUP_TOKENS
 
 
 class _Run:
@@ -120,7 +123,7 @@ class _Run:
     def __init__(self, rig: Rig, options: BenchOptions, ceilings: Ceilings, device: Device | None) -> None:
         self.rig, self.options, self.ceilings, self.device = rig, options, ceilings, device
         self.routing = rig.watch.routing
-        self.warmup = _warmup_tokens(device)
+        self.warmup = _warmup_tokens(options, device)
         longest = max(options.prompt_tokens, default=0)
         self.needed = longest + (self.warmup + options.decode_tokens if options.decode_tokens else 0)
         if self.needed > rig.context:

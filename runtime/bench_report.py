@@ -1,7 +1,8 @@
 """What a benchmark run says: times and bytes beside the floor, per layer, per token and at full depth.
 
 Only arithmetic: `bench.py` measures, `bench_text.py` prints. L MoE layers. Seconds are wall-clock; an expert
-is a hit where it lay on the GPU, an upload where PCIe brought it, and the CPU's otherwise.
+is a hit where it lay on the GPU, an upload where PCIe brought it, cold where it was read from disk and then
+computed by the CPU, and the CPU's where it lay in RAM.
 """
 
 from __future__ import annotations
@@ -26,10 +27,13 @@ from moebox.offload.floor import (
     decode_floor,
 )
 
-LAYER_FIELDS = ("hits", "uploads", "part", "cpu", "wait_s", "schedule_s", "cpu_s", "upload_s", "layer_s")
-"""Columns of a token's layers. hits, uploads, cpu: experts. wait_s: the host waited for the layer's routing,
-while the GPU computed. schedule_s: the host's cost on the critical path. cpu_s, upload_s: of each road, NaN
-where it is not known. layer_s: routing known until the CPU's sum was handed over."""
+LAYER_FIELDS = (
+    *("hits", "uploads", "part", "cpu", "cold"),
+    *("wait_s", "schedule_s", "cpu_s", "upload_s", "read_s", "layer_s"),
+)
+"""Columns of a token's layers. hits, uploads, cpu, cold: experts. wait_s: the host waited for the layer's
+routing, while the GPU computed. schedule_s: the host's cost on the critical path. cpu_s, upload_s, read_s: of
+each road, NaN where it is not known. layer_s: routing known until the CPU's sum was handed over."""
 
 Samples = npt.NDArray[np.float64]
 
@@ -67,10 +71,13 @@ class Roads:
     hit_bytes: float
     upload_bytes: float
     cpu_bytes: float
+    read_bytes: float
     upload_gbps: float | None
     cpu_gbps: float | None
+    read_gbps: float | None
     upload_of_ceiling: float | None
     cpu_of_ceiling: float | None
+    read_of_ceiling: float | None
 
 
 @dataclass(frozen=True)
@@ -83,6 +90,7 @@ class DecodeLayer:
     uploads: float
     part: float
     cpu: float
+    cold: float
     wait_s: float
     schedule_s: float
     roads: Roads
@@ -117,7 +125,10 @@ class FullDepth:
 
 @dataclass(frozen=True)
 class DecodeReport:
-    """Decoding, batch 1. `token_s` and bytes are means over tokens; `cached_tokens` as it began."""
+    """Decoding, batch 1. `token_s` and bytes are means over tokens; `cached_tokens` as it began.
+
+    Of all picks `hit_rate` lay on the GPU, and `in_memory` there or in RAM.
+    """
 
     tokens: int
     cached_tokens: int
@@ -125,6 +136,7 @@ class DecodeReport:
     token_p50_s: float
     token_p95_s: float
     hit_rate: float
+    in_memory: float
     schedule_p95_s: float
     roads: Roads
     floor: DecodeFloor
@@ -175,6 +187,7 @@ def decode_report(
         token_p50_s=float(np.median(token_s)),
         token_p95_s=float(np.quantile(token_s, 0.95)),
         hit_rate=float(columns["hits"].sum() / max(picks.sum(), 1)),
+        in_memory=1 - float(columns["cold"].sum() / max(picks.sum(), 1)),
         schedule_p95_s=float(np.quantile(columns["schedule_s"], 0.95)),
         roads=_roads(columns, subject, ceilings),
         floor=decode_floor(moved, ceilings),
@@ -199,6 +212,7 @@ def _decode_layer(
         uploads=float(own["uploads"].mean()),
         part=float(own["part"].mean()),
         cpu=float(own["cpu"].mean()),
+        cold=float(own["cold"].mean()),
         wait_s=float(own["wait_s"].mean()),
         schedule_s=float(own["schedule_s"].mean()),
         roads=_roads(own, subject, ceilings),
@@ -212,13 +226,14 @@ def _token_bytes(columns: dict[str, Samples], subject: Subject) -> DecodeBytes:
 
 def _misses(counts: dict[str, Samples]) -> Samples:
     """Experts that were not resident; a divided one is part of both roads."""
-    return counts["uploads"] + counts["part"] + counts["cpu"]
+    return counts["uploads"] + counts["part"] + counts["cpu"] + counts["cold"]
 
 
-def _expert_bytes(counts: dict[str, Samples], subject: Subject) -> tuple[float, float]:
-    """Mean bytes of a token's hits and misses."""
+def _expert_bytes(counts: dict[str, Samples], subject: Subject) -> tuple[float, float, float]:
+    """Mean bytes of a token's hits, its misses, and of those the ones that came from disk."""
     size = subject.config.expert_bytes
-    return size * _mean_token(counts["hits"]), size * _mean_token(_misses(counts))
+    misses, cold = _misses(counts), counts["cold"]
+    return size * _mean_token(counts["hits"]), size * _mean_token(misses), size * _mean_token(cold)
 
 
 def _mean_token(values: Samples) -> float:
@@ -232,14 +247,18 @@ def _roads(own: dict[str, Samples], subject: Subject, ceilings: Ceilings) -> Roa
     over_pcie = own["uploads"] + own["part"]
     upload_gbps = _gbps(over_pcie * size, own["upload_s"])
     cpu_gbps = _gbps(own["cpu"] * size, own["cpu_s"])
+    read_gbps = _gbps(own["cold"] * size, own["read_s"])
     return Roads(
         hit_bytes=size * _mean_token(own["hits"]),
         upload_bytes=size * _mean_token(over_pcie),
         cpu_bytes=size * _mean_token(own["cpu"]),
+        read_bytes=size * _mean_token(own["cold"]),
         upload_gbps=upload_gbps,
         cpu_gbps=cpu_gbps,
+        read_gbps=read_gbps,
         upload_of_ceiling=_ratio(upload_gbps, ceilings.pcie_gbps),
         cpu_of_ceiling=_ratio(cpu_gbps, ceilings.ram_gbps),
+        read_of_ceiling=_ratio(read_gbps, ceilings.nvme_gbps),
     )
 
 
@@ -264,7 +283,7 @@ def _full_depth(
     moved = _token_bytes(columns, subject)
     grown = subject.full_moe_layers / subject.moe_layers
     backbone = subject.backbone.token(subject.full_moe_layers)
-    full = DecodeBytes(backbone, moved.hits * grown, moved.ram_misses * grown)
+    full = DecodeBytes(backbone, moved.hits * grown, moved.ram_misses * grown, moved.nvme_misses * grown)
     return FullDepth(
         moe_layers=subject.full_moe_layers,
         layer_s=layer_s,
@@ -278,7 +297,7 @@ def _full_depth(
 class PrefillLayer:
     """One MoE layer of a prompt: from the last layer's end to this one's, attention and experts.
 
-    hits, uploads, cpu count experts; `cpu_s` and `upload_s` are what each road took.
+    hits, uploads, cpu, cold count experts; `cpu_s`, `upload_s` and `read_s` are what each road took.
     """
 
     layer: int
@@ -286,8 +305,10 @@ class PrefillLayer:
     hits: int
     uploads: int
     cpu: int
+    cold: int
     upload_s: float
     cpu_s: float
+    read_s: float
     roads: Roads
     floor: PrefillFloor
 
@@ -330,6 +351,8 @@ class LayerWork:
     upload_s: float
     cpu_s: float
     floor: PrefillFloor
+    cold: int = 0
+    read_s: float = math.nan
 
 
 def prefill_report(
@@ -355,7 +378,7 @@ def prefill_report(
 
 
 def _prefill_layer(layer: int, work: LayerWork, subject: Subject, ceilings: Ceilings) -> PrefillLayer:
-    counted = ("hits", "uploads", "cpu", "upload_s", "cpu_s")
+    counted = ("hits", "uploads", "cpu", "cold", "upload_s", "cpu_s", "read_s")
     own = {name: np.array([getattr(work, name)], np.float64) for name in counted} | {"part": np.zeros(1)}
     return PrefillLayer(
         layer=layer,
@@ -363,8 +386,10 @@ def _prefill_layer(layer: int, work: LayerWork, subject: Subject, ceilings: Ceil
         hits=work.hits,
         uploads=work.uploads,
         cpu=work.cpu,
+        cold=work.cold,
         upload_s=work.upload_s,
         cpu_s=work.cpu_s,
+        read_s=work.read_s,
         roads=_roads(own, subject, ceilings),
         floor=work.floor,
     )

@@ -10,10 +10,12 @@ import torch
 from moebox.config import ModelConfig
 from moebox.errors import PlanError
 from moebox.kernels import cpu
+from moebox.offload.cpu_experts import CpuExperts
 from moebox.offload.device import Device
-from moebox.offload.experts import Experts
 from moebox.offload.hardware import available_ram_bytes
 from moebox.offload.ram import RamTier, row_stride
+from moebox.offload.ram_cache import Store
+from moebox.offload.store import ExpertStore
 from moebox.offload.tiers import TieredExperts
 from moebox.offload.trace import TraceRouting
 from moebox.runtime.bench_report import Subject
@@ -22,7 +24,7 @@ from moebox.runtime.engine import Engine
 from moebox.runtime.gpu_memory import GpuPlan, describe_fixed, n_keys, plan_gpu_memory
 from moebox.runtime.gpu_runner import CORES_FOR_UPLOADS, CacheMemory, GpuRunner
 from moebox.runtime.loader import Progress
-from moebox.runtime.memory import SYSTEM_SHARE, gib
+from moebox.runtime.memory import SYSTEM_SHARE, describe, gib
 from moebox.runtime.mlp import MoE
 from moebox.runtime.model import KimiK2
 from moebox.runtime.processor import GpuProcessor
@@ -45,6 +47,8 @@ class BenchOptions:
         routing: "synthetic", "model" or a trace's path; None: "model" for a checkpoint, else "synthetic".
         device: "cpu", "cuda", "cuda:N"; None: a GPU if there is one.
         threads: cores for the experts; None: all, or all but one beside a GPU.
+        stores: more folders with the checkpoint's shards.
+        prefetch: let idle drives read what the next layers are likely to need.
     """
 
     model: Path | None = None
@@ -58,6 +62,8 @@ class BenchOptions:
     routing: str | None = None
     device: str | None = None
     threads: int | None = None
+    stores: tuple[Path, ...] = ()
+    prefetch: bool = True
 
 
 @dataclass(frozen=True)
@@ -70,7 +76,9 @@ class Rig:
         watch: the experts between.
         context: tokens that a cache may hold.
         plan: how budgets became slots, line by line.
-        residents: {"slots", "of", "full_slots", "full_of"}: experts on the GPU, here and at full depth.
+        residents: {"slots", "of", "full_slots", "full_of"}: experts on the GPU, here and at full depth;
+            "rows": experts in RAM.
+        nvme_gbps: of the drives where experts stay on disk, measured; 0: none do, or it could not be.
     """
 
     subject: Subject
@@ -79,6 +87,7 @@ class Rig:
     context: int
     plan: list[str]
     residents: dict[str, int]
+    nvme_gbps: float = 0.0
 
 
 def make_pool(options: BenchOptions, device: Device | None) -> cpu.ThreadPool:
@@ -108,27 +117,43 @@ def checkpoint_rig(
         context=options.context,
         threads=options.threads,
         progress=progress,
+        stores=options.stores,
+        prefetch=options.prefetch,
+        statistics=False,
     )
     runner, config, plan = engine.runner, engine.config, engine.plan
     watch: Watch
-    if isinstance(runner, GpuRunner) and isinstance(plan, GpuPlan):
+    store: Store | None
+    if isinstance(plan, GpuPlan):
+        assert isinstance(runner, GpuRunner)
         watch = GpuWatch(runner.experts, config, routing)
         lines = [f"GPU: {describe_fixed(plan)}; {plan.slots:,} slots for {n_keys(config):,} experts"]
-        slots = runner.experts.gpu.n_slots
+        slots, rows = runner.experts.gpu.n_slots, plan.ram_rows
+        store = None if runner.experts.cold is None else runner.experts.cold.store
     else:
-        watch = CpuWatch(_experts_of(runner.model), config, routing)
-        lines, slots = [f"RAM: backbone {gib(plan.backbone_bytes)}, experts {gib(config.experts_bytes)}"], 0
+        experts = _experts_of(runner.model)
+        watch = CpuWatch(experts, config, routing)
+        lines, slots, rows = [f"RAM: {describe(plan)}"], 0, plan.rows
+        store = None if plan.experts_fit else experts.cache.store
     runner.model.connect(watch)
     subject = Subject(path.name, config, len(config.moe_layers), engine.dtype.itemsize)
-    residents = {"slots": slots, "of": n_keys(config), "full_slots": slots, "full_of": n_keys(config)}
-    return Rig(subject, runner, watch, engine.context, lines, residents)
+    keys = n_keys(config)
+    residents = {"slots": slots, "of": keys, "full_slots": slots, "full_of": keys, "rows": rows}
+    return Rig(subject, runner, watch, engine.context, lines, residents, _nvme_gbps(store))
 
 
-def _experts_of(model: KimiK2) -> Experts:
+def _experts_of(model: KimiK2) -> CpuExperts:
     moe = next(module for module in model.modules() if isinstance(module, MoE))
-    if moe.experts is None:
-        raise ValueError("the model has no experts yet")
+    if not isinstance(moe.experts, CpuExperts):
+        raise TypeError(f"the model's experts are {type(moe.experts).__name__}")
     return moe.experts
+
+
+def _nvme_gbps(store: Store | None) -> float:
+    """Of all drives together; 0 where their shards are too few to tell, or not read past the page cache."""
+    if not isinstance(store, ExpertStore):
+        return 0.0
+    return sum(speed.gbps for speed in store.measure_depth().values())
 
 
 def shape_rig(
@@ -164,6 +189,7 @@ def shape_rig(
         "of": n_keys(config),
         "full_slots": share.full_slots,
         "full_of": n_keys(full),
+        "rows": share.rows,
     }
     return Rig(subject, runner, watch, share.context, share.lines, residents)
 
@@ -178,7 +204,14 @@ def _cpu_rig(
     config = subject.config
     if options.vram:
         raise PlanError(f"vram = {options.vram} bytes, but the CPU computes", "Leave the VRAM budget out.")
-    _check_ram(config, n_keys(config), available_ram_bytes())
+    keys = n_keys(config)
+    if options.ram is not None and options.ram < keys * row_stride(config):
+        raise PlanError(
+            f"RAM budget of {gib(options.ram)} for {gib(keys * row_stride(config))} of random experts, which "
+            "lie nowhere else",
+            "Measure the disk with a checkpoint: `moebox synth DST --format int4`, then `moebox bench DST`.",
+        )
+    _check_ram(config, keys, available_ram_bytes())
     ram = RamTier(config, progress=progress)
     ram.fill_synthetic()
     model = synthetic_model(config, torch.bfloat16)
@@ -186,7 +219,7 @@ def _cpu_rig(
     model.connect(watch)
     runner = CpuRunner(model, pool, torch.bfloat16)
     lines = [f"RAM: experts {gib(config.experts_bytes)}; no GPU"]
-    residents = {"slots": 0, "of": n_keys(config), "full_slots": 0, "full_of": n_keys(config)}
+    residents = {"slots": 0, "of": keys, "full_slots": 0, "full_of": keys, "rows": keys}
     context = min(options.context or config.max_position_embeddings, config.max_position_embeddings)
     return Rig(subject, runner, watch, context, lines, residents)
 

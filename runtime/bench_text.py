@@ -14,7 +14,7 @@ from moebox.runtime.bench_report import BenchReport, DecodeReport, PrefillReport
 if TYPE_CHECKING:
     from rich.console import Console
 
-TABLE_WIDTH = 120
+TABLE_WIDTH = 140
 """Columns printed even where the terminal is narrower, or none: cells that are cut off say nothing."""
 
 
@@ -55,6 +55,8 @@ def _ceilings(ceilings: Ceilings) -> str:
             f"both at once {ceilings.ram_beside_gbps:.1f} + {ceilings.pcie_beside_gbps:.1f}",
             f"HBM read {ceilings.hbm_gbps:,.0f}, copy {ceilings.hbm_copy_gbps:,.0f}",
         ]
+    if ceilings.nvme_gbps:
+        parts.append(f"drives {ceilings.nvme_gbps:.2f}")
     rates = f"experts on the CPU {ceilings.cpu_tflops:.2f} TFLOP/s"
     if ceilings.has_gpu:
         rates += f", bf16 products on the GPU {ceilings.gpu_tflops:,.0f}"
@@ -77,7 +79,7 @@ def _prefill(prompt: PrefillReport, report: BenchReport, console: Console) -> No
             f"  at {full} MoE layers: {prompt.seconds - in_layers:.3f} s + {full}/{here} x {in_layers:.3f} s "
             f"= {prompt.full_depth_s:.3f} s, {prompt.tokens / prompt.full_depth_s:,.1f} tok/s",
         )
-    table = _table("layer", "ms", "floor ms", "times", "hits", "uploads", "CPU", *_ROADS)
+    table = _table("layer", "ms", "floor ms", "times", "hits", "uploads", "CPU", "disk", *_ROADS)
     for layer in prompt.layers:
         table.add_row(
             str(layer.layer),
@@ -87,6 +89,7 @@ def _prefill(prompt: PrefillReport, report: BenchReport, console: Console) -> No
             str(layer.hits),
             str(layer.uploads),
             str(layer.cpu),
+            str(layer.cold),
             *_road_cells(layer.roads),
         )
     console.print(table)
@@ -109,7 +112,7 @@ def _decode(decode: DecodeReport, report: BenchReport, console: Console) -> None
         f"{decode.schedule_p95_s * 1e6:.1f} us",
     )
     _full_depth(decode, report, console)
-    experts = ("hits", "uploads", "part", "CPU")
+    experts = ("hits", "uploads", "part", "CPU", "disk")
     table = _table("layer", "ms", "floor ms", "of floor", *experts, "wait ms", *_ROADS)
     for layer in decode.layers:
         table.add_row(
@@ -121,6 +124,7 @@ def _decode(decode: DecodeReport, report: BenchReport, console: Console) -> None
             f"{layer.uploads:.2f}",
             f"{layer.part:.2f}",
             f"{layer.cpu:.2f}",
+            f"{layer.cold:.2f}",
             f"{_ms(layer.wait_s)}",
             *_road_cells(layer.roads),
         )
@@ -129,15 +133,19 @@ def _decode(decode: DecodeReport, report: BenchReport, console: Console) -> None
 
 def _floor(decode: DecodeReport, ceilings: Ceilings) -> str:
     floor, roads = decode.floor, decode.roads
-    misses = roads.upload_bytes + roads.cpu_bytes
+    misses = roads.upload_bytes + roads.cpu_bytes + roads.read_bytes
     rate = f"{ceilings.ram_gbps:.1f}"
     if ceilings.has_gpu:
         rate = f"({rate} + {ceilings.pcie_gbps:.1f})"
     text = (
         f"backbone {_ms(floor.backbone_s)} + hits {_ms(floor.hits_s)} + misses "
         f"{misses / GIGA:.3f} GB / {rate} GB/s = {_ms(floor.misses_s)}; "
-        f"in all {_ms(floor.seconds)} ms"
     )
+    if floor.nvme_s:
+        text += (
+            f"disk {roads.read_bytes / GIGA:.3f} GB / {ceilings.nvme_gbps:.2f} GB/s = {_ms(floor.nvme_s)}; "
+        )
+    text += f"in all {_ms(floor.seconds)} ms"
     if floor.together_s != floor.seconds:
         text += f" ({_ms(floor.together_s)} ms with both roads measured at the same time)"
     return text
@@ -146,13 +154,16 @@ def _floor(decode: DecodeReport, ceilings: Ceilings) -> str:
 def _experts(decode: DecodeReport) -> str:
     roads = decode.roads
     text = f"{decode.hit_rate:.1%} hits; a token's hits {roads.hit_bytes / GIGA:.3f} GB"
+    if roads.read_bytes:
+        text = f"{decode.in_memory:.1%} in memory, {text}"
     for name, nbytes, gbps, share in (
         ("uploads", roads.upload_bytes, roads.upload_gbps, roads.upload_of_ceiling),
         ("CPU", roads.cpu_bytes, roads.cpu_gbps, roads.cpu_of_ceiling),
+        ("disk", roads.read_bytes, roads.read_gbps, roads.read_of_ceiling),
     ):
         text += f", {name} {nbytes / GIGA:.3f} GB"
-        if gbps is not None and share is not None:
-            text += f" at {gbps:.1f} GB/s ({share:.0%} of the ceiling)"
+        if gbps is not None:
+            text += f" at {gbps:.2f} GB/s" + (f" ({share:.0%} of the ceiling)" if share is not None else "")
     return text
 
 
@@ -181,7 +192,7 @@ def _energy(joules: float | None, what: str) -> str:
     return "" if joules is None else f", {joules:.2f} J a {what} on the GPU"
 
 
-_ROADS = ("upload MB", "GB/s", "CPU MB", "GB/s")
+_ROADS = ("upload MB", "GB/s", "CPU MB", "GB/s", "disk MB", "GB/s")
 
 
 def _road_cells(roads: Roads) -> tuple[str, ...]:
@@ -190,6 +201,8 @@ def _road_cells(roads: Roads) -> tuple[str, ...]:
         _rate(roads.upload_gbps),
         f"{roads.cpu_bytes / 1e6:,.1f}",
         _rate(roads.cpu_gbps),
+        f"{roads.read_bytes / 1e6:,.1f}",
+        _rate(roads.read_gbps),
     )
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from moebox.config import ModelConfig
+from moebox.offload.cpu_experts import CpuExperts
 from moebox.offload.device import Device, Event
 from moebox.offload.experts import Experts
-from moebox.offload.floor import Ceilings, PrefillFloor, expert_flops, layer_flops, prefill_floor
+from moebox.offload.floor import GIGA, Ceilings, PrefillFloor, expert_flops, layer_flops, prefill_floor
 from moebox.offload.roads import FIELDS
 from moebox.offload.tiers import TieredExperts
 from moebox.offload.trace import TraceRouting
@@ -55,23 +56,32 @@ class _Seen:
     hits: int = 0
     uploads: int = 0
     cpu: int = 0
+    cold: int = 0
     upload_s: float = NAN
     cpu_s: float = NAN
+    read_s: float = NAN
+    layer_s: float = NAN
 
 
 class CpuWatch:
-    """Over the CPU's experts: everything happens when it is called, so a clock suffices. See `Watch`."""
+    """Over the CPU's experts: everything happens when it is called, so a clock suffices. See `Watch`.
 
-    def __init__(self, experts: Experts, config: ModelConfig, routing: TraceRouting | None) -> None:
+    A layer's `read_s` are the seconds in which the drives were busy since the layer before: with prefetch
+    they read for others, too, so that only the sum over layers goes with the sum of bytes. Of the time that
+    the CPU computes, cold experts have their share by number.
+    """
+
+    def __init__(self, experts: CpuExperts, config: ModelConfig, routing: TraceRouting | None) -> None:
         self.nbytes = experts.nbytes
         self.routing = routing
         self._experts, self._config = experts, config
         self._seen: list[_Seen] = []
-        self._ended_s = 0.0
+        self._ended_s = self._read_s = 0.0
 
     def begin(self) -> None:
         """See `Watch`."""
         self._seen.clear()
+        self._read_s = self._experts.read_s
         self._ended_s = time.perf_counter()
 
     def forward(self, layer: int, expert_ids: Tensor, weights: Tensor, hidden: Tensor) -> Tensor:
@@ -82,8 +92,11 @@ class CpuWatch:
         began_s = time.perf_counter()
         out = self._experts.forward(layer, expert_ids, weights, hidden)
         ended_s = time.perf_counter()
-        seen = _Seen(moe, expert_ids, ended_s - self._ended_s, cpu_s=ended_s - began_s)
-        seen.cpu = len(torch.unique(expert_ids))
+        last, before_s, self._read_s = self._experts.last, self._read_s, self._experts.read_s
+        in_ram = last.hits / (last.hits + last.cold)
+        seen = _Seen(moe, expert_ids, ended_s - self._ended_s, cpu=last.hits, cold=last.cold)
+        seen.layer_s, seen.read_s = ended_s - began_s, self._read_s - before_s
+        seen.cpu_s = (seen.layer_s - last.wait_s) * in_ram
         self._seen.append(seen)
         self._ended_s = time.perf_counter()
         return out
@@ -91,7 +104,14 @@ class CpuWatch:
     def decode_layers(self) -> Samples:
         """See `Watch`."""
         rows = [
-            {"cpu": seen.cpu, "wait_s": seen.seconds - seen.cpu_s, "cpu_s": seen.cpu_s, "layer_s": seen.cpu_s}
+            {
+                "cpu": seen.cpu,
+                "cold": seen.cold,
+                "wait_s": seen.seconds - seen.layer_s,
+                "cpu_s": seen.cpu_s,
+                "read_s": seen.read_s,
+                "layer_s": seen.layer_s,
+            }
             for seen in self._seen
         ]
         empty = dict.fromkeys(LAYER_FIELDS, 0.0) | {"upload_s": NAN}
@@ -143,6 +163,7 @@ class GpuWatch:
             seen.seconds = self._marks[i + 1].seconds_since(self._marks[i])
             seen.hits, seen.uploads, seen.cpu = record.residents, record.uploads, record.cpu
             seen.upload_s, seen.cpu_s = record.upload_s, record.cpu_s
+            seen.cold, seen.read_s = record.cold, record.read_s
         return _by_layer(self._seen, self._config, ceilings)
 
 
@@ -164,8 +185,10 @@ def _layer_work(chunks: list[_Seen], config: ModelConfig, ceilings: Ceilings) ->
         hits=sum(chunk.hits for chunk in chunks),
         uploads=sum(chunk.uploads for chunk in chunks),
         cpu=sum(chunk.cpu for chunk in chunks),
+        cold=sum(chunk.cold for chunk in chunks),
         upload_s=sum(chunk.upload_s for chunk in chunks),
         cpu_s=sum(chunk.cpu_s for chunk in chunks),
+        read_s=sum(chunk.read_s for chunk in chunks),
         floor=PrefillFloor(
             sum(floor.seconds for floor in floors),
             sum(floor.moving_s for floor in floors),
@@ -181,4 +204,11 @@ def _floor(chunk: _Seen, cached: int, config: ModelConfig, ceilings: Ceilings) -
     other = layer_flops(config, len(chunk.ids), cached)
     other += expert_flops(config) * float(counts[resident].sum())
     missing = counts[~resident & (counts > 0)].tolist()
-    return prefill_floor(missing, config.expert_bytes, expert_flops(config), other, ceilings)
+    floor = prefill_floor(missing, config.expert_bytes, expert_flops(config), other, ceilings)
+    if not ceilings.nvme_gbps:
+        return floor
+    return replace(floor, seconds=max(floor.seconds, _read_floor_s(chunk, config, ceilings)))
+
+
+def _read_floor_s(chunk: _Seen, config: ModelConfig, ceilings: Ceilings) -> float:
+    return chunk.cold * config.expert_bytes / (ceilings.nvme_gbps * GIGA)

@@ -112,6 +112,26 @@ def json_option(command: Command) -> Command:
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")(command)
 
 
+def store_option(command: Command) -> Command:
+    """Adds `--store`."""
+    return click.option(
+        "--store",
+        "stores",
+        type=click.Path(file_okay=False, path_type=Path),
+        multiple=True,
+        help="Folder on another drive with copies of shards, read beside MODEL's; may be repeated.",
+    )(command)
+
+
+def prefetch_option(command: Command) -> Command:
+    """Adds `--prefetch`."""
+    return click.option(
+        "--prefetch/--no-prefetch",
+        default=True,
+        help="Read experts that the next layers are likely to need while the drives are idle.",
+    )(command)
+
+
 def model_options(command: Command) -> Command:
     """Adds MODEL and how to load it."""
     for option in reversed(
@@ -138,21 +158,11 @@ def model_options(command: Command) -> Command:
                 "--context", type=click.IntRange(1), help="Tokens of context.  [default: the model's]"
             ),
             click.option("--threads", type=click.IntRange(1), help="Cores to use.  [default: all]"),
-            click.option(
-                "--store",
-                "stores",
-                type=click.Path(file_okay=False, path_type=Path),
-                multiple=True,
-                help="Folder on another drive with copies of shards, read beside MODEL's; may be repeated.",
-            ),
+            store_option,
             click.option(
                 "--verify-reads", is_flag=True, help="Compare every expert that is read with its checksum."
             ),
-            click.option(
-                "--prefetch/--no-prefetch",
-                default=True,
-                help="Read experts that the next layers are likely to need while the drives are idle.",
-            ),
+            prefetch_option,
             click.option(
                 "--statistics/--no-statistics",
                 default=True,

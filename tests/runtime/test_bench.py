@@ -14,10 +14,13 @@ from rich.console import Console
 
 from helpers.runtime import make_checkpoint
 from moebox.cli import main_group
+from moebox.config import load_config
 from moebox.errors import PlanError, RequestError
 from moebox.kernels import cpu
+from moebox.offload.drive_speed import DriveSpeed
 from moebox.offload.floor import Ceilings, PrefillFloor
 from moebox.offload.ram import RamTier
+from moebox.offload.store import ExpertStore
 from moebox.offload.trace import synthetic_trace
 from moebox.runtime import bench_rigs, ceilings
 from moebox.runtime.bench import bench
@@ -32,6 +35,7 @@ from moebox.runtime.bench_report import (
 from moebox.runtime.bench_rigs import BenchOptions, scale_budgets
 from moebox.runtime.bench_text import render_bench
 from moebox.runtime.energy import joule_counter
+from moebox.runtime.memory import budget_for_share
 from moebox.runtime.synthetic import experts_in_ram, shape_config, synthetic_model
 
 K2, K2_SHALLOW = shape_config("kimi-k2"), shape_config("kimi-k2", 9)
@@ -141,6 +145,23 @@ def test_uploads_that_were_not_timed_are_left_out_of_the_rate():
     assert report.roads.upload_gbps == pytest.approx(2 * EXPERT / 1e-3 / 1e9)
     assert report.roads.upload_bytes == 5 * EXPERT
     assert report.joules_per_token is None
+
+
+def test_cold_experts_pass_the_disk_and_then_the_cpu():
+    box = replace(BOX, hbm_gbps=0, pcie_gbps=0, nvme_gbps=5)
+    token = sample(cpu=[6.0] * 8, cold=[2.0] * 8, cpu_s=[2e-3] * 8, read_s=[0.02] * 8, layer_s=[0.02] * 8)
+
+    report = decode_report(token[None], [0.2], Subject("k2", K2_SHALLOW, 60), box, cached_tokens=0)
+
+    assert (report.hit_rate, report.in_memory) == (0, 0.75)
+    assert report.roads.cpu_bytes == 48 * EXPERT
+    assert report.roads.read_bytes == 16 * EXPERT
+    assert report.roads.read_gbps == pytest.approx(2 * EXPERT / 0.02 / 1e9)
+    assert report.roads.read_of_ceiling == pytest.approx(report.roads.read_gbps / 5)
+    assert report.floor.nvme_s == pytest.approx(16 * EXPERT / 5e9)
+    assert report.floor.misses_s == pytest.approx(64 * EXPERT / 100e9)
+    assert report.floor.seconds == report.floor.nvme_s
+    assert report.full_depth.floor_s == pytest.approx(120 * EXPERT / 5e9)
 
 
 def k2_prefill():
@@ -330,6 +351,33 @@ def test_bench_of_a_checkpoint_with_a_recorded_trace(quick, tmp_path, monkeypatc
     assert report.subject.full_moe_layers == report.subject.moe_layers == 2
     assert report.decode.tokens == 3
     assert bench(options).routing == {"source": "the model's router"}
+
+
+def test_bench_with_experts_on_disk(quick, tmp_path, monkeypatch):
+    folder = make_checkpoint(tmp_path / "model", n_routed_experts=32)
+    monkeypatch.setattr("moebox.runtime.bench._prompt_ids", lambda options, config, count: list(range(count)))
+    monkeypatch.setattr(ExpertStore, "measure_depth", lambda store: {"a drive": DriveSpeed({4: 2.5}, True)})
+    ram = budget_for_share(load_config(folder), torch.float32, "bf16", 64, 0.25)
+    options = BenchOptions(folder, prompt_tokens=(20,), decode_tokens=6, device="cpu", context=64, ram=ram)
+
+    report = bench(replace(options, prefetch=False))
+
+    assert report.residents["rows"] < 64
+    assert report.ceilings.nvme_gbps == 2.5
+    assert all(layer.cpu + layer.cold == 4 for layer in report.decode.layers)
+    assert 0 < report.decode.in_memory < 1
+    assert report.decode.roads.read_gbps > 0
+    prompt = report.prefill[0]
+    assert all(layer.cold > 0 for layer in prompt.layers)
+    read_s = [layer.cold * report.subject.config.expert_bytes / 2.5e9 for layer in prompt.layers]
+    assert all(layer.floor.seconds >= s for layer, s in zip(prompt.layers, read_s, strict=True))
+    assert report.plan[0].startswith("RAM: backbone")
+    assert bench(replace(options, ram=None)).decode.in_memory == 1
+
+
+def test_random_experts_are_in_ram_only(quick):
+    with pytest.raises(PlanError, match=r"lie nowhere else\n.*moebox synth"):
+        bench(replace(TINY, device="cpu", ram=1000))
 
 
 def test_trace_must_fit_model_and_length(quick, tmp_path):
