@@ -35,7 +35,8 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def cpu_model(folder):
-    return load(folder, device="cpu", dtype=torch.float32, context=CONTEXT)
+    with load(folder, device="cpu", dtype=torch.float32, context=CONTEXT) as model:
+        yield model
 
 
 @pytest.fixture(scope="module")
@@ -110,10 +111,10 @@ def test_logits(folder, cpu_model, tokens, expected, forced, device, name):  # n
 @pytest.mark.parametrize("name", PLACEMENTS)
 def test_greedy_text(folder, cpu_model, greedy_tokens, device, name):
     budgets = PLACEMENTS[name].budgets(cpu_model.engine.config, CONTEXT)
-    model = load(folder, device=need(device), context=CONTEXT, **budgets)
-    answer = model.generate(DEMO["messages"], tools=DEMO["tools"], **GREEDY)
-    assert "FindRestaurants" in model.tokenizer.decode(answer.tokens)
-    assert answer.tokens == greedy_tokens
+    with load(folder, device=need(device), context=CONTEXT, **budgets) as model:
+        answer = model.generate(DEMO["messages"], tools=DEMO["tools"], **GREEDY)
+        assert "FindRestaurants" in model.tokenizer.decode(answer.tokens)
+        assert answer.tokens == greedy_tokens
 
 
 @pytest.mark.parametrize("device", DEVICES)
