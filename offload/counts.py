@@ -243,13 +243,6 @@ def _placement(tiers: npt.NDArray[np.uint8], placed: Doubles) -> Placement | Non
     return Placement(tiers, float(placed[0]), int(placed[1])) if tiers.size else None
 
 
-def planned_bytes(layers: int, n_experts: int, top_k: int) -> int:
-    """Memory that a running model's statistics take, at most, while they are not being saved."""
-    pairs = max(0, layers - 1) * n_experts**2 * np.dtype(np.float32).itemsize
-    recent = RECENT_TOKENS * layers * top_k * np.dtype(np.int16).itemsize
-    return 2 * (pairs + recent + 16 * layers * n_experts)
-
-
 class RoutingTally:
     """What was seen since the file was last read or written.
 

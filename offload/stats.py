@@ -38,7 +38,7 @@ log = logging.getLogger("moebox")
 _TINY = 1e-12
 
 STATISTICS_FILE = "statistics.npz"
-SAVE_EVERY_S = 120.0
+SAVE_EVERY_S = 300.0
 
 EVIDENCE = 0.7
 """Of what each pick of the layer before says: they say partly the same."""
@@ -94,9 +94,12 @@ class RouterStatistics:
         return self._known.followed_by(replace(self._seen.counts(), placement=self._placement()))
 
     def add(self, ids: Int32s, prefill: bool) -> None:
-        """Learn from the picks int32 [T, L, k] of tokens that follow each other; saves now and then."""
+        """Learn from the picks int32 [T, L, k] of tokens that follow each other.
+
+        Saves now and then, after a prompt: for K2 that takes some tenths of a second.
+        """
         self._seen.add(ids, prefill)
-        if time.monotonic() - self._saved_s > SAVE_EVERY_S:
+        if prefill and time.monotonic() - self._saved_s > SAVE_EVERY_S:
             self.save()
 
     def close(self) -> None:

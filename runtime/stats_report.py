@@ -27,7 +27,7 @@ BUDGETS = (0.05, 0.1, 0.2, 0.5)
 OWN_POLICY = ("decayed",)
 """What the tiers do: replayed for a model unless other policies are asked for."""
 
-REPLAYED_LAYER_STEPS = 24_000
+REPLAYED_LAYER_STEPS = 12_000
 """The replay of `moebox stats MODEL` takes as many of the last tokens as make so many steps of a layer."""
 
 Grid = npt.NDArray[np.float64]

@@ -367,14 +367,15 @@ def test_a_folder_that_cannot_be_made_is_said_once(tmp_path, caplog):
     assert len(caplog.messages) == 1
 
 
-def test_saving_happens_now_and_then_while_tokens_come(fresh, tmp_path, monkeypatch):
+def test_saving_happens_now_and_then_with_prompts(fresh, tmp_path, monkeypatch):
+    fresh.add(picks(5), prefill=True)
+    monkeypatch.setattr("moebox.offload.stats.SAVE_EVERY_S", 0.0)
     fresh.add(picks(5), prefill=False)
     assert not (tmp_path / STATISTICS_FILE).exists()
 
-    monkeypatch.setattr("moebox.offload.stats.SAVE_EVERY_S", 0.0)
-    fresh.add(picks(5), prefill=False)
+    fresh.add(picks(5), prefill=True)
 
-    assert RouterStatistics.open(MODEL, tmp_path).tokens == 10
+    assert RouterStatistics.open(MODEL, tmp_path).tokens == 15
 
 
 def test_merging_another_boxs_file(fresh, tmp_path):

@@ -1,0 +1,147 @@
+"""What recording the router's picks costs, beside the token that it records.
+
+    python benchmarks/recording.py out/tiny-k2 --tokens 300
+
+First by itself, in CPU time per decoded token and per token of a prompt, for tiny-k2's and K2's shapes, with
+statistics that are warm: `layer` as the CPU calls it, `token` as the GPU does; what saving and loading them
+takes. Then inside a loaded model's decoding, with statistics and a trace: the recorder's share of the time of
+all tokens, bar: under 1 %; on a machine with other work to do its CPU time says more than its wall time. The
+last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+import moebox
+from moebox.offload.identity import ModelIdentity
+from moebox.offload.record import RoutingRecorder, TraceSink
+from moebox.offload.stats import RouterStatistics
+from moebox.offload.trace import synthetic_trace
+
+SHAPES = {"tiny-k2": (7, 64, 6), "kimi-k2": (60, 384, 8)}
+TOKENS, PROMPT_TOKENS, ROUNDS = 256, 1024, 5
+
+
+def cpu_us(call: Callable[[], object], count: int) -> float:
+    """CPU time of a call over `count`, in microseconds: the median of some."""
+    times = []
+    for _ in range(ROUNDS):
+        start = time.process_time()
+        call()
+        times.append(time.process_time() - start)
+    return statistics.median(times) / count * 1e6
+
+
+def alone(name: str, folder: Path) -> dict[str, float]:
+    """Recording by itself, with statistics of this shape."""
+    layers, n_experts, top_k = SHAPES[name]
+    known = RouterStatistics.open(ModelIdentity(name, name, layers, n_experts, top_k), folder / name)
+    recorder = RoutingRecorder(layers, n_experts, top_k, [known])
+    ids = synthetic_trace(TOKENS, layers, n_experts, top_k).ids
+    routed = [[token[None, moe].astype(np.int64) for moe in range(layers)] for token in ids]
+    prompt = np.tile(ids, (PROMPT_TOKENS // TOKENS, 1, 1)).astype(np.int64)
+
+    def by_layer() -> None:
+        for token in routed:
+            for moe, picks in enumerate(token):
+                recorder.layer(moe, picks)
+
+    def by_token() -> None:
+        for token in ids:
+            recorder.token(token)
+
+    def by_prompt() -> None:
+        for moe in range(layers):
+            recorder.layer(moe, prompt[:, moe])
+
+    by_layer()
+    figures = {
+        "layer_us_per_token": cpu_us(by_layer, TOKENS),
+        "token_us_per_token": cpu_us(by_token, TOKENS),
+        "prompt_us_per_token": cpu_us(by_prompt, PROMPT_TOKENS),
+    }
+    start = time.perf_counter()
+    known.save()
+    saved = time.perf_counter()
+    RouterStatistics.open(known.identity, folder / name)
+    return figures | {
+        "save_s": saved - start,
+        "load_s": time.perf_counter() - saved,
+        "file_mb": known.path.stat().st_size / 1e6,
+    }
+
+
+class Timed:
+    """A recorder whose calls are timed."""
+
+    def __init__(self, recorder: RoutingRecorder) -> None:
+        self.seconds = self.cpu_s = 0.0
+        self._recorder = recorder
+
+    def layer(self, moe: int, ids: np.ndarray) -> None:
+        """See `RoutingRecorder.layer`."""
+        start, cpu_start = time.perf_counter(), time.thread_time()
+        self._recorder.layer(moe, ids)
+        self.cpu_s += time.thread_time() - cpu_start
+        self.seconds += time.perf_counter() - start
+
+
+def inside(model: Path, tokens: int, folder: Path) -> dict[str, float]:
+    """The recorder's share of decoding with the model's weights on the CPU."""
+    with moebox.load(model, device="cpu", statistics=False) as loaded:
+        identity = ModelIdentity.of(model)
+        sinks = [
+            RouterStatistics.open(identity, folder / "model"),
+            TraceSink(folder / "trace.npz", identity.n_experts),
+        ]
+        recorder = Timed(RoutingRecorder(*identity.shape, sinks))
+        loaded.engine.runner.model.model.layers[-1].mlp.experts.recorder = recorder
+        session = loaded.engine.session()
+        session.prefill(list(range(16)))
+        for token in range(20):
+            session.decode(token)
+        recorder.seconds = recorder.cpu_s = 0.0
+        start = time.perf_counter()
+        for token in range(tokens):
+            session.decode(100 + token)
+        total = time.perf_counter() - start
+    return {
+        "tokens": tokens,
+        "ms_per_token": total / tokens * 1e3,
+        "recording_us_per_token": recorder.seconds / tokens * 1e6,
+        "recording_share": recorder.seconds / total,
+        "recording_cpu_us_per_token": recorder.cpu_s / tokens * 1e6,
+        "recording_cpu_share": recorder.cpu_s / total,
+    }
+
+
+def main() -> None:
+    """Measure, and print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", nargs="?", type=Path, help="a quantized checkpoint; without: by itself only")
+    parser.add_argument("--tokens", type=int, default=300, help="tokens to decode with it")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        report: dict[str, object] = {shape: alone(shape, folder) for shape in SHAPES}
+        for shape in SHAPES:
+            print(shape, ", ".join(f"{key} {value:.3g}" for key, value in report[shape].items()))
+        if options.model is not None:
+            report["model"] = inside(options.model, options.tokens, folder)
+            print("model", ", ".join(f"{key} {value:.4g}" for key, value in report["model"].items()))
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()
