@@ -17,8 +17,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-import numpy as np
-import numpy.typing as npt
 from torch import Tensor
 
 from moebox.offload.ram_cache import RamCache
@@ -33,7 +31,7 @@ LAYERS_AHEAD = 2
 class Predictor(Protocol):
     """Guesses what layers to come will pick."""
 
-    def predict(self, moe: int, hidden: Tensor) -> list[tuple[int, npt.NDArray[np.int64]]]:
+    def predict(self, moe: int, hidden: Tensor) -> list[tuple[int, list[int]]]:
         """What the layers after MoE layer `moe` will probably pick.
 
         Args:
@@ -125,15 +123,16 @@ class Prefetcher:
         self._to_read += sum(not self._cache.resident(key) for key in keys)
         if self._active:
             self._compare(moe, picks)
-            self._sort_out(moe, keys)
+            if self._reading:
+                self._sort_out(moe, keys)
 
     def submitted(self, moe: int, hidden: Tensor, picks: Sequence[int]) -> None:
         """The reads of MoE layer `moe`, routed from `hidden` [1, H], are queued: reads for those to come."""
         if not self._active:
             return
-        self._drop(key for key in self._reading if key < (moe + 1) * self._n_experts)
-        for ahead, experts in self._predictor.predict(moe, hidden):
-            named: list[int] = experts.tolist()
+        if self._reading:
+            self._drop(key for key in self._reading if key < (moe + 1) * self._n_experts)
+        for ahead, named in self._predictor.predict(moe, hidden):
             self._predicted[moe + ahead].append((ahead, named[: len(picks)]))
             self._speculate(moe + ahead, named, len(picks))
 
@@ -202,7 +201,8 @@ class Prefetcher:
         first = moe * self._n_experts
         keys = [first + expert for expert in experts]
         end = first + self._n_experts
-        self._drop(key for key in self._reading if first <= key < end and key not in keys)
+        if self._reading:
+            self._drop(key for key in self._reading if first <= key < end and key not in keys)
         for key in keys[:count]:
             if self._cache.speculate(key):
                 self._reading[key] = None

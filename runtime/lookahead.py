@@ -9,15 +9,13 @@ follows which adds as much as half a point.
 
 from __future__ import annotations
 
-import numpy as np
-import numpy.typing as npt
 import torch.nn.functional as F
 from torch import Tensor
 
 from moebox.offload.prefetch import LAYERS_AHEAD
 from moebox.runtime.mlp import MoE
 from moebox.runtime.model import KimiK2
-from moebox.runtime.router import mask_groups
+from moebox.runtime.router import Router, mask_groups
 
 NAMED = 2
 """Experts that are named, over those that a layer picks: the further ones are seldom picked."""
@@ -31,13 +29,13 @@ class GateLookahead:
         self._gates = [layer.mlp.gate for layer in model.model.layers if isinstance(layer.mlp, MoE)]
         self._count = min(NAMED * self.config.num_experts_per_tok, self.config.n_routed_experts)
 
-    def predict(self, moe: int, hidden: Tensor) -> list[tuple[int, npt.NDArray[np.int64]]]:
+    def predict(self, moe: int, hidden: Tensor) -> list[tuple[int, list[int]]]:
         """See `Predictor.predict`; `hidden` [1, H] of any float type."""
         state = hidden.float()
         gates = self._gates[moe + 1 : moe + 1 + LAYERS_AHEAD]
-        named = []
-        for ahead, gate in enumerate(gates, 1):
-            scores = F.linear(state, gate.weight).sigmoid() + gate.e_score_correction_bias
-            choice = mask_groups(scores, self.config)
-            named.append((ahead, choice.topk(self._count).indices[0].numpy()))
-        return named
+        return [(ahead, self._likeliest(gate, state)) for ahead, gate in enumerate(gates, 1)]
+
+    def _likeliest(self, gate: Router, state: Tensor) -> list[int]:
+        scores = F.linear(state, gate.weight).sigmoid_().add_(gate.e_score_correction_bias)
+        chosen: list[int] = mask_groups(scores, self.config)[0].topk(self._count).indices.tolist()
+        return chosen

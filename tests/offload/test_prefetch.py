@@ -33,9 +33,7 @@ class Fixed:
 
     def predict(self, moe, hidden):
         assert hidden is HIDDEN
-        return [
-            (ahead, np.array(self.guesses[moe, ahead])) for ahead in (1, 2) if (moe, ahead) in self.guesses
-        ]
+        return [(ahead, self.guesses[moe, ahead]) for ahead in (1, 2) if (moe, ahead) in self.guesses]
 
 
 class Store(SlowStore):

@@ -1,10 +1,16 @@
-"""What the next layers' routers are asked."""
+"""What the next layers' routers are asked, and how well they answer."""
 
 import pytest
 import torch
 
 from helpers.tiers import small_config
+from helpers.tiny_k2 import ASSETS
+from moebox import load
+from moebox.offload.identity import ModelIdentity
+from moebox.offload.stats import RouterStatistics
+from moebox.quantize.convert import quantize
 from moebox.runtime.lookahead import GateLookahead
+from moebox.runtime.memory import budget_for_share
 from moebox.runtime.model import KimiK2
 
 
@@ -28,7 +34,7 @@ def test_names_what_the_next_routers_would_choose_for_this_state(groups):
         gate = model.model.layers[model.config.first_k_dense_replace + 1 + ahead].mlp.gate
         chosen, _ = gate(hidden)
         assert sorted(named[: model.config.num_experts_per_tok]) == sorted(chosen[0].tolist())
-        assert len(set(named.tolist())) == len(named) == 2 * model.config.num_experts_per_tok
+        assert len(set(named)) == len(named) == 2 * model.config.num_experts_per_tok
 
 
 def test_the_likeliest_comes_first():
@@ -37,7 +43,7 @@ def test_the_likeliest_comes_first():
     [(_, named)] = GateLookahead(model).predict(2, hidden)
     gate = model.model.layers[-1].mlp.gate
     scores = (gate.weight @ hidden[0]).sigmoid() + gate.e_score_correction_bias
-    assert named.tolist() == scores.argsort(descending=True)[: len(named)].tolist()
+    assert named == scores.argsort(descending=True)[: len(named)].tolist()
 
 
 def test_no_layer_beyond_the_last_is_asked():
@@ -50,4 +56,22 @@ def test_no_layer_beyond_the_last_is_asked():
 def test_never_names_more_than_there_are():
     model = random_model(n_routed_experts=6)
     [(_, named)] = GateLookahead(model).predict(2, torch.randn(1, model.config.hidden_size))
-    assert sorted(named.tolist()) == list(range(6))
+    assert sorted(named) == list(range(6))
+
+
+def test_most_picks_of_tiny_k2_are_foreseen(tmp_path):
+    """Chance would be 9 %; `moebox stats` gets to know."""
+    quantize(ASSETS, tmp_path / "int4")
+    with load(tmp_path / "int4", context=1024) as model:
+        config, dtype = model.engine.config, model.engine.dtype
+    budget = budget_for_share(config, dtype, "bf16", 1024, 0.5)
+    with load(tmp_path / "int4", context=1024, ram=budget) as model:
+        model.generate(
+            [{"role": "user", "content": "A table for four, please."}], max_tokens=20, temperature=0.0
+        )
+        prefetcher = model.engine.runner.model.model.layers[-1].mlp.experts.prefetcher
+        report = prefetcher.report()
+    assert report.recall[1] > report.recall[2] > 0.5
+    assert report.used + report.late > report.wrong / 2
+    counts = RouterStatistics.open(ModelIdentity.of(tmp_path / "int4", config)).counts()
+    assert counts.recall.tolist() == [[report.found[n], report.picked[n]] for n in (1, 2)]
