@@ -78,12 +78,14 @@ class ColdTier(_kernels.ColdTier):
         self.ram.rows[key] = -1
 
     @contextmanager
-    def read_errors(self) -> Iterator[None]:
-        """Say what a failed read of a token's was: `CheckpointError`."""
+    def reads(self) -> Iterator[None]:
+        """Around a token: say what failed; a read that no copy was left for as `CheckpointError`."""
         try:
             yield
         except _kernels.ReadFailure as failure:
             raise self.store.error(failure, self.failed) from None
+        finally:
+            self.store.traffic()  # logs which copies were given up
 
 
 def least_rows(top_k: int) -> int:

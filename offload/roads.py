@@ -150,7 +150,7 @@ class DecodeRoads(_kernels.DecodeRoads):
 
         Raises:
             DeviceError: the GPU did not answer in time, or a copy failed.
-            ReadFailure: a cold expert could not be read; see `cold.ColdTier.read_errors`.
+            ReadFailure: a cold expert could not be read; see `cold.ColdTier.reads`.
             RuntimeError: `abort` was called, or an expert id is out of range or given twice.
         """
         with _device_errors():

@@ -203,7 +203,7 @@ class TieredExperts:
             CheckpointError: an expert could not be read; the token is lost, nothing else.
         """
         ids = None if self.routing is None else self.routing.decode()
-        with nullcontext() if self.cold is None else self.cold.read_errors():
+        with nullcontext() if self.cold is None else self.cold.reads():
             self.roads.run_token(ids, timeout_s)
         if self.recorder is not None:
             self.recorder.token((self.mailbox.ids if ids is None else ids).numpy())
