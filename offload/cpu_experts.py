@@ -9,7 +9,8 @@ Shapes: T tokens, H hidden_size, E n_routed_experts, k num_experts_per_tok.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -30,6 +31,9 @@ from moebox.offload.record import RoutingRecorder
 from moebox.offload.stats import RouterStatistics
 
 Floats = npt.NDArray[np.float32]
+
+PART_TOKENS = 1024
+"""Tokens that the kernel gets at once: how many an expert has of them decides how it rounds."""
 
 
 class Foresight(Protocol):
@@ -69,6 +73,7 @@ class CpuExperts:
         nbytes: INT4 bytes of all experts, wherever they lie.
         recorder: told what was routed, where set.
         prefetcher: guesses what the next layers will need, where set; decoding only.
+        part_tokens: tokens that the kernel gets at once; more are computed as several calls, bit for bit.
         last: what the last layer did.
     """
 
@@ -77,6 +82,7 @@ class CpuExperts:
         self.nbytes = config.experts_bytes
         self.recorder: RoutingRecorder | None = None
         self.prefetcher: Foresight | None = None
+        self.part_tokens = PART_TOKENS
         self.last = LayerCounts()
 
     @classmethod
@@ -148,6 +154,33 @@ class CpuExperts:
             raise
 
 
+class _Part:
+    """Some tokens of a chunk, whose experts go through the kernel together, or in ascending order."""
+
+    def __init__(
+        self, ids: npt.NDArray[np.int64], weights: Floats, hidden: Tensor, out: Tensor, pool: cpu.ThreadPool
+    ) -> None:
+        self.chosen, self.offsets, self.tokens, order = group_by_expert(ids)
+        self.weights = weights.reshape(-1)[order]
+        self.hidden, self.out, self.pool = hidden, out, pool
+
+    def add(self, begin: int, end: int, weights_of: Callable[[int], cpu.Expert]) -> None:
+        """Add what the experts from `begin` to before `end` make of these tokens to `out`."""
+        first, last = bisect_left(self.chosen, begin), bisect_left(self.chosen, end)
+        if first == last:
+            return
+        pairs = slice(int(self.offsets[first]), int(self.offsets[last]))
+        cpu.experts_forward(
+            self.pool,
+            [weights_of(expert) for expert in self.chosen[first:last]],
+            self.offsets[first : last + 1] - self.offsets[first],
+            self.tokens[pairs],
+            self.weights[pairs],
+            self.hidden,
+            self.out,
+        )
+
+
 class _Work:
     """One layer's experts for one chunk or token."""
 
@@ -155,49 +188,55 @@ class _Work:
         self, experts: CpuExperts, moe: int, ids: npt.NDArray[np.int64], weights: Floats, hidden: Tensor
     ) -> None:
         self.cache, self.pool, self.prefetcher = experts.cache, experts.pool, experts.prefetcher
-        self.moe, self.hidden = moe, hidden
-        self.chosen, self.offsets, self.tokens, order = group_by_expert(ids)
-        self.weights = weights.reshape(-1)[order]
+        self.moe = moe
+        self.out = torch.zeros(hidden.shape, dtype=torch.float32)
+        starts = range(0, len(ids), experts.part_tokens)
+        rows = [slice(start, start + experts.part_tokens) for start in starts]
+        self.parts = [_Part(ids[own], weights[own], hidden[own], self.out[own], self.pool) for own in rows]
+        self.chosen = sorted({expert for part in self.parts for expert in part.chosen})
         n_experts = experts.config.n_routed_experts
-        self.keys = [moe * n_experts + expert for expert in self.chosen]
+        self.first_key = moe * n_experts
+        self.keys = [self.first_key + expert for expert in self.chosen]
         recent = None if len(ids) == 1 else recent_use(ids, n_experts)[self.chosen]
         self.cache.use(np.array(self.keys, np.int32), recent)
         self.counts = LayerCounts()
 
     def decode(self) -> Tensor:
         """One token: hits are computed while misses are read, each miss when it is there. fp32 [1, H]."""
-        cache, keys = self.cache, self.keys
+        cache, keys, hidden = self.cache, self.keys, self.parts[0].hidden
         if self.prefetcher is not None:
             self.prefetcher.begin_layer(self.moe, self.chosen)
         cold = [i for i, key in enumerate(keys) if not cache.resident(key)]
         self._demand(keys, len(cold))
         if self.prefetcher is not None:
-            self.prefetcher.submitted(self.moe, self.hidden, self.chosen)
-        out = self._sum_in_order(cold) if cold else self._add(0, len(keys), self._zeros())
-        self._end(keys)
+            self.prefetcher.submitted(self.moe, hidden, self.chosen)
+        if cold:
+            self._sum_in_order(cold)
+        else:
+            self._add(0, len(keys))
+        cache.done(keys)
+        cache.trim()
         if self.prefetcher is not None and self.moe == len(cache.ram.config.moe_layers) - 1:
             self.prefetcher.end_token()
-        return out
+        return self.out
 
-    def _sum_in_order(self, cold: list[int]) -> Tensor:
+    def _sum_in_order(self, cold: list[int]) -> None:
         """Each pick's output goes to a row of its own, and the rows are added as the kernel would."""
-        n = len(self.keys)
-        hidden = self.hidden.expand(n, -1).contiguous()
-        rows = torch.zeros(n, self.hidden.shape[1])
-        hits = sorted(set(range(n)) - set(cold))
-        while hits or cold:
-            if not hits:
-                hits = self._arrived(cold)
-                cold = [i for i in cold if i not in hits]
-            experts = [self.cache.wait(self.keys[i]) for i in hits]
-            picks = np.array(hits, np.int32)
-            offsets = np.arange(len(hits) + 1, dtype=np.int32)
-            cpu.experts_forward(self.pool, experts, offsets, picks, self.weights[picks], hidden, rows)
-            hits = []
-        out = self._zeros()
+        n, part = len(self.keys), self.parts[0]
+        hidden = part.hidden.expand(n, -1).contiguous()
+        rows = torch.zeros(hidden.shape)
+        ready = sorted(set(range(n)) - set(cold))
+        while ready or cold:
+            if not ready:
+                ready = self._arrived(cold)
+                cold = [i for i in cold if i not in ready]
+            experts = [self.cache.wait(self.keys[i]) for i in ready]
+            picks = np.array(ready, np.int32)
+            offsets = np.arange(len(ready) + 1, dtype=np.int32)
+            cpu.experts_forward(self.pool, experts, offsets, picks, part.weights[picks], hidden, rows)
+            ready = []
         for row in rows:
-            out += row
-        return out
+            self.out += row
 
     def _arrived(self, cold: list[int]) -> list[int]:
         """Wait for the read that was begun first; it, and whatever has ended besides."""
@@ -208,18 +247,18 @@ class _Work:
         """Many tokens: experts in ascending order, those that are there together, reads running ahead."""
         cache, keys, n = self.cache, self.keys, len(self.keys)
         cache.drop_all()
-        out, ahead, first = self._zeros(), 0, 0
+        ahead = first = 0
         while first < n:
             ahead = self._read_ahead(first, ahead)
             self._wait(keys[first])
             last = first + 1
             while last < ahead and cache.ready(keys[last]):
                 last += 1
-            self._add(first, last, out)
+            self._add(first, last)
             cache.done(keys[first:last])
             first = last
-        self._end([])
-        return out
+        cache.trim()
+        return self.out
 
     def _read_ahead(self, first: int, ahead: int) -> int:
         """Demand keys from `ahead` on, until as many misses behind `first` as rows are kept free are on their
@@ -231,19 +270,13 @@ class _Work:
         self._demand(self.keys[ahead:end], sum(cold[ahead - first : end - first]))
         return end
 
-    def _add(self, first: int, last: int, out: Tensor) -> Tensor:
-        """Add the experts `first` to `last`, which are there, to `out`, which is returned."""
-        begin, end = int(self.offsets[first]), int(self.offsets[last])
-        cpu.experts_forward(
-            self.pool,
-            [self.cache.wait(key) for key in self.keys[first:last]],
-            self.offsets[first : last + 1] - self.offsets[first],
-            self.tokens[begin:end],
-            self.weights[begin:end],
-            self.hidden,
-            out,
-        )
-        return out
+    def _add(self, first: int, last: int) -> None:
+        """Add the experts `first` to before `last`, which are there, part by part."""
+        there = {key: self.cache.wait(key) for key in self.keys[first:last]}
+        for part in self.parts:
+            part.add(
+                self.chosen[first], self.chosen[last - 1] + 1, lambda expert: there[self.first_key + expert]
+            )
 
     def _demand(self, keys: Sequence[int], n_cold: int) -> None:
         self.cache.demand(*keys)
@@ -255,10 +288,3 @@ class _Work:
         began_s = time.perf_counter()
         self.cache.wait(key)
         self.counts.wait_s += time.perf_counter() - began_s
-
-    def _end(self, keys: Sequence[int]) -> None:
-        self.cache.done(keys)
-        self.cache.trim()
-
-    def _zeros(self) -> Tensor:
-        return torch.zeros(self.hidden.shape, dtype=torch.float32)

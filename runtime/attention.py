@@ -50,14 +50,14 @@ class Attention(nn.Module):
         per_key = config.kv_lora_rank * (config.qk_nope_head_dim + config.v_head_dim)
         self.expand_from = per_key // max(per_pair_saved, 1) + 1
 
-    def forward(self, x: Tensor, rotations: Tensor, cache: KVCache) -> Tensor:
-        """`x [T, H] -> [T, H]`; appends the new tokens' latents to the cache."""
+    def forward(self, x: Tensor, rotations: Tensor, cache: KVCache, written: int = 0) -> Tensor:
+        """`x [T, H] -> [T, H]`; the cache gets the tokens' latents, behind `written` others of this pass."""
         rank, nope = self.config.kv_lora_rank, self.config.qk_nope_head_dim
         both = self.q_kv_a_proj(x)
         query, compressed = self._query(both[:, : self.query_rows]), both[:, self.query_rows :]
         positional = rotate(torch.cat([query[..., nope:], compressed[:, None, rank:]], dim=1), rotations)
         entry = torch.cat([self.kv_a_layernorm(compressed[:, :rank]), positional[:, -1]], dim=-1)
-        latent = cache.append(self.layer, entry)
+        latent = cache.append(self.layer, entry, written)
         attend = self._absorbed if x.shape[0] < self.expand_from else self._expanded
         mixed = attend(query[..., :nope].transpose(0, 1), positional[:, :-1].transpose(0, 1), latent)
         return self.o_proj(mixed.transpose(0, 1).type(x.dtype).flatten(1))

@@ -42,11 +42,15 @@ class KVCache:
         """Bytes allocated, in use or not."""
         return sum(layer.nbytes for layer in self.layers)
 
-    def append(self, layer: int, values: Tensor) -> Tensor:
-        """Write `values [T, width]` behind the committed tokens; returns the layer's [len + T, width]."""
-        start, end = len(self.tokens), len(self.tokens) + values.shape[0]
+    def append(self, layer: int, values: Tensor, written: int = 0) -> Tensor:
+        """Write `values [T, width]` behind the committed tokens and the `written` ones of this pass.
+
+        Returns the layer's [len + written + T, width].
+        """
+        start = len(self.tokens) + written
+        end = start + values.shape[0]
         if end > self.layers[layer].shape[0]:
-            self._grow(layer, end)
+            self._grow(layer, start, end)
         cached = self.layers[layer][:end]
         cached[start:] = values
         return cached
@@ -59,9 +63,9 @@ class KVCache:
         """Forget all but the first `length` tokens; their memory is kept for those that follow."""
         del self.tokens[length:]
 
-    def _grow(self, layer: int, needed: int) -> None:
+    def _grow(self, layer: int, held: int, needed: int) -> None:
         capacity = max(needed, min(2 * needed, self.limit), min(FIRST_CAPACITY, self.limit))
         old = self.layers[layer]
         grown = old.new_empty(capacity, self._width)
-        grown[: len(self.tokens)] = old[: len(self.tokens)]
+        grown[:held] = old[:held]
         self.layers[layer] = grown

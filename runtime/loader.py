@@ -16,6 +16,7 @@ from moebox.errors import CheckpointError
 from moebox.offload.checkpoint import TORCH_DTYPES, Checkpoint, TensorInfo
 from moebox.offload.experts import Experts
 from moebox.runtime import backbone as precision
+from moebox.runtime.mlp import joined
 from moebox.runtime.model import KimiK2
 from moebox.runtime.processor import CPU, Processor
 
@@ -132,7 +133,7 @@ def load_backbone(
     for parameter, infos in sources.items():
         module_name, _, attribute = parameter.rpartition(".")
         wanted = torch.float32 if precision.keeps_fp32(module_name) else dtype
-        weight = _joined([_read(info).to(wanted) for info in infos])
+        weight = joined([_read(info).to(wanted) for info in infos])
         if precision.is_quantized(module_name, weight.shape[-1], backbone):
             replace(model, module_name, _quantized_linear(weight, backbone))
         else:
@@ -142,10 +143,6 @@ def load_backbone(
         if progress is not None:
             progress("backbone", done, total)
     return model.eval()
-
-
-def _joined(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _read(info: TensorInfo) -> Tensor:

@@ -6,6 +6,7 @@ Experts beyond it stay on disk and are read as they are routed (`offload/ram_cac
 from __future__ import annotations
 
 import ctypes
+from bisect import bisect_right
 from dataclasses import dataclass
 
 import psutil
@@ -13,15 +14,19 @@ import torch
 
 from moebox.config import ModelConfig
 from moebox.errors import PlanError
+from moebox.offload.cpu_experts import PART_TOKENS
 from moebox.offload.hardware import available_ram_bytes
 from moebox.offload.ram import row_stride
 from moebox.runtime.backbone import planned_bytes
 from moebox.runtime.kv_cache import bytes_per_token
 from moebox.runtime.processor import CPU_SCORES_BYTES
 
-CHUNK_TOKENS = 1024
-"""Tokens of a prompt that go through the CPU at once: bounds memory, and how much an interrupt loses.
-The same whatever the budget, since another chunk rounds otherwise."""
+CHUNK_TOKENS = PART_TOKENS
+"""Tokens of a prompt that go through the CPU at once: bounds memory, and how much an interrupt loses."""
+LARGEST_CHUNK_TOKENS = 8 * PART_TOKENS
+"""Where experts are on disk: each chunk reads them again. It is computed in parts, as smaller ones are."""
+CHUNK_SHARE = 0.05
+"""Of the memory for experts, what the values between layers of a chunk may take beyond the first part's."""
 SMALLEST_CONTEXT = 512
 """Tokens of cache that a plan must have room for, unless the model or the caller asks for less."""
 SYSTEM_SHARE = 0.05
@@ -42,6 +47,7 @@ class MemoryPlan:
     Attributes:
         backbone_bytes, unquantized_backbone_bytes: as loaded, and in the model's dtype.
         kv_bytes: cache of one conversation that fills `context` tokens.
+        chunk_tokens: of a prompt, that go through the model together.
         workspace_bytes: values of a chunk on its way, at most.
         rows: experts that RAM holds.
         n_keys: experts there are.
@@ -53,6 +59,7 @@ class MemoryPlan:
     unquantized_backbone_bytes: int
     context: int
     kv_bytes: int
+    chunk_tokens: int
     workspace_bytes: int
     rows: int
     n_keys: int
@@ -119,9 +126,14 @@ def plan_memory(
             "Give a larger RAM budget or a smaller context, or load the backbone as int8 or nf4.",
         )
     tokens = context or _affordable_context(config, dtype, backbone, room)
-    fixed = _plan(config, dtype, backbone, tokens, 0).planned_bytes
-    rows = min((room - fixed) // row_stride(config), _n_keys(config))
-    return _plan(config, dtype, backbone, tokens, rows)
+
+    def plan(rows: int) -> MemoryPlan:
+        return _plan(config, dtype, backbone, tokens, rows)
+
+    whole = plan(_n_keys(config))
+    if whole.planned_bytes <= room:
+        return whole
+    return plan(bisect_right(range(whole.rows), room, key=lambda rows: plan(rows).planned_bytes) - 1)
 
 
 def least_rows(config: ModelConfig) -> int:
@@ -138,13 +150,14 @@ def budget_for_share(
 
 
 def _plan(config: ModelConfig, dtype: torch.dtype, backbone: str, context: int, rows: int) -> MemoryPlan:
-    shapes = config.backbone_shapes()
+    shapes, chunk = config.backbone_shapes(), _chunk_tokens(config, context, rows)
     return MemoryPlan(
         backbone_bytes=planned_bytes(shapes, dtype, backbone),
         unquantized_backbone_bytes=planned_bytes(shapes, dtype, "bf16"),
         context=context,
         kv_bytes=context * bytes_per_token(config, dtype),
-        workspace_bytes=workspace_bytes(config, CHUNK_TOKENS, context),
+        chunk_tokens=chunk,
+        workspace_bytes=workspace_bytes(config, chunk, context),
         rows=rows,
         n_keys=_n_keys(config),
         row_bytes=row_stride(config),
@@ -156,29 +169,48 @@ def _n_keys(config: ModelConfig) -> int:
     return len(config.moe_layers) * config.n_routed_experts
 
 
+def _chunk_tokens(config: ModelConfig, context: int, rows: int) -> int:
+    """Where experts are on disk the largest power of two that memory and context are worth."""
+    chunk = CHUNK_TOKENS
+    room = CHUNK_SHARE * rows * row_stride(config)
+    while rows < _n_keys(config) and 2 * chunk <= min(context, LARGEST_CHUNK_TOKENS):
+        if (2 * chunk - PART_TOKENS) * _between_layers(config) > room:
+            break
+        chunk *= 2
+    return chunk
+
+
+def _between_layers(config: ModelConfig) -> int:
+    """Bytes that a token has in its chunk: residual, norm and experts' sum in fp32, and the next norm."""
+    return 16 * config.hidden_size
+
+
 def _affordable_context(config: ModelConfig, dtype: torch.dtype, backbone: str, room: int) -> int:
     """What is left beside all experts; where they do not fit, a share of the memory."""
     smallest = min(SMALLEST_CONTEXT, config.max_position_embeddings)
     without, with_one = (_plan(config, dtype, backbone, tokens, 0).planned_bytes for tokens in (0, 1))
     per_token, left = with_one - without, room - without
     beside_all = (left - _n_keys(config) * row_stride(config)) // per_token
-    affordable = beside_all if beside_all >= smallest else int(left * CACHE_SHARE) // per_token
-    return min(config.max_position_embeddings, max(smallest, affordable))
+    beside_least = (left - least_rows(config) * row_stride(config)) // per_token
+    share = min(int(left * CACHE_SHARE) // per_token, beside_least)
+    affordable = beside_all if beside_all >= smallest else max(smallest, share)
+    return min(config.max_position_embeddings, affordable)
 
 
 def workspace_bytes(config: ModelConfig, chunk: int, context: int) -> int:
     """RAM that a chunk's intermediate values take at most, in a layer of any kind, computed in fp32."""
     hidden, heads = config.hidden_size, config.num_attention_heads
-    # Bytes a token: the residual, what is added to it, its norm on the way and the experts' sum; then the
-    # widest of attention (queries, positional parts through complex numbers, mixed values) and dense MLP.
+    # Bytes a token of a part: what is added to the residual; then the widest of attention (queries,
+    # positional parts through complex numbers, mixed values) and dense MLP.
     queries = heads * (8 * config.qk_head_dim + 16 * config.qk_rope_head_dim + 8 * config.v_head_dim)
     widest = max(queries, 12 * config.intermediate_size)
     # A head's keys and values for all of the context, its latents in fp32, and scores on their way.
     latent = config.kv_lora_rank + config.qk_rope_head_dim
     attention = 4 * context * (latent + 3 * config.qk_head_dim + config.v_head_dim) + 4 * CPU_SCORES_BYTES
-    pairs = min(KERNEL_PAIRS, chunk * config.num_experts_per_tok)
+    part = min(chunk, PART_TOKENS)
+    pairs = min(KERNEL_PAIRS, part * config.num_experts_per_tok)
     kernel = pairs * (4 * hidden + 8 * config.moe_intermediate_size)
-    return chunk * (20 * hidden + widest) + attention + kernel
+    return chunk * _between_layers(config) + part * (4 * hidden + widest) + attention + kernel
 
 
 def describe(plan: MemoryPlan) -> str:

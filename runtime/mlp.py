@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -49,9 +51,17 @@ class MoE(nn.Module):
             else None
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`x [T, H]` -> fp32 [T, H]."""
-        expert_ids, weights = self.gate(x)
+    def forward(self, parts: Sequence[Tensor]) -> Tensor:
+        """Parts `[t, H]` of a chunk, T tokens in all -> fp32 [T, H]."""
+        expert_ids, weights = (joined(choices) for choices in zip(*map(self.gate, parts), strict=True))
         assert self.experts is not None, "KimiK2.connect comes first"
-        routed = self.experts.forward(self.layer, expert_ids, weights, x)
-        return routed if self.shared_experts is None else routed + self.shared_experts(x)
+        routed = self.experts.forward(self.layer, expert_ids, weights, joined(parts))
+        if self.shared_experts is not None:
+            for out, part in zip(torch.split(routed, [len(part) for part in parts]), parts, strict=True):
+                out.add_(self.shared_experts(part))
+        return routed
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """The rows of all parts; a single one is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))

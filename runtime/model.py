@@ -6,7 +6,7 @@ softmax, router, norms and the sum over experts in fp32.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -17,7 +17,7 @@ from moebox.offload.experts import Experts
 from moebox.runtime.attention import Attention
 from moebox.runtime.kv_cache import KVCache
 from moebox.runtime.linear import Linear
-from moebox.runtime.mlp import MLP, MoE
+from moebox.runtime.mlp import MLP, MoE, joined
 from moebox.runtime.norm import RMSNorm
 from moebox.runtime.processor import CPU, Processor
 from moebox.runtime.rope import Rotary
@@ -51,10 +51,17 @@ class DecoderLayer(nn.Module):
             else MLP(config.hidden_size, config.intermediate_size)
         )
 
-    def forward(self, hidden: Tensor, rotations: Tensor, cache: KVCache) -> Tensor:
-        """`hidden` fp32 [T, H] -> fp32 [T, H]."""
-        hidden = hidden + self.self_attn(self.input_layernorm(hidden), rotations, cache)
-        return hidden + self.mlp(self.post_attention_layernorm(hidden))  # type: ignore[no-any-return]
+    def forward(self, hidden: Tensor, rotations: Sequence[Tensor], cache: KVCache) -> Tensor:
+        """`hidden` fp32 [T, H] -> fp32 [T, H], in place; `rotations` of each part of the chunk."""
+        parts, written = torch.split(hidden, [len(part) for part in rotations]), 0
+        for part, turns in zip(parts, rotations, strict=True):
+            part.add_(self.self_attn(self.input_layernorm(part), turns, cache, written))
+            written += len(part)
+        if isinstance(self.mlp, MoE):
+            return hidden.add_(self.mlp([self.post_attention_layernorm(part) for part in parts]))
+        for part in parts:
+            part.add_(self.mlp(self.post_attention_layernorm(part)))
+        return hidden
 
 
 class Decoder(nn.Module):
@@ -103,12 +110,15 @@ class KimiK2(nn.Module):
             Normed hidden states [T, H], for `logits`.
         """
         hidden = self.model.embed_tokens(torch.tensor(token_ids, device=self.processor.device)).float()
-        rotations = self.model.rotary.rotations(len(cache), len(token_ids))
+        rotations, start = [], len(cache)
+        for part in torch.split(hidden, self.processor.part_tokens):
+            rotations.append(self.model.rotary.rotations(start, len(part)))
+            start += len(part)
         for layer in self.model.layers:
             if between_layers is not None:
                 between_layers()
             hidden = layer(hidden, rotations, cache)
-        normed: Tensor = self.model.norm(hidden)
+        normed = joined([self.model.norm(part) for part in torch.split(hidden, self.processor.part_tokens)])
         cache.commit(token_ids)
         return normed
 

@@ -5,6 +5,7 @@ Shapes: T new tokens, S cached and new tokens, A heads, E experts, k num_experts
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
 from moebox.config import ModelConfig
+from moebox.offload.cpu_experts import PART_TOKENS
 from moebox.runtime.attention import causal_attention
 from moebox.runtime.router import choose_experts
 
@@ -27,10 +29,18 @@ EXPANDED_BYTES = 512 << 20
 
 
 class Processor(Protocol):
-    """What the modules ask; `device` is where parameters, caches and activations lie."""
+    """What the modules ask.
+
+    Attributes:
+        device: where parameters, caches and activations lie.
+        scores_bytes: attention scores computed at once.
+        part_tokens: tokens of a chunk that go through a layer at once, but for the routed experts: a longer
+            chunk is computed as several of them, bit for bit.
+    """
 
     device: torch.device
     scores_bytes: int
+    part_tokens: int
 
     def route(self, logits: Tensor, bias: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
         """`logits` fp32 [T, E], `bias` fp32 [E] -> expert ids int64 [T, k], weights fp32 [T, k]."""
@@ -56,6 +66,7 @@ class CpuProcessor:
 
     device = torch.device("cpu")
     scores_bytes = CPU_SCORES_BYTES
+    part_tokens = PART_TOKENS
 
     def route(self, logits: Tensor, bias: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
         """See `Processor.route`."""
@@ -74,6 +85,7 @@ class GpuProcessor:
     """A GPU (or its stand-in): the router's kernel, and attention through torch's fused one."""
 
     scores_bytes = GPU_SCORES_BYTES
+    part_tokens = sys.maxsize
 
     def __init__(self, device: torch.device, ops: Ops) -> None:
         self.device = device

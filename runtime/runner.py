@@ -24,6 +24,7 @@ from moebox.runtime.linear import native_bf16
 from moebox.runtime.loader import LoadOptions, load_backbone
 from moebox.runtime.lookahead import GateLookahead
 from moebox.runtime.memory import CHUNK_TOKENS, MemoryPlan, plan_memory, return_large_blocks
+from moebox.runtime.mlp import joined
 from moebox.runtime.model import KimiK2
 from moebox.runtime.recording import open_recording
 
@@ -89,15 +90,21 @@ class CpuRunner:
         model: has its experts.
         pool: computes them.
         dtype: of the backbone.
+        chunk_tokens: tokens that go through the model at once.
         resources: what `close` closes; the end of the program does, too.
     """
 
     def __init__(
-        self, model: KimiK2, pool: cpu.ThreadPool, dtype: torch.dtype, resources: ExitStack | None = None
+        self,
+        model: KimiK2,
+        pool: cpu.ThreadPool,
+        dtype: torch.dtype,
+        chunk_tokens: int = CHUNK_TOKENS,
+        resources: ExitStack | None = None,
     ) -> None:
         self.model = model
         self.dtype = dtype
-        self.chunk_tokens = CHUNK_TOKENS
+        self.chunk_tokens = chunk_tokens
         self._pool = pool
         self._resources = resources or ExitStack()
         weakref.finalize(self, self._resources.close)
@@ -115,11 +122,24 @@ class CpuRunner:
         between_layers: Callable[[], None] | None = None,
     ) -> Tensor:
         """See `Runner.forward`."""
-        # Waking torch's threads for a small product takes longer than the product.
-        large = len(token_ids) * self.model.config.hidden_size**2 >= MULTITHREADED_FROM
-        torch.set_num_threads(self._pool.threads if large else 1)
+        part = min(len(token_ids), self.model.processor.part_tokens)
+        rest = len(token_ids) % part
+        if rest and self._threads(rest) != self._threads(part):  # they round as many threads do
+            parts = (token_ids[:-rest], token_ids[-rest:])
+            logits = [
+                self.forward(own, cache, last_only=last_only, between_layers=between_layers) for own in parts
+            ]
+            return logits[-1] if last_only else joined(logits)
+        torch.set_num_threads(self._threads(part))
         hidden = self.model(token_ids, cache, between_layers)
-        return self.model.logits(hidden[-1:] if last_only else hidden)
+        if last_only:
+            return self.model.logits(hidden[-1:])
+        return joined([self.model.logits(rows) for rows in torch.split(hidden, part)])
+
+    def _threads(self, count: int) -> int:
+        """Of torch: waking them for a small product takes longer than the product."""
+        large = count * self.model.config.hidden_size**2 >= MULTITHREADED_FROM
+        return self._pool.threads if large else 1
 
     def close(self) -> None:
         """See `Runner.close`."""
@@ -158,7 +178,7 @@ def load_on_cpu(checkpoint: Checkpoint, options: LoadOptions) -> tuple[Runner, M
                 experts.cache, guesses, recording.statistics, config.n_routed_experts
             )
         model.connect(experts)
-        return CpuRunner(model, pool, dtype, opened.pop_all()), plan
+        return CpuRunner(model, pool, dtype, plan.chunk_tokens, opened.pop_all()), plan
 
 
 def default_dtype(config: ModelConfig, backbone: str) -> torch.dtype:

@@ -17,7 +17,9 @@ from moebox.quantize.convert import quantize
 from moebox.quantize.synth import synth
 from moebox.runtime.api import load
 from moebox.runtime.engine import Cancelled
-from moebox.runtime.memory import budget_for_share
+from moebox.runtime.memory import budget_for_share, plan_memory
+from moebox.runtime.processor import CPU
+from moebox.runtime.synthetic import shape_config
 
 ASSETS = Path(__file__).resolve().parents[2] / "assets" / "tiny-k2"
 QUESTION = [{"role": "user", "content": "I want to find an Italian restaurant in San Jose."}]
@@ -81,6 +83,36 @@ def test_logits_are_the_same_bits_in_several_chunks_and_token_by_token(in_ram, m
                 for session in sessions
             )
             assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("count", [70, 49, 48])
+def test_a_long_chunk_is_computed_as_its_parts_are(in_ram, monkeypatch, count):
+    reads = []
+    with with_share(in_ram, 0.3) as model:
+        monkeypatch.setattr(in_ram.engine.runner, "chunk_tokens", 24)
+        expected = in_ram.logits(TOKENS[:count])
+        predicted = in_ram.engine.session().prefill(TOKENS[:count])
+        for chunk_tokens in (24, 72):
+            monkeypatch.setattr(CPU, "part_tokens", 24)
+            monkeypatch.setattr(experts_of(model), "part_tokens", 24)
+            monkeypatch.setattr(model.engine.runner, "chunk_tokens", chunk_tokens)
+            before = experts_of(model).cache.counts.reads
+            assert torch.equal(model.logits(TOKENS[:count]), expected)
+            reads.append(experts_of(model).cache.counts.reads - before)
+            assert torch.equal(model.engine.session().prefill(TOKENS[:count]), predicted)
+    assert reads[1] < reads[0]
+
+
+def test_chunks_are_longer_where_experts_are_on_disk():
+    k2 = shape_config("kimi-k2")
+    half = budget_for_share(k2, torch.bfloat16, "bf16", 16384, 0.5)
+    plan = plan_memory(k2, torch.bfloat16, "bf16", half, 16384, free_ram=2 * half)
+    assert (plan.chunk_tokens, plan.rows) == (8192, 11520)
+    assert plan.planned_bytes == half
+    assert plan_memory(k2, torch.bfloat16, "bf16", half, 3000, free_ram=2 * half).chunk_tokens == 2048
+    whole = plan_memory(k2, torch.bfloat16, "bf16", None, 16384, free_ram=3 * half)
+    assert whole.experts_fit
+    assert whole.chunk_tokens == 1024
 
 
 def test_after_a_cancelled_prefill(in_ram, monkeypatch):
