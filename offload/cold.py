@@ -56,7 +56,7 @@ class ColdTier(_kernels.ColdTier):
         return self.ram.n_rows - self.residency.reserve
 
     def take_over(self) -> None:
-        """Give everyone the row that `ram.rows` says; scores stay."""
+        """Give everyone the row that `ram.rows` says: the first ones, without a gap. Scores stay."""
         for key in self.residency.slots():
             if key >= 0:
                 self.residency.release(int(key))

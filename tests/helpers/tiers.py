@@ -127,6 +127,36 @@ def check_places(tiers: TieredExperts) -> None:
         assert len(set(places.tolist())) == len(places)
 
 
+def decode(tiers, ids, weights, hidden):
+    """A token with an input for each layer, by a program as the runtime's: fp32 [L, H]."""
+    box, ops, device = tiers.mailbox, tiers.device.ops, tiers.device
+    parts = [torch.zeros(LAYERS, hidden.shape[1]) for _ in range(2)]
+
+    def program():
+        for layer in range(LAYERS):
+            x = hidden[layer]
+            ops.post(
+                ids[layer].int(), weights[layer], x,
+                box.ids[layer], box.weights[layer], box.hidden[layer], box.routed[layer],
+            )  # fmt: skip
+            ops.wait(box.listed[layer])
+            ops.experts_one(
+                tiers.gpu.slab, tiers.shape, box.hits[layer], box.hit_weights[layer], x, parts[0][layer]
+            )
+            ops.wait(box.uploaded[layer])
+            ops.experts_one(
+                tiers.gpu.slab, tiers.shape, box.uploads[layer], box.upload_weights[layer], x, parts[1][layer]
+            )
+            ops.wait(box.summed[layer])
+
+    launch = device.compile(program)
+    tiers.begin_token()
+    launch.start()
+    tiers.run_token()
+    launch.finish()
+    return parts[0] + parts[1] + box.sums
+
+
 class Races:
     """Vector clocks of the host and the streams, and what each step read and wrote."""
 

@@ -17,6 +17,7 @@ from helpers.tiers import (
     RecordingDevice,
     build_cold,
     check_places,
+    decode,
     random_chunk,
     small_config,
     watch_cpu,
@@ -170,6 +171,32 @@ def watch_reads(races, store, monkeypatch):
         return submit(key, row, prefetch=prefetch)
 
     monkeypatch.setattr(store, "submit", recorded)
+
+
+@pytest.mark.parametrize(("slots", "rows"), PLACES)
+@pytest.mark.parametrize("seed", [3, 4])
+def test_prompts_and_tokens_take_turns(oracle, tmp_path, slots, rows, seed):
+    tiers = build_cold(StandInDevice(seed, max_delay_us=50), tmp_path / "experts", slots, rows)
+    generator, numbers = torch.Generator().manual_seed(seed), np.random.default_rng(seed)
+    tiers.cold.store.reader.inject(str(tmp_path), "delay", 300)
+    for _ in range(6):
+        n_tokens, layers = (
+            int(numbers.integers(1, 60)),
+            int(numbers.integers(0, LAYERS + 1)),
+        )  # some are cancelled
+        for layer in range(FIRST, FIRST + layers):
+            chunk = random_chunk(n_tokens, generator)
+            assert relative_error(tiers.forward(layer, *chunk), oracle.forward(layer, *chunk)) < 5e-3
+        for _ in range(int(numbers.integers(0, 4))):
+            ids, weights, hidden = random_chunk(LAYERS, generator)
+            out = decode(tiers, ids, weights, hidden)
+            for layer in range(LAYERS):
+                row = slice(layer, layer + 1)
+                expected = oracle.forward(FIRST + layer, ids[row], weights[row], hidden[row])[0]
+                assert relative_error(out[layer], expected) < 5e-3
+        if numbers.random() < 0.5:
+            check_places(tiers)
+    check_places(tiers)
 
 
 def test_a_prompt_keeps_what_it_used_most(tmp_path):

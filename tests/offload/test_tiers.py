@@ -13,6 +13,7 @@ from helpers.tiers import (
     Oracle,
     build,
     check_places,
+    decode,
     random_chunk,
     small_config,
 )
@@ -108,36 +109,6 @@ def test_injected_routing(oracle):
         expected = oracle.forward(layer, used, weights, hidden)
         out = tiers.forward(layer, ids, weights, hidden)
         assert (out - expected).norm() < 5e-3 * expected.norm()
-
-
-def decode(tiers, ids, weights, hidden):
-    """A token whose layers all get the same input, by a program as the runtime's: fp32 [L, H]."""
-    box, ops, device = tiers.mailbox, tiers.device.ops, tiers.device
-    parts = [torch.zeros(LAYERS, hidden.shape[1]) for _ in range(2)]
-
-    def program():
-        for layer in range(LAYERS):
-            x = hidden[layer]
-            ops.post(
-                ids[layer].int(), weights[layer], x,
-                box.ids[layer], box.weights[layer], box.hidden[layer], box.routed[layer],
-            )  # fmt: skip
-            ops.wait(box.listed[layer])
-            ops.experts_one(
-                tiers.gpu.slab, tiers.shape, box.hits[layer], box.hit_weights[layer], x, parts[0][layer]
-            )
-            ops.wait(box.uploaded[layer])
-            ops.experts_one(
-                tiers.gpu.slab, tiers.shape, box.uploads[layer], box.upload_weights[layer], x, parts[1][layer]
-            )
-            ops.wait(box.summed[layer])
-
-    launch = device.compile(program)
-    tiers.begin_token()
-    launch.start()
-    tiers.run_token()
-    launch.finish()
-    return parts[0] + parts[1] + box.sums
 
 
 @pytest.mark.parametrize(("slots", "exclusive"), [(0, False), (4, False), (20, False), (4, True), (20, True)])
