@@ -14,6 +14,7 @@ namespace {
 using Clock = std::chrono::steady_clock;
 
 constexpr std::size_t kMostCopies = 32;
+constexpr std::size_t kSmall = 256 << 10;
 enum Priority : std::size_t { kDemand, kPrefetch, kPriorities };
 
 }  // namespace
@@ -235,17 +236,33 @@ void Reader::work(Drive& drive) {
   Lock lock(mutex_);
   for (;;) {
     Task task;
-    drive.wake.wait(lock, [&] { return stop_ || (task = take(drive)).piece; });
+    drive.wake.wait(lock, [&] { return stop_ || (task = take(drive)); });
     if (stop_) return;
-    const bool prefetch = task.piece->job->prefetch;
-    drive.begin(prefetch);
-    lock.unlock();
-    const Piece& piece = *task.piece;
-    auto failure = task.copy->file->read(piece.target, piece.offset, piece.nbytes, bounce);
-    lock.lock();
-    drive.end(prefetch, failure ? 0 : piece.nbytes);
-    settle(task, std::move(failure), lock);
+    run(task, bounce, lock);
   }
+}
+
+void Reader::run(const Task& task, Bounce& bounce, Lock& lock) {
+  const Piece& piece = *task.piece;
+  Drive& drive = *task.copy->drive;
+  const bool prefetch = piece.job->prefetch;
+  drive.begin(prefetch);
+  lock.unlock();
+  auto failure = task.copy->file->read(piece.target, piece.offset, piece.nbytes, bounce);
+  lock.lock();
+  drive.end(prefetch, failure ? 0 : piece.nbytes);
+  settle(task, std::move(failure), lock);
+}
+
+// Who waits may as well read: waking a thread takes longer than reading a few pages. Not more than those,
+// since the caller cannot look up while it reads.
+Reader::Task Reader::take_own(Job& job) {
+  for (Piece& piece : job.pieces) {
+    if (!piece.queued || piece.nbytes > kSmall) continue;
+    withdraw(piece);
+    return {&piece, usable_copy(piece, nullptr)};
+  }
+  return {};
 }
 
 void Reader::settle(const Task& task, std::optional<ReadFailure> failure, Lock& lock) {
@@ -304,6 +321,8 @@ void Reader::wait(Ticket ticket) {
 bool Reader::wait_for(Ticket ticket, std::chrono::microseconds time) {
   Lock lock(mutex_);
   Job& job = job_of(ticket);
+  thread_local Bounce bounce;
+  while (const Task task = take_own(job)) run(task, bounce, lock);
   if (!finished_.wait_for(lock, time, [&] { return job.unfinished == 0; })) return false;
   const auto failure = std::move(job.failure);
   jobs_.erase(ticket);

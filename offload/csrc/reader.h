@@ -88,6 +88,8 @@ class Reader {
   struct Task {
     Piece* piece = nullptr;
     Copy* copy = nullptr;
+
+    explicit operator bool() const { return piece; }
   };
   using Lock = std::unique_lock<std::mutex>;
 
@@ -98,7 +100,9 @@ class Reader {
   void withdraw(Piece& piece);
   Copy* usable_copy(const Piece& piece, const Drive* drive);
   Task take(Drive& drive);
+  Task take_own(Job& job);
   void work(Drive& drive);
+  void run(const Task& task, Bounce& bounce, Lock& lock);
   void settle(const Task& task, std::optional<ReadFailure> failure, Lock& lock);
   bool try_another_copy(const Task& task, const ReadFailure& failure);
   void fail(Job& job, const ReadFailure& failure);

@@ -39,8 +39,19 @@ def other_drive(data, tmp_path):
     file.unlink()
 
 
+TARGETS: list[np.ndarray] = []
+
+
+@pytest.fixture(autouse=True)
+def targets():
+    """A target must outlive its read: all stay until the test's readers are gone."""
+    yield
+    TARGETS.clear()
+
+
 def aligned(nbytes: int, shift: int = 0) -> np.ndarray:
     memory = np.zeros(nbytes + shift + PAGE, np.uint8)
+    TARGETS.append(memory)
     first = -memory.ctypes.data % PAGE + shift
     return memory[first : first + nbytes]
 

@@ -113,13 +113,14 @@ def test_a_source_for_several_threads(own):
 
 def test_tickets(own):
     with ExpertStore.open(Checkpoint.open(own), depth=1) as store:
-        store.reader.inject("", "delay", 3_000)
-        rows = np.zeros((3, store.expert_bytes), np.uint8)
+        store.reader.inject("", "delay", 50_000)
+        rows = np.zeros((6, store.expert_bytes), np.uint8)
         tickets = [store.submit(key, row, prefetch=True) for key, row in enumerate(rows)]
-        store.promote(tickets[2])
-        store.wait(tickets[2])
-        assert not store.ready(tickets[1])
-        assert store.cancel(tickets[1]) in (0, store.expert_bytes)
+        store.promote(tickets[5])
+        store.wait(tickets[5])
+        assert not store.ready(tickets[4])
+        for ticket in tickets[1:5]:
+            assert store.cancel(ticket) in (0, store.expert_bytes)
         store.wait(tickets[0])
         with pytest.raises(ValueError, match="ticket"):
             store.wait(tickets[0])

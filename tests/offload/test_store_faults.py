@@ -6,6 +6,7 @@ import random
 import shutil
 import signal
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -255,6 +256,8 @@ def test_interrupts_leave_the_read_going(folder, expected):
         store.reader.inject("", "delay", 1_000_000, count=1)
         row = np.zeros(store.expert_bytes, np.uint8)
         ticket = store.submit(0, row)
+        while not store.traffic().busy_s:
+            time.sleep(0.001)
         threading.Timer(0.1, signal.raise_signal, [signal.SIGINT]).start()
         with pytest.raises(KeyboardInterrupt):
             store.wait(ticket)
