@@ -10,7 +10,7 @@ import torch
 from moebox.config import ModelConfig
 from moebox.offload.ram import row_stride
 from moebox.runtime.gpu_memory import RESERVE_BYTES, GpuPlan, n_keys, plan_gpu_memory
-from moebox.runtime.memory import CHUNK_TOKENS, MemoryPlan, plan_memory
+from moebox.runtime.memory import MemoryPlan, plan_memory
 from moebox.runtime.plan_box import Box
 
 GPU, RAM, DISK = "GPU", "RAM", "disk"
@@ -117,7 +117,7 @@ def cpu_places(config: ModelConfig, plan: MemoryPlan) -> Places:
     parts = [
         Part(RAM, "backbone: attention, shared experts, dense layers, head", plan.backbone_bytes),
         Part(RAM, f"cache for {plan.context:,} tokens", plan.kv_bytes),
-        Part(RAM, f"workspace of prompts, {CHUNK_TOKENS:,} tokens at once", plan.workspace_bytes),
+        Part(RAM, f"workspace of prompts, {plan.chunk_tokens:,} tokens at once", plan.workspace_bytes),
         Part(RAM, "warm experts" if spare else "all experts", (rows - spare) * plan.row_bytes, rows - spare),
     ]
     if spare:
@@ -126,7 +126,7 @@ def cpu_places(config: ModelConfig, plan: MemoryPlan) -> Places:
     return Places(
         (*parts, *_cold(config, cold)),
         plan.context,
-        CHUNK_TOKENS,
+        plan.chunk_tokens,
         plan.n_keys,
         0,
         rows - spare,
