@@ -35,7 +35,7 @@ class Sink(Protocol):
     """Gets what was picked, in the order of the tokens."""
 
     def add(self, ids: Int32s, prefill: bool) -> None:
-        """Take the picks int32 [T, L, k] of tokens that follow each other; the array is reused afterwards.
+        """Take the picks int32 [T, L, k] of tokens that follow each other.
 
         Args:
             ids: all of a prompt's chunk, or all decoded.
@@ -59,15 +59,15 @@ class RoutingRecorder:
     def __init__(self, layers: int, n_experts: int, top_k: int, sinks: Sequence[Sink]) -> None:
         self.layers, self.n_experts, self.top_k = layers, n_experts, top_k
         self._sinks = tuple(sinks)
-        self._block: Int32s = np.empty((BLOCK_TOKENS, layers, top_k), np.int32)
-        self._tokens = 0
         self._chunk: list[npt.NDArray[np.integer]] = []
+        self._decoded: list[npt.NDArray[np.integer]] = []
+        self._tokens = 0
 
     def layer(self, moe: int, ids: npt.NDArray[np.integer]) -> None:
         """Picks [T, k] of one layer; layers come in order, from 0 on for each chunk of tokens.
 
-        A chunk whose layers do not all come, since its pass ended early, is dropped. The array must stay as
-        it is until the chunk's last layer was recorded.
+        A chunk whose layers do not all come, since its pass ended early, is dropped. The array is kept: it
+        must stay as it is.
         """
         if moe == 0:
             self._chunk = []
@@ -79,17 +79,16 @@ class RoutingRecorder:
             self._finish()
 
     def token(self, ids: npt.NDArray[np.integer]) -> None:
-        """Picks [L, k] of a decoded token."""
-        self._block[self._tokens] = ids
-        self._tokens += 1
-        if self._tokens == BLOCK_TOKENS:
-            self.flush()
+        """Picks [L, k] of a decoded token, copied here."""
+        self._decode([ids.copy()])
 
     def flush(self) -> None:
         """Hand on what is buffered."""
         if self._tokens:
-            tokens, self._tokens = self._tokens, 0
-            self._hand_on(self._block[:tokens], prefill=False)
+            # Joined here and not token by token: in caches full of experts every call of numpy is slow.
+            ids = np.concatenate(self._decoded).reshape(self._tokens, self.layers, self.top_k)
+            self._decoded, self._tokens = [], 0
+            self._hand_on(ids, prefill=False)
 
     def close(self) -> None:
         """Hand on what is buffered, and close the sinks."""
@@ -99,18 +98,23 @@ class RoutingRecorder:
         self._sinks = ()
 
     def _finish(self) -> None:
-        # Joined once per chunk: a copy per layer would cost several times as much.
-        picks = np.concatenate(self._chunk).reshape(self.layers, -1, self.top_k)
-        self._chunk = []
-        if picks.shape[1] == 1:
-            self.token(picks[:, 0])
+        chunk, self._chunk = self._chunk, []
+        if len(chunk[0]) == 1:
+            self._decode(chunk)
         else:
             self.flush()
-            self._hand_on(np.ascontiguousarray(picks.swapaxes(0, 1), np.int32), prefill=True)
+            self._hand_on(np.stack(chunk, axis=1), prefill=True)
 
-    def _hand_on(self, ids: Int32s, prefill: bool) -> None:
+    def _decode(self, picks: list[npt.NDArray[np.integer]]) -> None:
+        self._decoded += picks
+        self._tokens += 1
+        if self._tokens == BLOCK_TOKENS:
+            self.flush()
+
+    def _hand_on(self, ids: npt.NDArray[np.integer], prefill: bool) -> None:
+        picks = ids.astype(np.int32)
         for sink in self._sinks:
-            sink.add(ids, prefill)
+            sink.add(picks, prefill)
 
 
 class TraceSink:
