@@ -66,20 +66,19 @@ class RoutingRecorder:
     def layer(self, moe: int, ids: npt.NDArray[np.integer]) -> None:
         """Picks [T, k] of one layer; layers come in order, from 0 on for each chunk of tokens.
 
-        A chunk whose layers do not all come, since its pass ended early, is dropped. The array is kept: it
-        must stay as it is.
+        A chunk whose layers do not all come, since its pass ended early, is dropped.
         """
         if moe == 0:
             self._chunk = []
         elif moe != len(self._chunk) or len(ids) != len(self._chunk[0]):
             self._chunk = []  # of a pass whose beginning was not seen
             return
-        self._chunk.append(ids)
+        self._chunk.append(ids.copy())  # prompts on a GPU pass the same buffer for every layer
         if moe == self.layers - 1:
             self._finish()
 
     def token(self, ids: npt.NDArray[np.integer]) -> None:
-        """Picks [L, k] of a decoded token, copied here."""
+        """Picks [L, k] of a decoded token."""
         self._decode([ids.copy()])
 
     def flush(self) -> None:

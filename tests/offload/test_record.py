@@ -64,6 +64,19 @@ def test_prompts_and_decoded_tokens_arrive_in_order(recorder, sink, picks):
     assert max(len(ids) for ids, prefill in sink.parts if not prefill) == BLOCK_TOKENS
 
 
+def test_buffers_may_be_reused_at_once(recorder, sink, picks):
+    prompt, token = np.empty((30, TOP_K), np.int64), np.empty((LAYERS, TOP_K), np.int32)
+    for moe in range(LAYERS):
+        prompt[:] = picks[:30, moe]
+        recorder.layer(moe, prompt)
+    for number in range(30, 40):
+        token[:] = picks[number]
+        recorder.token(token)
+    recorder.flush()
+
+    assert np.array_equal(sink.ids, picks[:40])
+
+
 def test_a_chunk_that_was_cancelled_is_dropped(recorder, sink, picks):
     record_layers(recorder, picks[:30], layers=range(2))
     record_layers(recorder, picks[30:50])
