@@ -5,6 +5,7 @@ Shapes: T tokens, L MoE layers, k num_experts_per_tok. `moe` counts MoE layers f
 
 from __future__ import annotations
 
+import fcntl
 import io
 import logging
 import math
@@ -128,7 +129,7 @@ class TraceSink:
         source: where it comes from, e.g. the model's name.
 
     Raises:
-        OSError: nothing can be written there.
+        OSError: nothing can be written there, or another process records to the same file.
     """
 
     def __init__(self, path: Path, n_experts: int, source: str = "") -> None:
@@ -137,7 +138,13 @@ class TraceSink:
         self._dtype = np.dtype(np.int16 if n_experts <= np.iinfo(np.int16).max else np.int32)
         self._shape: tuple[int, ...] = ()
         self._partial = path.with_name(f".{path.name}.partial")
-        self._file: IO[bytes] | None = self._partial.open("wb", buffering=0)
+        self._file: IO[bytes] | None = self._partial.open("ab", buffering=0)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self._file.close()
+            raise OSError(error.errno, "another process is recording to it") from None
+        self._file.truncate(0)
 
     def add(self, ids: Int32s, prefill: bool) -> None:
         """See `Sink.add`."""

@@ -139,6 +139,26 @@ def test_a_trace_where_nothing_can_be_written_is_refused_at_once(tmp_path):
         TraceSink(tmp_path / "missing" / "routing.npz", EXPERTS)
 
 
+def test_two_records_to_one_file_are_refused(tmp_path, picks):
+    first = TraceSink(tmp_path / "routing.npz", EXPERTS)
+    first.add(picks, prefill=True)
+
+    with pytest.raises(OSError, match="another process is recording to it"):
+        TraceSink(tmp_path / "routing.npz", EXPERTS)
+
+    first.close()
+    assert RoutingTrace.load(tmp_path / "routing.npz").tokens == len(picks)
+
+
+def test_what_a_killed_process_left_is_not_taken_for_ones_own(tmp_path, picks):
+    (tmp_path / ".routing.npz.partial").write_bytes(b"left behind")
+    sink = TraceSink(tmp_path / "routing.npz", EXPERTS)
+    sink.add(picks, prefill=True)
+    sink.close()
+
+    assert np.array_equal(RoutingTrace.load(tmp_path / "routing.npz").ids, picks)
+
+
 def record_on_a_small_drive(path, limit_bytes, results):
     """Record 300 tokens where a file may not become larger than that; what was logged meanwhile."""
     caught = []
