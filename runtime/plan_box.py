@@ -20,6 +20,7 @@ from moebox.offload.hardware import available_ram_bytes, cpu_identity, cpu_name,
 from moebox.offload.profile import Kind, MachineProfile, Part
 from moebox.runtime.ceilings import cpu_figures, gpu_figures
 from moebox.runtime.checks import cpu as cpu_checks
+from moebox.runtime.gpu_memory import n_keys
 from moebox.runtime.gpus import (
     REFERENCE_CPU,
     REFERENCE_CPU_TFLOPS,
@@ -27,7 +28,7 @@ from moebox.runtime.gpus import (
     GpuPreset,
     find_preset,
 )
-from moebox.runtime.memory import SYSTEM_SHARE, gib
+from moebox.runtime.memory import SYSTEM_SHARE, gib, least_rows
 from moebox.runtime.plan_speed import CPU_BOX, H200_BOX, ColdReads, Efficiency
 from moebox.runtime.synthetic import shape_config
 
@@ -242,8 +243,9 @@ class _Known:
         return Efficiency.from_figures(part.figures, f"measured on this box, {part.measured[:10]}")
 
     def disk(self) -> ColdReads | None:
-        """What reading this model's experts takes; None where they are not here, or not INT4 yet."""
-        if self.device or not self.folders:
+        """What reading this model's experts takes; None where they are not here, not INT4
+        yet, or so few that RAM must hold them all."""
+        if self.device or not self.folders or n_keys(self.config) <= least_rows(self.config):
             return None
         identity = f"{'; '.join(self.drives)}; experts of {self.config.expert_bytes} bytes"
         part = self._figures("run", identity, lambda: _probe_disk(self.folders))

@@ -101,16 +101,17 @@ def _cold_layers(experts: CpuExperts) -> tuple[float, float]:
     k, e = config.num_experts_per_tok, config.n_routed_experts
     hidden, weights = torch.randn(1, config.hidden_size), torch.full((1, k), 1 / k)
     found: dict[int, list[float]] = {k: [], 1: []}
-    began_s = time.perf_counter()
-    while time.perf_counter() - began_s < COLD_S or len(found[k]) < COLD_LAYERS:
+    began_s, turns = time.perf_counter(), 0
+    while time.perf_counter() - began_s < COLD_S or turns < COLD_LAYERS:
+        turns += 1
         experts.cache.residency.tick += FORGETTING_TOKENS  # or what was met first would stay
         layer = config.moe_layers[int(generator.integers(len(config.moe_layers)))]
         picks = generator.permutation(e)[: k + 1]
-        for ids in (picks[:k], picks[1:]):  # the second call finds all but one of the first one's
+        for ids in (picks[:k], picks[-k:]):  # the second call finds all but one of the first one's
             chosen = torch.from_numpy(ids.copy())[None]
             seconds = _seconds(partial(experts.forward, layer, chosen, weights, hidden))
             found[k if experts.last.cold > 1 else 1].append(seconds)
-    return float(np.median(found[k])), float(np.median(found[1] or found[k]))
+    return float(np.median(found[k] or found[1])), float(np.median(found[1] or found[k]))
 
 
 class _Probe:

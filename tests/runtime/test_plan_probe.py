@@ -1,0 +1,87 @@
+"""What a plan measures of this box: a small model of the same widths, and layers that miss experts."""
+
+import math
+
+import pytest
+
+from moebox.errors import CheckpointError
+from moebox.offload.floor import Ceilings
+from moebox.quantize.convert import quantize
+from moebox.quantize.synth import synth
+from moebox.runtime import plan_probe
+from moebox.runtime.backbone import planned_bytes
+from moebox.runtime.plan_probe import probe_cpu, probe_disk, small_config
+from moebox.runtime.plan_speed import Chances, Speeds
+from moebox.runtime.runner import default_dtype
+from moebox.runtime.synthetic import shape_config
+
+CEILINGS = Ceilings(ram_gbps=10.0, cpu_tflops=0.1)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(plan_probe, "DECODE_S", 0.01)
+    monkeypatch.setattr(plan_probe, "COLD_S", 0.01)
+
+
+def test_the_small_model_has_the_large_ones_widths_and_fits_a_laptop():
+    config = shape_config("kimi-k2")
+    small = small_config(config)
+
+    assert small.expert_bytes == config.expert_bytes
+    for field in ("hidden_size", "num_attention_heads", "kv_lora_rank", "num_experts_per_tok"):
+        assert getattr(small, field) == getattr(config, field)
+    assert len(small.moe_layers) == plan_probe.MOE_LAYERS
+    dtype = default_dtype(small, "bf16")
+    assert small.experts_bytes + planned_bytes(small.backbone_shapes(), dtype, "bf16") < 2.5e9
+
+
+def test_a_model_that_is_small_is_measured_as_it_is():
+    config = shape_config("tiny")
+
+    assert small_config(config) is config
+
+
+@pytest.mark.parametrize("head_s", [1e-6, 1.0])
+def test_the_parts_add_up_to_what_was_measured(monkeypatch, head_s):
+    """However fast the head is: what bytes do not explain is a layer's own."""
+    few = {"token_s": 0.060, "wait_s": 0.004, "cpu_s": 0.003}
+    many = few | {"wait_s": 0.005}
+    monkeypatch.setattr(plan_probe._Probe, "_decode", lambda _, cached: few if cached < 100 else many)
+    monkeypatch.setattr(plan_probe, "_fastest", lambda _: head_s)
+    config = shape_config("tiny")
+
+    reached = probe_cpu(config, CEILINGS)
+
+    item_bytes = default_dtype(config, "bf16").itemsize
+    token = Speeds(config, CEILINGS, reached, item_bytes).decode(Chances(0, 1, 0))
+    layers = len(config.moe_layers)
+    assert token.experts_s == pytest.approx(layers * few["cpu_s"])
+    assert token.seconds == pytest.approx(few["token_s"], rel=0.05)
+    later = Speeds(config, CEILINGS, reached, item_bytes).decode(Chances(0, 1, 0), plan_probe.MANY_CACHED)
+    per_layer_s = (later.seconds - token.seconds) / config.num_hidden_layers
+    assert per_layer_s == pytest.approx(many["wait_s"] - few["wait_s"], rel=0.05)
+
+
+def test_a_real_probe_gives_figures_that_can_be_kept():
+    figures = probe_cpu(shape_config("tiny"), CEILINGS).figures()
+
+    assert all(math.isfinite(value) and value >= 0 for value in figures.values())
+    assert figures["backbone"] > 0 < figures["experts"]
+
+
+def test_reading_from_the_disk_is_measured_on_the_checkpoint_itself(tmp_path):
+    synth(tmp_path / "source", "tiny")
+    quantize(tmp_path / "source", tmp_path / "model")
+
+    cold = probe_disk(tmp_path / "model")
+
+    assert cold.read_s >= 0
+    assert 0 < cold.gbps < 1e6
+
+
+def test_a_folder_whose_experts_are_not_int4_cannot_be_measured(tmp_path):
+    synth(tmp_path / "source", "tiny")
+
+    with pytest.raises(CheckpointError, match="not quantized"):
+        probe_disk(tmp_path / "source")
