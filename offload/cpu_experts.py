@@ -9,8 +9,8 @@ Shapes: T tokens, H hidden_size, E n_routed_experts, k num_experts_per_tok.
 from __future__ import annotations
 
 import time
-from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -164,18 +164,17 @@ class _Part:
         self.weights = weights.reshape(-1)[order]
         self.hidden, self.out, self.pool = hidden, out, pool
 
-    def add(self, begin: int, end: int, weights_of: Callable[[int], cpu.Expert]) -> None:
-        """Add what the experts from `begin` to before `end` make of these tokens to `out`."""
-        first, last = bisect_left(self.chosen, begin), bisect_left(self.chosen, end)
+    def add(self, first: int, last: int, experts: Sequence[cpu.Expert]) -> None:
+        """Add what the `chosen` from `first` to before `last`, which are `experts`, make of these tokens."""
         if first == last:
             return
-        pairs = slice(int(self.offsets[first]), int(self.offsets[last]))
+        begin, end = int(self.offsets[first]), int(self.offsets[last])
         cpu.experts_forward(
             self.pool,
-            [weights_of(expert) for expert in self.chosen[first:last]],
-            self.offsets[first : last + 1] - self.offsets[first],
-            self.tokens[pairs],
-            self.weights[pairs],
+            experts,
+            self.offsets[first : last + 1] - begin if begin else self.offsets[: last + 1],
+            self.tokens[begin:end],
+            self.weights[begin:end],
             self.hidden,
             self.out,
         )
@@ -190,13 +189,18 @@ class _Work:
         self.cache, self.pool, self.prefetcher = experts.cache, experts.pool, experts.prefetcher
         self.moe = moe
         self.out = torch.zeros(hidden.shape, dtype=torch.float32)
-        starts = range(0, len(ids), experts.part_tokens)
-        rows = [slice(start, start + experts.part_tokens) for start in starts]
-        self.parts = [_Part(ids[own], weights[own], hidden[own], self.out[own], self.pool) for own in rows]
-        self.chosen = sorted({expert for part in self.parts for expert in part.chosen})
+        size = experts.part_tokens
+        if len(ids) <= size:
+            self.parts = [_Part(ids, weights, hidden, self.out, self.pool)]
+            self.chosen = self.parts[0].chosen
+        else:
+            rows = [slice(first, first + size) for first in range(0, len(ids), size)]
+            self.parts = [
+                _Part(ids[own], weights[own], hidden[own], self.out[own], self.pool) for own in rows
+            ]
+            self.chosen = sorted({expert for part in self.parts for expert in part.chosen})
         n_experts = experts.config.n_routed_experts
-        self.first_key = moe * n_experts
-        self.keys = [self.first_key + expert for expert in self.chosen]
+        self.keys = [moe * n_experts + expert for expert in self.chosen]
         recent = None if len(ids) == 1 else recent_use(ids, n_experts)[self.chosen]
         self.cache.use(np.array(self.keys, np.int32), recent)
         self.counts = LayerCounts()
@@ -272,11 +276,15 @@ class _Work:
 
     def _add(self, first: int, last: int) -> None:
         """Add the experts `first` to before `last`, which are there, part by part."""
-        there = {key: self.cache.wait(key) for key in self.keys[first:last]}
+        experts = [self.cache.wait(key) for key in self.keys[first:last]]
+        if len(self.parts) == 1:
+            self.parts[0].add(first, last, experts)
+            return
+        chosen = self.chosen[first:last]
+        there = dict(zip(chosen, experts, strict=True))
         for part in self.parts:
-            part.add(
-                self.chosen[first], self.chosen[last - 1] + 1, lambda expert: there[self.first_key + expert]
-            )
+            begin, end = bisect_left(part.chosen, chosen[0]), bisect_right(part.chosen, chosen[-1])
+            part.add(begin, end, [there[expert] for expert in part.chosen[begin:end]])
 
     def _demand(self, keys: Sequence[int], n_cold: int) -> None:
         self.cache.demand(*keys)

@@ -168,7 +168,8 @@ class RamCache:
                 self.counts.foreseen += 1
             elif key not in self._tickets:
                 missing.append(key)
-        self._make_room(sum(self.row(key) < 0 for key in missing))
+        if missing:
+            self._make_room(sum(self.row(key) < 0 for key in missing))
         for key in missing:
             self._begin(key, prefetch=False)
             self.counts.reads += 1

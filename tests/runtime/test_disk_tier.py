@@ -176,6 +176,31 @@ def test_routing_is_learned_and_recorded(in_ram, folder, tmp_path, monkeypatch):
         assert model.generate(QUESTION, max_tokens=8, temperature=0.0).tokens == answer.tokens
 
 
+LEFT_OPEN = """
+    import sys
+    import moebox
+
+    folder, ram, trace = sys.argv[1:]
+    model = moebox.load(folder, ram=int(ram), context=1024, record_trace=trace)
+    model.generate("Hello", max_tokens=3, temperature=0.0)
+"""
+
+
+def test_the_end_of_the_program_closes_the_model(in_ram, folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    arguments = [str(folder), str(budget(in_ram, 0.5)), str(tmp_path / "trace.npz")]
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(LEFT_OPEN), *arguments],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert not result.stderr
+    seen = RoutingTrace.load(tmp_path / "trace.npz").tokens
+    assert seen > 2
+    assert RouterStatistics.open(ModelIdentity.of(folder)).tokens == seen
+
+
 def test_a_trace_that_cannot_be_written(folder, tmp_path):
     with pytest.raises(RequestError, match="cannot be written"):
         load(folder, statistics=False, record_trace=tmp_path / "no" / "folder.npz")
