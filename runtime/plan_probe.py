@@ -143,7 +143,7 @@ class _Probe:
         token_s = few["token_s"] - layers * (few["wait_s"] + few["cpu_s"]) - once / (reached * fast)
         width = self.config.kv_lora_rank + self.config.qk_rope_head_dim
         cached = (self.many - FEW_CACHED) * width * item
-        attention_s = max(many["wait_s"] - few["wait_s"], cached / (reached * fast))
+        attention_s = max(many["wait_s"] - few["wait_s"], cached / fast)
         picked = self.config.num_experts_per_tok * self.config.expert_bytes
         return Efficiency(
             source=f"measured on this box, {time.strftime('%Y-%m-%d')}",
