@@ -9,6 +9,7 @@ Shapes: T tokens, L MoE layers, E n_routed_experts, k num_experts_per_tok; a key
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -67,7 +68,7 @@ class RouterStatistics:
         self._known = self._nothing()
         self._seen = RoutingTally(*identity.shape)
         self._stamp: Stamp | None = None
-        self._saved_s = time.monotonic()
+        self._saved_s = -math.inf
         self._said = False
 
     @classmethod
@@ -96,7 +97,8 @@ class RouterStatistics:
     def add(self, ids: Int32s, prefill: bool) -> None:
         """Learn from the picks int32 [T, L, k] of tokens that follow each other.
 
-        Saves now and then, after a prompt: for K2 that takes some tenths of a second.
+        Saves after the first prompt, which tells others where experts lie, and now and then after a later one:
+        for K2 that takes some tenths of a second.
         """
         self._seen.add(ids, prefill)
         if prefill and time.monotonic() - self._saved_s > SAVE_EVERY_S:

@@ -367,15 +367,22 @@ def test_a_folder_that_cannot_be_made_is_said_once(tmp_path, caplog):
     assert len(caplog.messages) == 1
 
 
-def test_saving_happens_now_and_then_with_prompts(fresh, tmp_path, monkeypatch):
-    fresh.add(picks(5), prefill=True)
+def test_saving_happens_with_the_first_prompt_and_then_now_and_then(fresh, tmp_path, monkeypatch):
+    def saved():
+        return RouterStatistics.open(MODEL, tmp_path).tokens
+
+    fresh.add(picks(1), prefill=False)
+    assert saved() == 0
+    fresh.add(picks(2), prefill=True)
+    assert saved() == 3
+    fresh.add(picks(4), prefill=True)
+    assert saved() == 3
+
     monkeypatch.setattr("moebox.offload.stats.SAVE_EVERY_S", 0.0)
-    fresh.add(picks(5), prefill=False)
-    assert not (tmp_path / STATISTICS_FILE).exists()
-
-    fresh.add(picks(5), prefill=True)
-
-    assert RouterStatistics.open(MODEL, tmp_path).tokens == 15
+    fresh.add(picks(8), prefill=False)
+    assert saved() == 3
+    fresh.add(picks(16), prefill=True)
+    assert saved() == 31
 
 
 def test_merging_another_boxs_file(fresh, tmp_path):
