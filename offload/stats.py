@@ -97,7 +97,7 @@ class RouterStatistics:
     def add(self, ids: Int32s, prefill: bool) -> None:
         """Learn from the picks int32 [T, L, k] of tokens that follow each other.
 
-        Saves after the first prompt, which tells others where experts lie, and now and then after a later one:
+        Saves after the first prompt, which tells others where experts lie, and later now and then after one:
         for K2 that takes some tenths of a second.
         """
         self._seen.add(ids, prefill)
