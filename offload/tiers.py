@@ -165,8 +165,7 @@ class TieredExperts:
         self._get_ready()
 
     def placement(self) -> npt.NDArray[np.uint8]:
-        """Where each expert lies: uint8 [L, E] of `counts.TIERS`."""
-        self.settle()
+        """Where each expert lies, or goes: uint8 [L, E] of `counts.TIERS`. Waits for nothing."""
         tiers = np.full(self.ram.n_keys, TIERS.index("drive"), np.uint8)
         tiers[self.ram.rows >= 0] = TIERS.index("RAM")
         tiers[self.gpu.residency.table() >= 0] = TIERS.index("GPU")
