@@ -101,7 +101,8 @@ def plan_gpu_memory(
     if plan.fixed_bytes > room:
         raise PlanError(
             f"the GPU needs {gib(plan.fixed_bytes)} before the first expert ({describe_fixed(plan)}); "
-            f"{'the VRAM budget is' if vram is not None else 'free are'} {gib(room)}",
+            f"{'the VRAM budget is' if vram is not None else 'free are'} {gib(room)}: "
+            f"{gib(plan.fixed_bytes - room)} are missing",
             "Give a larger --vram or a smaller --context, or use --device cpu.",
         )
     most = n_keys(config) + config.num_experts_per_tok  # some are kept free for uploads

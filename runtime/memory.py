@@ -122,7 +122,8 @@ def plan_memory(
     if least.planned_bytes > room:
         raise PlanError(
             f"the model needs {gib(least.planned_bytes)} ({describe(least)}); "
-            f"{'the RAM budget is' if ram is not None else 'free memory is'} {gib(room)}",
+            f"{'the RAM budget is' if ram is not None else 'free memory is'} {gib(room)}: "
+            f"{gib(least.planned_bytes - room)} are missing",
             "Give a larger RAM budget or a smaller context, or load the backbone as int8 or nf4.",
         )
     tokens = context or _affordable_context(config, dtype, backbone, room)

@@ -3,11 +3,13 @@
 import json
 from dataclasses import replace
 
+import huggingface_hub.constants
 import pytest
 import torch
 from click.testing import CliRunner
 from rich.console import Console
 
+from helpers.convert import Hub, make_source
 from moebox.cli import main_group
 from moebox.config import load_config
 from moebox.errors import CheckpointError, PlanError, RequestError
@@ -94,12 +96,14 @@ def test_without_a_gpu_everything_is_in_ram_or_on_the_disk():
 
 
 def test_a_card_that_is_too_small_is_refused_with_the_numbers():
-    with pytest.raises(PlanError, match=r"needs 26\.\d GiB before the first expert .* free are 23"):
+    with pytest.raises(
+        PlanError, match=r"needs 26\.\d GiB before the first expert .* free are 23.*: 2\.6 GiB are missing"
+    ):
         k2(gpu="rtx-4090-24gb")
 
 
 def test_ram_that_is_too_small_is_refused_with_the_numbers():
-    with pytest.raises(PlanError, match=r"needs 2\d\.\d GiB .*free memory is 15"):
+    with pytest.raises(PlanError, match=r"needs 2\d\.\d GiB .*free memory is 15.* are missing"):
         k2(gpu="none", ram=16 * GIB)
 
 
@@ -218,6 +222,26 @@ def test_less_ram_is_never_faster(model, measured):
 
     assert rates == sorted(rates)
     assert rates[0] < rates[-1]
+
+
+def test_a_model_on_the_hub_is_known_by_its_headers(tmp_path, monkeypatch):
+    source = make_source(tmp_path / "fp8")
+    hub = Hub(source, "org/tiny")
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
+    template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+
+    plan = make_plan(PlanOptions("org/tiny", box=BoxOptions(gpu="rtx-5090-32gb")))
+
+    hub.close()
+    config = load_config(source)
+    assert plan.subject.config == config
+    assert plan.places.keys == n_keys(config)
+    assert "`moebox quantize` makes its experts INT4" in plan.subject.note
+    ranges = [span for _, path, span in hub.requests if path.endswith(".safetensors")]
+    assert ranges
+    assert all(ranges), "a whole shard was fetched"
 
 
 @pytest.mark.parametrize("options", [{}, {"model": "x", "shape": "tiny"}, {"model": "no such folder"}])
