@@ -1,0 +1,163 @@
+"""Other ways to run experts that do not fit RAM, for `nvme.py`: mapped files, and accelerate's disk offload.
+
+Both compute with moebox's own kernels from the same INT4 bytes, and both may keep as many experts in the page
+cache as moebox has rows: beyond that the least recently used are dropped from it, as the kernel would do
+where memory is short.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from accelerate import dispatch_model
+from torch import Tensor, nn
+
+from moebox.config import ModelConfig
+from moebox.kernels import cpu
+from moebox.offload.checkpoint import Checkpoint, TensorInfo, map_bytes, open_tensor
+from moebox.offload.experts import find_experts, group_by_expert
+from moebox.quantize.files import drop_cache, drop_mapped
+
+PARTS = ("gate_packed", "gate_scale", "up_packed", "up_scale", "down_packed", "down_scale")
+
+
+class PageCache:
+    """Holds the page cache to `limit` experts; a key is `moe * E + expert`."""
+
+    def __init__(self, tensors: Sequence[Sequence[TensorInfo]], limit: int) -> None:
+        self._tensors, self._limit = tensors, limit
+        self._recent: OrderedDict[int, None] = OrderedDict()
+
+    def drop_all(self) -> None:
+        """Forget every expert."""
+        for key in range(len(self._tensors)):
+            self._drop(key)
+        self._recent.clear()
+
+    def used(self, keys: Sequence[int]) -> None:
+        """These were read just now."""
+        for key in keys:
+            self._recent[key] = None
+            self._recent.move_to_end(key)
+        while len(self._recent) > self._limit:
+            self._drop(self._recent.popitem(last=False)[0])
+
+    def _drop(self, key: int) -> None:
+        for info in self._tensors[key]:
+            drop_mapped(map_bytes(info).ctypes.data, info.nbytes)
+            drop_cache(info.file, info.offset, info.nbytes)
+
+
+class Baseline:
+    """Experts whose bytes come through the page cache; see `Experts`."""
+
+    def __init__(self, checkpoint: Checkpoint, pool: cpu.ThreadPool, limit: int) -> None:
+        self.config: ModelConfig = checkpoint.config
+        self.nbytes = self.config.experts_bytes
+        self.tensors = [infos for layer in find_experts(checkpoint).values() for infos in layer]
+        self.pool = pool
+        self.cache = PageCache(self.tensors, limit)
+        self.cache.drop_all()
+
+    def warm(self, keys: Sequence[int]) -> None:
+        """Read experts into the page cache, as moebox reads some into its rows while it loads."""
+        for key in keys:
+            for info in self.tensors[key]:
+                map_bytes(info)[:: 1 << 12].max(initial=0)
+            self.cache.used([key])
+
+    def forward(self, layer: int, expert_ids: Tensor, weights: Tensor, hidden: Tensor) -> Tensor:
+        """See `Experts.forward`."""
+        chosen, offsets, tokens, order = group_by_expert(expert_ids.numpy())
+        first = (layer - self.config.first_k_dense_replace) * self.config.n_routed_experts
+        keys = [first + expert for expert in chosen]
+        out = torch.zeros(hidden.shape, dtype=torch.float32)
+        sorted_weights = weights.numpy().reshape(-1)[order]
+        self.compute(keys, offsets, tokens, sorted_weights, hidden.contiguous(), out)
+        self.cache.used(keys)
+        return out
+
+    def compute(
+        self,
+        keys: Sequence[int],
+        offsets: np.ndarray,
+        tokens: np.ndarray,
+        weights: np.ndarray,
+        hidden: Tensor,
+        out: Tensor,
+    ) -> None:
+        """Add the experts' outputs to `out`, as `cpu.experts_forward`."""
+        raise NotImplementedError
+
+
+class MappedExperts(Baseline):
+    """The kernel reads mapped shards; the system brings pages in as they are touched."""
+
+    def __init__(self, checkpoint: Checkpoint, pool: cpu.ThreadPool, limit: int) -> None:
+        super().__init__(checkpoint, pool, limit)
+        self._experts = [cpu.Expert(*map(open_tensor, infos)) for infos in self.tensors]
+
+    def compute(
+        self,
+        keys: Sequence[int],
+        offsets: np.ndarray,
+        tokens: np.ndarray,
+        weights: np.ndarray,
+        hidden: Tensor,
+        out: Tensor,
+    ) -> None:
+        """See `Baseline.compute`: one call for all experts, as when they are in RAM."""
+        experts = [self._experts[key] for key in keys]
+        cpu.experts_forward(self.pool, experts, offsets, tokens, weights, hidden, out)
+
+
+class _Expert(nn.Module):
+    """Six weights, on the disk between two calls: accelerate's hooks bring them in and let them go."""
+
+    def __init__(self, infos: Sequence[TensorInfo]) -> None:
+        super().__init__()
+        dtypes = {"I32": torch.int32, "BF16": torch.bfloat16}
+        for part, info in zip(PARTS, infos, strict=True):
+            empty = torch.empty(info.shape, dtype=dtypes[info.dtype], device="meta")
+            self.register_parameter(part, nn.Parameter(empty, requires_grad=False))
+
+    def forward(
+        self, pool: cpu.ThreadPool, tokens: np.ndarray, weights: np.ndarray, hidden: Tensor, out: Tensor
+    ) -> None:
+        """Add the expert's output for `tokens` to `out`."""
+        expert = cpu.Expert(*(getattr(self, part).data for part in PARTS))
+        offsets = np.array([0, len(tokens)], np.int32)
+        cpu.experts_forward(pool, [expert], offsets, tokens, weights, hidden, out)
+
+
+class AcceleratedExperts(Baseline):
+    """Modules with accelerate's hooks, which read the checkpoint's own shards."""
+
+    def __init__(self, checkpoint: Checkpoint, pool: cpu.ThreadPool, limit: int) -> None:
+        super().__init__(checkpoint, pool, limit)
+        index = {
+            f"{key}.{part}": {"safetensors_file": str(info.file), "weight_name": info.name}
+            for key, infos in enumerate(self.tensors)
+            for part, info in zip(PARTS, infos, strict=True)
+        }
+        modules = nn.ModuleList(_Expert(infos) for infos in self.tensors)
+        self._experts = dispatch_model(
+            modules, {"": "disk"}, main_device="cpu", offload_index=index, force_hooks=True
+        )
+
+    def compute(
+        self,
+        keys: Sequence[int],
+        offsets: np.ndarray,
+        tokens: np.ndarray,
+        weights: np.ndarray,
+        hidden: Tensor,
+        out: Tensor,
+    ) -> None:
+        """See `Baseline.compute`: an expert at a time, so that one is in memory."""
+        for position, key in enumerate(keys):
+            mine = slice(int(offsets[position]), int(offsets[position + 1]))
+            self._experts[key](self.pool, tokens[mine], weights[mine], hidden, out)

@@ -1,0 +1,345 @@
+"""Decoding with half of the experts on a drive: how near to the drive, and beside other ways to do it.
+
+    python benchmarks/nvme.py --dir /mnt/nvme/bench
+    python benchmarks/nvme.py --dir /mnt/nvme/bench --model /mnt/nvme/k2 --json
+
+For tiny-k2 and a random K2-shaped model (both made in `--dir`, and removed) or for `--model`s:
+
+- All experts in RAM, then with `--ram` for a share of them: every logit must be the same, bit for bit.
+  Contenders take turns in each round: moebox with and without prefetch, accelerate's disk offload, and shards
+  that are mapped. All decode the same tokens with the same kernels, attention and router, start with the same
+  share of experts in memory, and may keep as many.
+- The NVMe road: each token picks only experts that are not in RAM; bytes a second, beside as many reads of
+  one expert's size with O_DIRECT by plain threads, in turns.
+
+Means over a turn, medians over the rounds; the last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import mmap
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from disk_baselines import AcceleratedExperts, Baseline, MappedExperts
+
+from moebox.demo import ASSETS, MODEL
+from moebox.kernels import cpu
+from moebox.offload.checkpoint import Checkpoint
+from moebox.offload.cpu_experts import CpuExperts
+from moebox.offload.store import ExpertStore
+from moebox.quantize.convert import quantize
+from moebox.quantize.synth import synth
+from moebox.runtime.engine import Engine
+from moebox.runtime.memory import budget_for_share
+
+CONTEXT = 512
+READ_DEPTHS = (2, 4, 8)
+SMALL_BACKBONE = {
+    "vocab_size": 4096,
+    "intermediate_size": 2048,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "q_lora_rank": 512,
+}
+"""Of the K2-shaped model, whose experts are what is measured: a layer's attention, at its true size,
+takes two cores without bf16 instructions as long as several experts take a drive."""
+ROAD_S = 3.0
+"""How long the road and the plain reads are measured in turn."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What all contenders must repeat: prompt, the tokens fed after it, and the logits. Seconds of each token
+    with all experts in RAM."""
+
+    prompt: list[int]
+    tokens: list[int]
+    logits: list[torch.Tensor]
+    seconds: list[float]
+
+    def first(self, n_tokens: int) -> Reference:
+        """The beginning of it."""
+        return Reference(self.prompt, self.tokens[:n_tokens], self.logits[: n_tokens + 1], self.seconds)
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """A contender's turn: seconds of each token, whether all logits were right, and what its drive gave."""
+
+    seconds: list[float]
+    identical: bool
+    hit_rate: float
+    load_s: float
+
+
+def main() -> None:
+    """Parse the options, run, print."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument(
+        "--dir", type=Path, required=True, help="on the drive; needs room for the K2-shaped model"
+    )
+    parser.add_argument("--model", type=Path, action="append", help="measure these instead; may be repeated")
+    parser.add_argument("--layers", type=int, default=3, help="of the K2-shaped model, one of them dense")
+    parser.add_argument(
+        "--experts", type=int, default=84, help="of each of its MoE layers; 2 x 84 are 4.2 GB"
+    )
+    parser.add_argument("--share", type=float, default=0.5, help="part of the experts that RAM holds")
+    parser.add_argument("--tokens", type=int, default=24, help="moebox decodes in each turn")
+    parser.add_argument("--baseline-tokens", type=int, default=6, help="of these, what the others decode")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", action="store_true", help="print the JSON line only")
+    options = parser.parse_args()
+    options.dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=options.dir, prefix="moebox-nvme-") as scratch:
+        os.environ["XDG_DATA_HOME"] = scratch  # the user's statistics and profile stay as they are
+        models = {path.name: path for path in options.model or []} or make_models(Path(scratch), options)
+        figures = {}
+        for name, path in models.items():
+            figures[name] = measure(path, options)
+            if not options.json:
+                describe(name, figures[name])
+    print(json.dumps(figures))
+
+
+def make_models(scratch: Path, options: argparse.Namespace) -> dict[str, Path]:
+    """tiny-k2 and the K2-shaped model, quantized."""
+    quantize(ASSETS / MODEL, scratch / MODEL)
+    source = scratch / "source"
+    synth(
+        source,
+        "kimi-k2",
+        layers=options.layers,
+        experts=options.experts,
+        format="int4",
+        config_overrides=SMALL_BACKBONE,
+        shard_bytes=500_000_000,
+    )
+    quantize(source, scratch / "k2-shaped", delete_source=True)
+    shutil.rmtree(source)
+    return {MODEL: scratch / MODEL, "k2-shaped": scratch / "k2-shaped"}
+
+
+def measure(path: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """All figures of one model."""
+    reference, share = decode_in_ram(path, options.tokens), options.share
+    first = reference.first(options.baseline_tokens)
+    contenders: dict[str, Callable[[], Decoded]] = {
+        "prefetch": lambda: decode_moebox(path, reference, share, prefetch=True),
+        "no_prefetch": lambda: decode_moebox(path, reference, share, prefetch=False),
+        "accelerate": lambda: decode_baseline(path, first, share, AcceleratedExperts),
+        "mmap": lambda: decode_baseline(path, first, share, MappedExperts),
+    }
+    turns: dict[str, list[Decoded]] = {name: [] for name in contenders}
+    for _ in range(options.rounds):
+        for name, decode in contenders.items():
+            turns[name].append(decode())
+    figures = compare(turns, options.baseline_tokens)
+    figures |= {"share": share, "in_ram_token_ms": 1e3 * statistics.mean(reference.seconds)}
+    figures |= measure_road(path, options.rounds)
+    return figures
+
+
+def compare(turns: dict[str, list[Decoded]], n_first: int) -> dict[str, Any]:
+    """Means over a turn, medians over the rounds; the baselines beside the same tokens of moebox."""
+    means_ms = {name: [1e3 * statistics.mean(turn.seconds) for turn in all_] for name, all_ in turns.items()}
+    ms = {name: statistics.median(means) for name, means in means_ms.items()}
+    first_ms = statistics.median(1e3 * statistics.mean(turn.seconds[:n_first]) for turn in turns["prefetch"])
+    return {
+        "identical": all(turn.identical for all_ in turns.values() for turn in all_),
+        "token_ms": ms,
+        "all_token_ms": means_ms,
+        "first_token_ms": first_ms,
+        "hit_rate": {name: turns[name][0].hit_rate for name in ("prefetch", "no_prefetch")},
+        "load_s": statistics.median(turn.load_s for turn in turns["prefetch"]),
+        "prefetch_gain": ms["no_prefetch"] / ms["prefetch"],
+        "over_accelerate": ms["accelerate"] / first_ms,
+        "over_mmap": ms["mmap"] / first_ms,
+    }
+
+
+def decode_in_ram(path: Path, n_tokens: int) -> Reference:
+    """Greedy tokens after a prompt, with all experts in RAM."""
+    with opened(path, 1.0, prefetch=False) as engine:
+        prompt = np.random.default_rng(0).integers(0, engine.config.vocab_size, 16).tolist()
+        session = engine.session()
+        logits, tokens, seconds = [session.prefill(prompt)], [], []
+        for _ in range(n_tokens):
+            tokens.append(int(logits[-1].argmax()))
+            began_s = time.perf_counter()
+            logits.append(session.decode(tokens[-1]))
+            seconds.append(time.perf_counter() - began_s)
+        return Reference(prompt, tokens, logits, seconds)
+
+
+@contextmanager
+def opened(path: Path, share: float, *, prefetch: bool) -> Iterator[Engine]:
+    """An engine whose RAM holds a share of the experts."""
+    checkpoint = Checkpoint.open(path)
+    dtype = torch.bfloat16
+    ram = budget_for_share(checkpoint.config, dtype, "bf16", CONTEXT, share)
+    engine = Engine.load(
+        path, device="cpu", ram=ram, dtype=dtype, context=CONTEXT, prefetch=prefetch, statistics=False
+    )
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+def decode_moebox(path: Path, reference: Reference, share: float, *, prefetch: bool) -> Decoded:
+    """As `moebox run --ram` does it."""
+    began_s = time.perf_counter()
+    with opened(path, share, prefetch=prefetch) as engine:
+        load_s = time.perf_counter() - began_s
+        experts = experts_of(engine)
+        seconds, identical = replay(engine, reference)
+        counts = experts.cache.counts
+        demands = counts.hits + counts.foreseen + counts.reads
+        return Decoded(seconds, identical, counts.hits / demands, load_s)
+
+
+def decode_baseline(path: Path, reference: Reference, share: float, kind: type[Baseline]) -> Decoded:
+    """The same model, its experts exchanged."""
+    began_s = time.perf_counter()
+    with opened(path, 0.0, prefetch=False) as engine:
+        checkpoint = Checkpoint.open(path)
+        n_keys = len(checkpoint.config.moe_layers) * checkpoint.config.n_routed_experts
+        limit = round(share * n_keys)
+        baseline = kind(checkpoint, cpu.ThreadPool(), limit)
+        baseline.warm(range(0, n_keys, max(1, n_keys // limit)))
+        engine.runner.model.connect(baseline)
+        load_s = time.perf_counter() - began_s
+        seconds, identical = replay(engine, reference)
+        baseline.cache.drop_all()
+    return Decoded(seconds, identical, 0.0, load_s)
+
+
+def experts_of(engine: Engine) -> CpuExperts:
+    """The engine's routed experts."""
+    experts = engine.runner.model.model.layers[-1].mlp.experts
+    assert isinstance(experts, CpuExperts)
+    return experts
+
+
+def replay(engine: Engine, reference: Reference) -> tuple[list[float], bool]:
+    """Seconds of each decoded token, and whether all logits are the reference's."""
+    session = engine.session()
+    logits, seconds = [session.prefill(reference.prompt)], []
+    for token in reference.tokens:
+        began_s = time.perf_counter()
+        logits.append(session.decode(token))
+        seconds.append(time.perf_counter() - began_s)
+    return seconds, all(map(torch.equal, logits, reference.logits))
+
+
+def measure_road(path: Path, rounds: int) -> dict[str, Any]:
+    """GB/s of experts that are all missed, beside plain O_DIRECT reads of the same experts, in turns."""
+    checkpoint = Checkpoint.open(path)
+    config = checkpoint.config
+    with ExpertStore.open(checkpoint) as store:
+        rows = 3 * config.num_experts_per_tok
+        experts = CpuExperts.load(config, store, cpu.ThreadPool(), rows, prefetch=False)
+        plain = PlainReads(checkpoint)
+        depth = max(READ_DEPTHS, key=lambda depth: plain.gbps(depth, ROAD_S / 3))
+        shares, roads, drives = [], [], []
+        for _ in range(2 * rounds + 1):
+            before = plain.gbps(depth, ROAD_S / 2)
+            roads.append(road_gbps(experts, ROAD_S))
+            drives.append((before + plain.gbps(depth, ROAD_S / 2)) / 2)
+            shares.append(roads[-1] / drives[-1])
+    return {
+        "expert_bytes": config.expert_bytes,
+        "read_depth": {"moebox": [drive.depth for drive in store.traffic().drives], "plain": depth},
+        "road_gbps": statistics.median(roads),
+        "drive_gbps": statistics.median(drives),
+        "road_share": statistics.median(shares),
+        "all_road_shares": shares,
+    }
+
+
+def road_gbps(experts: CpuExperts, seconds: float) -> float:
+    """Tokens one after the other, each layer's picks all on the drive."""
+    config, rng = experts.config, np.random.default_rng(int(time.time()))
+    k, n_experts = config.num_experts_per_tok, config.n_routed_experts
+    hidden = torch.randn(1, config.hidden_size).bfloat16()
+    weights = torch.full((1, k), 1 / k)
+    nbytes, began_s = 0, time.perf_counter()
+    for moe in itertools.cycle(range(len(config.moe_layers))):
+        cold = [e for e in range(n_experts) if not experts.cache.resident(moe * n_experts + e)]
+        ids = torch.from_numpy(rng.choice(cold, k, replace=False)).reshape(1, k)
+        experts.forward(config.moe_layers[moe], ids, weights, hidden)
+        assert experts.last.cold == k
+        nbytes += experts.last.cold_bytes
+        if time.perf_counter() - began_s > seconds:
+            return nbytes / (time.perf_counter() - began_s) / 1e9
+    raise AssertionError
+
+
+class PlainReads:
+    """Reads of whole experts with O_DIRECT by threads of Python's, each reading one after the other."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._nbytes = -(-checkpoint.config.expert_bytes // 4096) * 4096
+        shards = sorted({paths[0] for paths in checkpoint.shards.values()})
+        self._files = [os.open(path, os.O_RDONLY | os.O_DIRECT) for path in shards]
+        self._places = [
+            (file, offset)
+            for file in self._files
+            for offset in range(0, os.fstat(file).st_size - self._nbytes, self._nbytes)
+        ]
+        np.random.default_rng(0).shuffle(self._places)
+        self._next = itertools.cycle(self._places)
+
+    def gbps(self, depth: int, seconds: float) -> float:
+        """With so many reads under way."""
+        end_s = time.perf_counter() + seconds
+        began_s = time.perf_counter()
+        with ThreadPoolExecutor(depth) as executor:
+            counts = list(executor.map(lambda _: self._read_until(end_s), range(depth)))
+        return sum(counts) * self._nbytes / (time.perf_counter() - began_s) / 1e9
+
+    def _read_until(self, end_s: float) -> int:
+        buffer, count = mmap.mmap(-1, self._nbytes), 0
+        buffer.madvise(mmap.MADV_HUGEPAGE)
+        while time.perf_counter() < end_s:
+            file, offset = next(self._next)
+            count += os.preadv(file, [buffer], int(offset)) == self._nbytes
+        return count
+
+
+def describe(name: str, figures: dict[str, Any]) -> None:
+    """A few lines for people."""
+    ms = figures["token_ms"]
+    share, same = figures["share"], figures["identical"]
+    print(f"{name}: {share:.0%} of the experts in RAM; logits as with all of them: {same}")
+    print(
+        f"  ms a token: all in RAM {figures['in_ram_token_ms']:.1f}, "
+        + ", ".join(f"{contender} {value:.1f}" for contender, value in ms.items())
+    )
+    print(
+        f"  prefetch gains {figures['prefetch_gain']:.3f}x; "
+        f"over accelerate {figures['over_accelerate']:.2f}x, over mmap {figures['over_mmap']:.2f}x"
+    )
+    print(
+        f"  every pick on the drive: {figures['road_gbps']:.2f} GB/s, plain O_DIRECT reads "
+        f"{figures['drive_gbps']:.2f} GB/s: {figures['road_share']:.0%}"
+    )
+
+
+if __name__ == "__main__":
+    main()
