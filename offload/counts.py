@@ -6,9 +6,6 @@ Shapes: L MoE layers, E n_routed_experts, k num_experts_per_tok. `layer` counts 
 from __future__ import annotations
 
 import io
-import struct
-import zipfile
-import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moebox.errors import RequestError
+from moebox.offload.trace import NPZ_ERRORS
 
 FILE_FORMAT = 1
 
@@ -38,21 +36,6 @@ TIERS = ("drive", "RAM", "GPU")
 """What the numbers of a placement mean."""
 
 _ARRAYS = ("uses", "last_use", "pairs", "recent", "recall")
-_NOT_STATISTICS = (
-    OSError,
-    EOFError,
-    ValueError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    RuntimeError,
-    MemoryError,
-    OverflowError,
-    struct.error,
-    zlib.error,
-    zipfile.BadZipFile,
-)
-"""What numpy and zipfile raise for files that are none of their own, cut off, damaged, or lack a field."""
 
 Int32s = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float32]
@@ -211,7 +194,7 @@ class RoutingCounts:
                     **{name: fields[name] for name in _ARRAYS},
                     placement=_placement(fields["tiers"], fields["placed"]),
                 )
-        except _NOT_STATISTICS as error:
+        except NPZ_ERRORS as error:
             raise RequestError(f"not router statistics, or damaged: {error}") from None
         counts._check()
         return counts

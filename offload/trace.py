@@ -11,7 +11,9 @@ expert which skips a token must seldom return at once, and often within the ten 
 
 from __future__ import annotations
 
+import struct
 import zipfile
+import zlib
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -43,8 +45,21 @@ DRIFT_EVERY = 10
 BOUND_SHIFT = 0.5
 """Tokens: what an LRU cache reaches back to varies from token to token, so a class starts a little later."""
 
-_NOT_A_TRACE = (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile)
-"""What numpy raises for files that are none of its own, cut off, or lack a field."""
+NPZ_ERRORS = (
+    OSError,
+    EOFError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    RuntimeError,
+    MemoryError,
+    OverflowError,
+    struct.error,
+    zlib.error,
+    zipfile.BadZipFile,
+)
+"""What numpy and zipfile raise for files that are none of their own, cut off, damaged, or lack a field."""
 
 
 @dataclass(frozen=True)
@@ -144,15 +159,7 @@ class RoutingTrace:
                 n_experts, source = int(data["n_experts"]), str(data["source"])
         except FileNotFoundError:
             raise RequestError(f"{path}: no such file") from None
-        except (
-            OSError,
-            EOFError,
-            ValueError,
-            KeyError,
-            TypeError,
-            AttributeError,
-            zipfile.BadZipFile,
-        ) as error:
+        except NPZ_ERRORS as error:
             raise RequestError(
                 f"{path}: not a routing trace: {error}",
                 "A trace is an .npz file that RoutingTrace.save wrote.",

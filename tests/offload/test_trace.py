@@ -133,3 +133,20 @@ def test_routing_starts_again_when_used_up_and_on_rewind():
     assert np.array_equal(routing.decode(), trace.ids[0])
     routing.rewind(2)
     assert np.array_equal(routing.decode(), trace.ids[2])
+
+
+def test_no_damage_is_met_with_another_error(tmp_path):
+    path, rng = tmp_path / "trace.npz", np.random.default_rng(1)
+    synthetic_trace(40, 3, 8, 2).save(path)
+    whole = path.read_bytes()
+    refused = 0
+    for _ in range(600):
+        data = bytearray(whole)
+        data[rng.integers(len(data) - 700, len(data))] = rng.integers(0, 256)  # among the zip's own entries
+        path.write_bytes(data)
+        try:
+            RoutingTrace.load(path)
+        except RequestError as error:
+            assert str(path) in error.what
+            refused += 1
+    assert refused > 200
