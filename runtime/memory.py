@@ -37,6 +37,7 @@ context was asked for."""
 KERNEL_PAIRS = 2048
 """Pairs of token and expert that the CPU's kernel takes in one round."""
 LARGE_BLOCK_BYTES = 4 << 20
+"""See `return_large_blocks`."""
 _M_MMAP_THRESHOLD = -3
 
 
@@ -46,7 +47,8 @@ class MemoryPlan:
 
     Attributes:
         backbone_bytes, unquantized_backbone_bytes: as loaded, and in the model's dtype.
-        kv_bytes: cache of one conversation that fills `context` tokens.
+        context: tokens that a conversation may hold.
+        kv_bytes: cache of one that fills it.
         chunk_tokens: of a prompt, that go through the model together.
         workspace_bytes: values of a chunk on its way, at most.
         rows: experts that RAM holds.
