@@ -46,7 +46,9 @@ class ColdTier(_kernels.ColdTier):
         """Rows count as free; see `take_over`."""
         self.ram, self.store = ram, store
         spare = spare_rows(ram.n_rows, ram.config.num_experts_per_tok)
-        self.residency = Residency(ram.n_keys, ram.n_rows, spare, HALF_LIFE_TOKENS)
+        self.residency = Residency(
+            ram.n_keys, ram.n_rows, spare, HALF_LIFE_TOKENS, ram.config.n_routed_experts
+        )
         extents = [(store.runs(key), store.checksum(key)) for key in range(ram.n_keys)]
         super().__init__(self.residency, store.reader, extents)
 

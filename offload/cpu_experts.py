@@ -214,6 +214,7 @@ class _Work:
         self._demand(keys, len(cold))
         if self.prefetcher is not None:
             self.prefetcher.submitted(self.moe, hidden, self.chosen)
+        cache.foresee(keys)  # now, while the drive reads
         if cold:
             self._sum_in_order(cold)
         else:

@@ -46,7 +46,7 @@ class GpuTier:
         self.slab = _allocate(device, n_slots, self.stride)
         self.n_slots = len(self.slab) - STAGING_SLOTS
         reserve = min(config.num_experts_per_tok, self.n_slots // 2)
-        self.residency = Residency(n_keys, self.n_slots, reserve, HALF_LIFE_TOKENS)
+        self.residency = Residency(n_keys, self.n_slots, reserve, HALF_LIFE_TOKENS, config.n_routed_experts)
         self._device = device
 
     @property

@@ -112,7 +112,9 @@ class RamCache:
 
     def _take_over(self) -> None:
         rows = self.ram.rows
-        self.residency = Residency(self.ram.n_keys, self.ram.n_rows, 0, self._half_life)
+        self.residency = Residency(
+            self.ram.n_keys, self.ram.n_rows, 0, self._half_life, self.ram.config.n_routed_experts
+        )
         held = np.flatnonzero(rows >= 0)
         self._loaded = bytearray((rows >= 0).tobytes())
         for key in held[np.argsort(rows[held])].tolist():
@@ -148,6 +150,10 @@ class RamCache:
     def use(self, keys: npt.NDArray[np.int32], counts: npt.NDArray[np.float32] | None = None) -> None:
         """Add to the keys' scores; see `Residency.use`."""
         self.residency.use(keys, counts)
+
+    def foresee(self, keys: Sequence[int]) -> None:
+        """A decoded token's picks of one layer, used before: see `Residency.foresee`."""
+        self.residency.foresee(np.array(keys, np.int32))
 
     def demand(self, *keys: int) -> None:
         """Keep the keys' rows from now on, and begin to read those that are missing.

@@ -1,26 +1,27 @@
 """Routing traces replayed against a cache of experts: what share of the picks it would hit.
 
-A layer's picks are looked up together. Then all of them are offered a slot, and the weakest go until the
-rest fit: a miss weaker than every resident is computed and forgotten. So it is in the tiers.
+A layer's picks are looked up together. Misses are loaded beside what the cache holds; when the next layer's
+picks are looked up, the weakest go until the rest fit, so that a miss weaker than all residents is computed
+and forgotten. So it is in the GPU's tier (`DecodeRoads`), and all policies are replayed like that.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 
+from moebox._kernels import Policy, replay_hits
 from moebox.errors import RequestError
 from moebox.offload.roads import HALF_LIFE_TOKENS
 from moebox.offload.trace import RoutingTrace
 
-Levels = npt.NDArray[np.float64]
-Keys = npt.NDArray[np.int32]
-
 POLICIES = ("decayed", "lru", "lfu", "belady")
 """decayed: what the tiers do. lru: the least recently used goes. lfu: the least often used since the trace
 began goes. belady: whoever is needed again last goes, which no policy that sees only the past can beat."""
+
+_KNOWN = {policy.name: policy for policy in Policy}
 
 
 def hit_curve(
@@ -34,7 +35,7 @@ def hit_curve(
     Args:
         trace: what was picked.
         budgets: shares of all experts that fit, each above 0 and at most 1.
-        policies: of `POLICIES`.
+        policies: of `POLICIES`, or "score": the decayed score alone, which neither foresees nor knows layers.
         warmup: tokens at the start that fill the cache without being counted; None: a tenth of them.
 
     Returns:
@@ -59,76 +60,24 @@ def replay(trace: RoutingTrace, slots: int, policy: str = "decayed", warmup: int
 
     Args:
         trace: what was picked.
-        slots: cache size in experts, at least 1.
-        policy: one of `POLICIES`.
+        slots: experts that stay from layer to layer, at least 1.
+        policy: as in `hit_curve`.
         warmup: tokens at the start that fill the cache without being counted.
 
     Raises:
         RequestError: another policy, no slots, or nothing left to count.
     """
-    if policy not in _LEVELS:
+    if not 0 <= warmup < trace.tokens:
+        raise RequestError(f"replay with a warm-up of {warmup} of {trace.tokens} tokens")
+    counted = hits_of_tokens(trace, slots, policy)[warmup:]
+    return float(counted.sum() / (counted.size * trace.layers * trace.top_k))
+
+
+def hits_of_tokens(trace: RoutingTrace, slots: int, policy: str = "decayed") -> npt.NDArray[np.int32]:
+    """Hits of each token, int32 [T], of its L * k picks; arguments and errors as `replay`."""
+    if policy not in _KNOWN:
         raise RequestError(f"policy {policy!r}; there are {', '.join(POLICIES)}")
-    if slots < 1 or not 0 <= warmup < trace.tokens:
-        raise RequestError(f"replay with {slots} slots and a warm-up of {warmup} of {trace.tokens} tokens")
-    hits = _hits(trace, slots, _LEVELS[policy](trace))
-    return float(hits[warmup:].sum() / ((trace.tokens - warmup) * trace.layers * trace.top_k))
-
-
-def _hits(trace: RoutingTrace, slots: int, used: Callable[[Levels, int, int, Keys], None]) -> Keys:
-    """Hits of each token, int32 [T]; `used(levels, token, layer, keys)` raises the levels of picks."""
-    levels: Levels = np.full(trace.layers * trace.n_experts, -np.inf)
-    resident = np.zeros(len(levels), bool)
-    hits = np.zeros(trace.tokens, np.int32)
-    for token, layers in enumerate(trace.keys()):
-        for layer, keys in enumerate(layers):
-            hits[token] += np.count_nonzero(resident[keys])
-            used(levels, token, layer, keys)
-            resident[keys] = True
-            held = np.flatnonzero(resident)
-            if len(held) > slots:
-                resident[held[np.lexsort((-held, levels[held]))[: len(held) - slots]]] = False
-    return hits
-
-
-def _decayed(trace: RoutingTrace) -> Callable[[Levels, int, int, Keys], None]:
-    def used(levels: Levels, token: int, layer: int, keys: Keys) -> None:
-        levels[keys] = np.logaddexp2(levels[keys], token / HALF_LIFE_TOKENS)
-
-    return used
-
-
-def _lru(trace: RoutingTrace) -> Callable[[Levels, int, int, Keys], None]:
-    def used(levels: Levels, token: int, layer: int, keys: Keys) -> None:
-        levels[keys] = token * trace.layers + layer
-
-    return used
-
-
-def _lfu(trace: RoutingTrace) -> Callable[[Levels, int, int, Keys], None]:
-    def used(levels: Levels, token: int, layer: int, keys: Keys) -> None:
-        levels[keys] = np.maximum(levels[keys], 0) + 1
-
-    return used
-
-
-def _belady(trace: RoutingTrace) -> Callable[[Levels, int, int, Keys], None]:
-    following = next_use(trace)
-
-    def used(levels: Levels, token: int, layer: int, keys: Keys) -> None:
-        levels[keys] = -following[token, layer]
-
-    return used
-
-
-def next_use(trace: RoutingTrace) -> Levels:
-    """For each pick [T, L, k], the layer step (`token * L + layer`) that picks the same key next, or inf."""
-    steps = np.full(trace.layers * trace.n_experts, np.inf)
-    following: Levels = np.empty(trace.ids.shape)
-    every = trace.keys()
-    for token in range(trace.tokens - 1, -1, -1):
-        following[token] = steps[every[token]]
-        steps[every[token]] = token * trace.layers + np.arange(trace.layers)[:, None]
-    return following
-
-
-_LEVELS = {"decayed": _decayed, "lru": _lru, "lfu": _lfu, "belady": _belady}
+    if slots < 1:
+        raise RequestError(f"replay with {slots} slots")
+    ids = np.ascontiguousarray(trace.ids)
+    return replay_hits(ids, trace.n_experts, slots, _KNOWN[policy], HALF_LIFE_TOKENS)

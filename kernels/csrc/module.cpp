@@ -16,5 +16,6 @@ NB_MODULE(_kernels, m) {
   moebox::register_probes(m);
   moebox::register_quantize(m);
   moebox::register_reader(m);
+  moebox::register_replay(m);
   moebox::register_roads(m);
 }

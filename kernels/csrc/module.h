@@ -9,6 +9,7 @@ void register_experts(nanobind::module_& m);
 void register_probes(nanobind::module_& m);
 void register_quantize(nanobind::module_& m);
 void register_reader(nanobind::module_& m);
+void register_replay(nanobind::module_& m);
 void register_roads(nanobind::module_& m);
 
 }  // namespace moebox

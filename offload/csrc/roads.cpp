@@ -169,6 +169,8 @@ void DecodeRoads::run_layer(Hands& hands, std::size_t layer, const std::int32_t*
   raise(box_.summed + layer * kFlagWords);
   stats.layer_s = Seconds(Clock::now() - seen).count();
   stats.wait_s = Seconds(seen - start).count();
+  residency_.foresee(keys_);
+  if (cold_tier_) cold_tier_->foresee(keys_);
   learn_upload_times();
 }
 
@@ -197,7 +199,7 @@ void DecodeRoads::wait_routed(std::size_t layer, double timeout_s) {
 // Sorts the layer's experts into hits, cold ones and, for the time being in cpu_, other misses.
 void DecodeRoads::look_up(std::size_t layer, const std::int32_t* ids) {
   const float* weights = box_.weights + layer * shape_.top_k;
-  hits_.clear(), uploads_.clear(), cpu_.clear(), cold_.clear(), hit_keys_.clear();
+  hits_.clear(), uploads_.clear(), cpu_.clear(), cold_.clear(), hit_keys_.clear(), keys_.clear();
   for (std::size_t i = 0; i < shape_.top_k; ++i) {
     const std::int32_t id = ids[i];
     if (id < 0 || static_cast<std::size_t>(id) >= shape_.n_experts || std::find(ids, ids + i, id) != ids + i)
@@ -206,6 +208,7 @@ void DecodeRoads::look_up(std::size_t layer, const std::int32_t* ids) {
     const auto key = static_cast<std::int32_t>(layer * shape_.n_experts + id);
     const std::int32_t slot = residency_.slot(key);
     residency_.use(key, 1);
+    keys_.push_back(key);
     const bool cold = slot < 0 && stores_.rows[key] < 0;
     (slot >= 0 ? hits_ : cold ? cold_ : cpu_).push_back({key, slot, weights[i]});
     if (slot >= 0) hit_keys_.push_back(key);

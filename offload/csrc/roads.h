@@ -143,7 +143,7 @@ class DecodeRoads {
   // The layer's chosen experts.
   std::vector<Pick> hits_, uploads_, cpu_, cold_;
   std::size_t part_rows_ = 0;  // of the last one in cpu_, that the GPU computes
-  std::vector<std::int32_t> hit_keys_;
+  std::vector<std::int32_t> keys_, hit_keys_;
   std::vector<ExpertWeights> experts_;
   std::vector<float> weights_;
   Clock::time_point read_since_;

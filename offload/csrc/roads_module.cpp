@@ -59,8 +59,8 @@ void for_keys(const Residency& residency, const Array& keys, const std::optional
 
 void register_residency(nb::module_& m) {
   nb::class_<Residency>(m, "Residency")
-      .def(nb::init<std::size_t, std::size_t, std::size_t, double>(), "n_keys"_a, "n_slots"_a, "reserve"_a,
-           "half_life"_a = 16.0)
+      .def(nb::init<std::size_t, std::size_t, std::size_t, double, std::size_t>(), "n_keys"_a, "n_slots"_a,
+           "reserve"_a, "half_life"_a = 16.0, "n_experts"_a = 0)
       .def_prop_rw("tick", &Residency::tick, &Residency::set_tick)
       .def_prop_ro("n_keys", &Residency::n_keys)
       .def_prop_ro("n_slots", &Residency::n_slots)
@@ -77,6 +77,18 @@ void register_residency(nb::module_& m) {
             for_keys(r, keys, counts, "counts", [&r](std::int32_t key, float n) { r.use(key, n); });
           },
           "keys"_a.noconvert(), "counts"_a.noconvert() = nb::none())
+      .def(
+          "foresee",
+          [](Residency& r, const Array& keys) {
+            std::vector<std::int32_t> picks;
+            for_keys(r, keys, std::nullopt, "", [&picks](std::int32_t key, float) { picks.push_back(key); });
+            for (const std::int32_t key : picks)
+              if (key / r.n_experts() != picks[0] / r.n_experts())
+                bad("keys: " + std::to_string(picks[0]) + " and " + std::to_string(key) +
+                    " given, keys of one layer needed");
+            r.foresee(picks);
+          },
+          "keys"_a.noconvert())
       .def(
           "score", [](const Residency& r, std::int64_t key) { return r.score(checked(r, key)); }, "key"_a)
       .def("scores",

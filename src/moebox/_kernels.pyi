@@ -1,4 +1,5 @@
 from collections.abc import Sequence
+from enum import Enum
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -76,8 +77,23 @@ def to_bfloat16(
     isa: str | None,
 ) -> tuple[int, int]: ...
 
+class Policy(Enum):
+    """Who goes: `decayed` as in the tiers, `score` its score alone, the others by what their names say."""
+
+    decayed = ...
+    score = ...
+    lru = ...
+    lfu = ...
+    belady = ...
+
+def replay_hits(
+    ids: Array, n_experts: int, slots: int, policy: Policy, half_life: float
+) -> npt.NDArray[np.int32]:
+    """Hits of each token [T] of a trace, int32 [T, L, k], with `slots` experts resident."""
+
 class Residency:
-    """Which keys are in which slot, and how much each is used: a score that halves every `half_life` ticks.
+    """Which keys are in which slot, and who is worth keeping: a score that halves every `half_life` ticks,
+    or for residents what `foresee` makes of it, by the layers until the key's layer comes again.
 
     Plain bookkeeping: it moves no bytes and is not thread-safe. Scores are kept for all keys; the order of
     two scores does not change with time. Of equal scores the higher key is the weaker.
@@ -87,10 +103,13 @@ class Residency:
         n_slots: slots are 0 .. n_slots - 1; 0 is allowed.
         reserve: slots that `trim` keeps free for uploads; below n_slots, or 0.
         half_life: in ticks.
+        n_experts: keys of a layer, a divisor of n_keys; 0: all are of one layer, `foresee` does nothing.
 
     Raises ValueError for a key, a number or a state that is not allowed.
     """
-    def __init__(self, n_keys: int, n_slots: int, reserve: int, half_life: float = 16.0) -> None: ...
+    def __init__(
+        self, n_keys: int, n_slots: int, reserve: int, half_life: float = 16.0, n_experts: int = 0
+    ) -> None: ...
     tick: int
     @property
     def n_keys(self) -> int: ...
@@ -109,7 +128,16 @@ class Residency:
     def slot(self, key: int) -> int:
         """The key's slot, or -1."""
     def use(self, keys: Array, counts: Array | None = None) -> None:
-        """Add counts (fp32 [n], 1 each by default) to the scores of keys (int32 [n]), decayed to `tick`."""
+        """Add counts (fp32 [n], 1 each by default) to the scores of keys (int32 [n]), decayed to `tick`.
+
+        The last key's layer is the one being computed.
+        """
+    def foresee(self, keys: Array) -> None:
+        """Learn from a layer's picks, and put its residents in order of what they will be worth.
+
+        Args:
+            keys: int32 [k], all that the token of this tick has picked of one layer, used before.
+        """
     def score(self, key: int) -> float:
         """The key's score, decayed to `tick`."""
     def scores(self) -> npt.NDArray[np.float32]:

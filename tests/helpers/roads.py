@@ -99,7 +99,7 @@ class Rig:
         self.ram = torch.zeros(rows, stride, dtype=torch.uint8)
         self.slab = torch.zeros(max(spec.slots, 1), stride, dtype=torch.uint8)
         self.ram_rows = torch.full((spec.keys,), -1, dtype=torch.int32)
-        self.residency = Residency(spec.keys, spec.slots, spec.reserve)
+        self.residency = Residency(spec.keys, spec.slots, spec.reserve, n_experts=spec.n_experts)
         keys = np.random.default_rng(spec.seed).permutation(spec.keys)
         filled = rows - (spec.spare or 0)
         for row, key in enumerate(keys[: min(filled, spec.keys)]):
@@ -120,7 +120,7 @@ class Rig:
         self.file.flush()
         self.reader = Reader(2, 4096)
         file = self.reader.add_file([self.file.name])
-        self.rows = Residency(spec.keys, len(self.ram), spec.spare)
+        self.rows = Residency(spec.keys, len(self.ram), spec.spare, n_experts=spec.n_experts)
         for key in self.ram_rows.argsort()[(self.ram_rows < 0).sum() :].tolist():
             assert self.rows.place(key) == self.ram_rows[key]
         extents = [([(file, key * stride, self.nbytes)], None) for key in range(spec.keys)]

@@ -17,8 +17,9 @@ KEYS = 12
 class Model:
     """`Residency` in a few lines of Python: scores as of their last change."""
 
-    def __init__(self, n_slots: int, reserve: int, half_life: float) -> None:
+    def __init__(self, n_slots: int, reserve: int, half_life: float, n_experts: int) -> None:
         self.slots = [-1] * n_slots
+        self.n_experts, self.layer = n_experts or KEYS, 0
         self.reserve, self.half_life, self.tick = reserve, half_life, 0
         self.last = [(0.0, 0)] * KEYS
 
@@ -28,6 +29,12 @@ class Model:
 
     def use(self, key: int, count: float) -> None:
         self.last[key] = (self.score(key) + count, self.tick)
+        self.layer = key // self.n_experts
+
+    def worth(self, key: int) -> float:
+        """Score per layer until the key's layer comes again."""
+        layers = KEYS // self.n_experts
+        return self.score(key) / ((key // self.n_experts - self.layer - 1) % layers + 1)
 
     def place(self, key: int) -> int:
         if -1 not in self.slots:
@@ -40,7 +47,7 @@ class Model:
         self.slots[self.slots.index(key)] = -1
 
     def weakest(self) -> list[int]:
-        return sorted((key for key in self.slots if key >= 0), key=lambda key: (self.score(key), -key))
+        return sorted((key for key in self.slots if key >= 0), key=lambda key: (self.worth(key), -key))
 
     def trim(self) -> list[int]:
         keys = self.weakest()[: max(0, self.reserve - self.slots.count(-1))]
@@ -87,11 +94,12 @@ def take_step(residency: Residency, model: Model, step: str, argument: object) -
 
 
 @settings(deadline=None, max_examples=100)
-@given(st.integers(0, 6), st.integers(0, 5), st.sampled_from([0.5, 16.0]), STEPS)
-def test_matches_the_model(n_slots: int, reserve: int, half_life: float, steps: list) -> None:
+@given(st.integers(0, 6), st.integers(0, 5), st.sampled_from([0.5, 16.0]), st.sampled_from([0, 3, 4]), STEPS)
+def test_matches_the_model(n_slots: int, reserve: int, half_life: float, n_experts: int, steps: list) -> None:
     """Any series of calls, with ties and scores that fade to nothing."""
     reserve = min(reserve, max(n_slots - 1, 0))
-    residency, model = Residency(KEYS, n_slots, reserve, half_life), Model(n_slots, reserve, half_life)
+    residency = Residency(KEYS, n_slots, reserve, half_life, n_experts)
+    model = Model(n_slots, reserve, half_life, n_experts)
     for step, argument in steps:
         take_step(residency, model, step, argument)
         assert residency.slots().tolist() == model.slots
@@ -126,6 +134,55 @@ def test_scores_halve_and_their_order_stays() -> None:
     assert residency.trim() == [0]
 
 
+def cycle(residency: Residency, tokens: int) -> None:
+    """Two layers of 6; both pick 0 and 1, then 2 and 3, then 4 and 5, and again."""
+    for _ in range(tokens):
+        residency.tick += 1
+        first = 2 * (residency.tick % 3)
+        for layer in range(2):
+            picks = np.array([first, first + 1], np.int32) + 6 * layer
+            residency.use(picks)
+            residency.foresee(picks)
+
+
+def test_foreseeing_learns_who_comes_next() -> None:
+    """The score alone keeps whom it has just seen."""
+    residency = Residency(KEYS, 11, 1, n_experts=6)
+    for key in range(6):
+        residency.place(key)
+    cycle(residency, 1)
+    assert residency.weakest(6)[:4] == [5, 4, 1, 0]
+    cycle(residency, 300)
+    now = 2 * (residency.tick % 3)
+    assert sorted(residency.weakest(2)) == sorted({now, now + 1})
+    residency.release(now)
+    residency.place(now)
+    assert residency.weakest(1) != [now]  # its score counts again
+
+
+def test_foreseeing_needs_tokens_in_a_row() -> None:
+    """A prompt in between ends what a guess could be compared with; nothing is learned from it."""
+    residency = Residency(KEYS, 11, 1, n_experts=6)
+    for key in range(6):
+        residency.place(key)
+    for _ in range(300):
+        residency.tick += 1
+        cycle(residency, 1)
+    now = 2 * (residency.tick % 3)
+    assert not {now, now + 1} & set(residency.weakest(4))
+
+
+@pytest.mark.parametrize(("n_slots", "n_experts"), [(4, 0), (0, 6), (12, 6)])
+def test_foreseeing_is_left_out_where_it_is_of_no_use(n_slots: int, n_experts: int) -> None:
+    """One layer, no slots, or a slot for every key."""
+    residency = Residency(KEYS, n_slots, 0, n_experts=n_experts)
+    for key in range(n_slots):
+        residency.place(key)
+    cycle(residency, 100)
+    score = {key: residency.score(key) / (2 if n_experts and key >= 6 else 1) for key in range(n_slots)}
+    assert residency.weakest(12) == sorted(score, key=lambda key: (score[key], -key))
+
+
 WRONG = {
     "key: 5 given": lambda r: r.slot(5),
     "key: -1 given": lambda r: r.place(-1),
@@ -137,6 +194,11 @@ WRONG = {
     r"scores\[0\]: nan": lambda r: r.seed(np.zeros(1, np.int32), np.full(1, np.nan, np.float32)),
     "reserve: 4 given, fewer than n_slots=4": lambda _: Residency(5, 4, 4),
     "half_life: 0": lambda _: Residency(5, 4, 1, 0.0),
+    "n_experts: 2 given, a divisor of n_keys=5": lambda _: Residency(5, 4, 1, n_experts=2),
+    "key: 5 given, 0 to": lambda r: r.foresee(np.array([0, 5], np.int32)),
+    "keys: 1 and 3 given, keys of one layer": lambda _: Residency(6, 4, 1, n_experts=3).foresee(
+        np.array([1, 3], np.int32)
+    ),
 }
 
 
