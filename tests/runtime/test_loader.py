@@ -100,3 +100,15 @@ def test_loaded_values_and_types(folder):
         wide = "norm" in name or ".mlp.gate." in name
         assert parameter.dtype == (torch.float32 if wide else torch.bfloat16), name
         assert not parameter.requires_grad
+
+
+def test_a_shard_that_shrinks_while_it_is_loaded(folder):
+    checkpoint = Checkpoint.open(folder)
+    shard = checkpoint.info("lm_head.weight").file
+    with shard.open("r+b") as file:
+        file.truncate(checkpoint.info("lm_head.weight").offset + 100)
+    with pytest.raises(CheckpointError, match=rf"{shard.name}: .*: the file ends at byte \d+, its header"):
+        load_backbone(checkpoint, None, torch.bfloat16)
+    shard.unlink()
+    with pytest.raises(CheckpointError, match="cannot be read: No such file"):
+        load_backbone(checkpoint, None, torch.bfloat16)
