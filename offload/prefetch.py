@@ -14,8 +14,8 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Protocol
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -72,6 +72,10 @@ class PrefetchReport:
     on: bool = True
     change: float | None = None
     why_off: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """All figures, and the recall."""
+        return asdict(self) | {"recall": self.recall}
 
     @property
     def recall(self) -> dict[int, float | None]:

@@ -81,6 +81,7 @@ def bench(options: BenchOptions, progress: Progress | None = None) -> BenchRepor
         prefill=prefill,
         decode=decode,
         notes=run.notes,
+        prefetch=rig.watch.prefetch(),
     )
 
 

@@ -26,6 +26,7 @@ from moebox.offload.floor import (
     backbone_bytes,
     decode_floor,
 )
+from moebox.offload.prefetch import PrefetchReport
 
 LAYER_FIELDS = (
     *("hits", "uploads", "part", "cpu", "cold"),
@@ -409,6 +410,7 @@ class BenchReport:
         prefill: a report per prompt length.
         decode: None where no tokens were asked for.
         notes: what was left out, and why.
+        prefetch: what decoding read ahead, warm-up included; None with a GPU, or all experts in memory.
     """
 
     subject: Subject
@@ -420,6 +422,7 @@ class BenchReport:
     prefill: list[PrefillReport]
     decode: DecodeReport | None
     notes: list[str] = field(default_factory=list)
+    prefetch: PrefetchReport | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, texts, lists and dicts; derived figures beside what they come from."""
@@ -437,6 +440,7 @@ class BenchReport:
             "prefill": [_prefill_dict(report) for report in self.prefill],
             "decode": None if self.decode is None else _decode_dict(self.decode),
             "notes": self.notes,
+            "prefetch": None if self.prefetch is None else self.prefetch.to_dict(),
         }
 
 

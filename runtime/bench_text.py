@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from moebox.offload.floor import GIGA, Ceilings
+from moebox.offload.prefetch import PrefetchReport
 from moebox.runtime.bench_report import BenchReport, DecodeReport, PrefillReport, Roads
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ def render_bench(report: BenchReport, console: Console) -> None:
         _prefill(prompt, report, console)
     if report.decode is not None:
         _decode(report.decode, report, console)
+    if report.prefetch is not None:
+        _line(console, _prefetch(report.prefetch))
     for note in report.notes:
         _line(console, f"note: {note}", "dim")
 
@@ -165,6 +168,17 @@ def _experts(decode: DecodeReport) -> str:
         if gbps is not None:
             text += f" at {gbps:.2f} GB/s" + (f" ({share:.0%} of the ceiling)" if share is not None else "")
     return text
+
+
+def _prefetch(report: PrefetchReport) -> str:
+    text = (
+        f"prefetch: {report.issued} reads ahead, {report.used} used, {report.late} late, {report.wrong} wrong"
+    )
+    text += f" ({report.wasted_bytes / GIGA:.3f} GB for nothing)"
+    recall = ", ".join(f"{share:.1%} at {n}" for n, share in report.recall.items() if share is not None)
+    if recall:
+        text += f"; recall by layers ahead: {recall}"
+    return f"{text}; off: {report.why_off}" if report.why_off else text
 
 
 def _mean_schedule_us(decode: DecodeReport) -> float:

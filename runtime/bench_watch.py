@@ -20,6 +20,7 @@ from moebox.offload.cpu_experts import CpuExperts
 from moebox.offload.device import Device, Event
 from moebox.offload.experts import Experts
 from moebox.offload.floor import GIGA, Ceilings, PrefillFloor, expert_flops, layer_flops, prefill_floor
+from moebox.offload.prefetch import Prefetcher, PrefetchReport
 from moebox.offload.roads import FIELDS
 from moebox.offload.tiers import TieredExperts
 from moebox.offload.trace import TraceRouting
@@ -42,6 +43,10 @@ class Watch(Experts, Protocol):
 
     def prefill_layers(self, ceilings: Ceilings) -> list[LayerWork]:
         """Each MoE layer of the prompt that has just gone through, all chunks together."""
+        ...
+
+    def prefetch(self) -> PrefetchReport | None:
+        """What was read ahead in all decoding so far; None: nothing can be."""
         ...
 
 
@@ -121,6 +126,11 @@ class CpuWatch:
         """See `Watch`."""
         return _by_layer(self._seen, self._config, ceilings)
 
+    def prefetch(self) -> PrefetchReport | None:
+        """See `Watch`."""
+        prefetcher = self._experts.prefetcher
+        return prefetcher.report() if isinstance(prefetcher, Prefetcher) else None
+
 
 class GpuWatch:
     """Over the tiers: marks on the compute stream, read when all is over. See `Watch`."""
@@ -165,6 +175,10 @@ class GpuWatch:
             seen.upload_s, seen.cpu_s = record.upload_s, record.cpu_s
             seen.cold, seen.read_s = record.cold, record.read_s
         return _by_layer(self._seen, self._config, ceilings)
+
+    def prefetch(self) -> PrefetchReport | None:
+        """See `Watch`."""
+        return None
 
 
 def _by_layer(seen: Sequence[_Seen], config: ModelConfig, ceilings: Ceilings) -> list[LayerWork]:

@@ -1,5 +1,6 @@
 """`moebox bench`: the report's arithmetic on made-up figures, budgets scaled with the depth, whole runs."""
 
+import io
 import json
 import math
 import sys
@@ -373,6 +374,24 @@ def test_bench_with_experts_on_disk(quick, tmp_path, monkeypatch):
     assert all(layer.floor.seconds >= s for layer, s in zip(prompt.layers, read_s, strict=True))
     assert report.plan[0].startswith("RAM: backbone")
     assert bench(replace(options, ram=None)).decode.in_memory == 1
+
+
+def test_bench_says_what_was_read_ahead(quick, tmp_path, monkeypatch):
+    folder = make_checkpoint(tmp_path / "model", n_routed_experts=32)
+    monkeypatch.setattr("moebox.runtime.bench._prompt_ids", lambda options, config, count: list(range(count)))
+    monkeypatch.setattr(ExpertStore, "measure_depth", lambda store: {"a drive": DriveSpeed({4: 2.5}, True)})
+    ram = budget_for_share(load_config(folder), torch.float32, "bf16", 64, 0.25)
+    options = BenchOptions(folder, prompt_tokens=(20,), decode_tokens=6, device="cpu", context=64, ram=ram)
+
+    report = bench(options)
+
+    prefetch = report.prefetch
+    assert prefetch.issued == prefetch.used + prefetch.late + prefetch.wrong > 0
+    assert report.to_dict()["prefetch"]["recall"] == prefetch.recall
+    console = Console(file=io.StringIO())
+    render_bench(report, console)
+    assert f"prefetch: {prefetch.issued} reads ahead, {prefetch.used} used" in console.file.getvalue()
+    assert bench(replace(options, prefetch=False)).prefetch is None
 
 
 def test_random_experts_are_in_ram_only(quick):
