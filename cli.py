@@ -367,10 +367,13 @@ def plan(model: str | None, as_json: bool, **options: Any) -> None:
 @click.option(
     "--policy",
     type=Names("decayed", "lru", "lfu", "belady"),
-    help="Who goes when a cache is full: decayed, lru, lfu, belady.  [default: decayed; all for --replay]",
+    default="decayed,lru,lfu,belady",
+    help="Who goes when a cache is full: decayed is what the tiers do, belady knows the future.",
 )
 @json_option
-def stats(as_json: bool, png: Path | None, budget: tuple[float, ...], policy: Any, **options: Any) -> None:
+def stats(
+    as_json: bool, png: Path | None, budget: tuple[float, ...], policy: tuple[str, ...], **options: Any
+) -> None:
     """Show which experts MODEL's router picks, where they live, and what caches would hit.
 
     The figures are those that running MODEL has left in the user's data folder. Nothing is loaded.

@@ -24,10 +24,8 @@ from moebox.offload.stats import RouterStatistics
 from moebox.offload.trace import RoutingTrace
 
 BUDGETS = (0.05, 0.1, 0.2, 0.5)
-OWN_POLICY = ("decayed",)
-"""What the tiers do: replayed for a model unless other policies are asked for."""
 
-REPLAYED_LAYER_STEPS = 12_000
+REPLAYED_LAYER_STEPS = 30_000
 """The replay of `moebox stats MODEL` takes as many of the last tokens as make so many steps of a layer."""
 
 Grid = npt.NDArray[np.float64]
@@ -44,7 +42,7 @@ class StatsOptions:
         merge: statistics files of other boxes to add first.
         replay: a trace to replay instead of what the model decoded last.
         budgets: shares of all experts that fit.
-        policies: of `offload/replay.py`; None: what the tiers do, or all of them for `replay`.
+        policies: of `offload/replay.py`.
     """
 
     model: Path | None
@@ -53,7 +51,7 @@ class StatsOptions:
     merge: tuple[Path, ...] = ()
     replay: Path | None = None
     budgets: tuple[float, ...] = BUDGETS
-    policies: tuple[str, ...] | None = None
+    policies: tuple[str, ...] = POLICIES
 
 
 @dataclass(frozen=True)
@@ -207,8 +205,7 @@ def load_counts(path: Path) -> RoutingCounts:
 
 def replay_trace(trace: RoutingTrace, options: StatsOptions) -> HitCurve:
     """The hit curve of `trace`, as `options` say."""
-    policies = options.policies or (OWN_POLICY if options.replay is None else POLICIES)
-    hits = hit_curve(trace, options.budgets, policies)
+    hits = hit_curve(trace, options.budgets, options.policies)
     return HitCurve(trace.source, trace.tokens, options.budgets, hits)
 
 

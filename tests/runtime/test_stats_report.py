@@ -79,7 +79,7 @@ def test_the_hit_curve_is_that_of_the_last_decoded_tokens(model, monkeypatch):
     curve = report_stats(StatsOptions(model, budgets=(0.3, 0.6))).curve
 
     assert curve.tokens == 100
-    assert curve.hits == hit_curve(RoutingTrace(ids[-100:], EXPERTS), (0.3, 0.6), ("decayed",))
+    assert curve.hits == hit_curve(RoutingTrace(ids[-100:], EXPERTS), (0.3, 0.6))
 
 
 def test_a_trace_is_replayed_without_the_model(tmp_path):
