@@ -51,8 +51,8 @@ class Store(Source, Protocol):
 
 @dataclass
 class CacheCounts:
-    """What happened so far: demands that found their expert in RAM, that a speculative read had begun, that
-    began a read of their own."""
+    """Demands so far: `hits` found their expert in RAM, for `foreseen` ones a speculative read had begun, and
+    `reads` began one of their own."""
 
     hits: int = 0
     foreseen: int = 0
@@ -100,7 +100,7 @@ class RamCache:
         """Forget what the rows hold, and read `keys` from the store, at the disk's speed.
 
         Args:
-            keys: at most as many as rows; those in front are the last that reading is begun for.
+            keys: at most as many as rows.
             progress: called with ("experts", bytes done, bytes in all).
 
         Raises:
