@@ -201,8 +201,9 @@ class _Work:
             self.chosen = sorted({expert for part in self.parts for expert in part.chosen})
         n_experts = experts.config.n_routed_experts
         self.keys = [moe * n_experts + expert for expert in self.chosen]
-        recent = None if len(ids) == 1 else recent_use(ids, n_experts)[self.chosen]
-        self.cache.use(np.array(self.keys, np.int32), recent)
+        if not self.cache.complete:
+            recent = None if len(ids) == 1 else recent_use(ids, n_experts)[self.chosen]
+            self.cache.use(np.array(self.keys, np.int32), recent)
         self.counts = LayerCounts()
 
     def decode(self) -> Tensor:
@@ -214,7 +215,8 @@ class _Work:
         self._demand(keys, len(cold))
         if self.prefetcher is not None:
             self.prefetcher.submitted(self.moe, hidden, self.chosen)
-        cache.foresee(keys)  # now, while the drive reads
+        if not cache.complete:
+            cache.foresee(keys)  # now, while the drive reads
         if cold:
             self._sum_in_order(cold)
         else:

@@ -155,6 +155,11 @@ class RamCache:
         """A decoded token's picks of one layer, used before: see `Residency.foresee`."""
         self.residency.foresee(np.array(keys, np.int32))
 
+    @property
+    def complete(self) -> bool:
+        """Whether all experts have a row for good, so that no score matters."""
+        return self.ram.n_rows == self.ram.n_keys
+
     def demand(self, *keys: int) -> None:
         """Keep the keys' rows from now on, and begin to read those that are missing.
 
