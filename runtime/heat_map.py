@@ -35,14 +35,22 @@ class Scale:
     ascii_shades: str
 
 
-USE_BOUNDS = (0.0, 0.5, 1.0, 2.0, 4.0)
+USE_BOUNDS = (0.0, 0.5, 0.8, 1.25, 2.0, 4.0)
 """Upper bounds of all levels of use but the last one, in uses of a layer's mean expert."""
 USE = Scale(
-    ("never", "up to half", "up to 1", "up to 2", "up to 4", "more"),
+    ("never", *(f"up to {bound:g}" for bound in USE_BOUNDS[1:]), "more"),
     # From matplotlib's magma (CC0), which grows evenly lighter.
-    ((24, 24, 27), (59, 15, 112), (140, 41, 129), (222, 73, 104), (254, 159, 109), (252, 253, 191)),
-    " ·░▒▓█",
-    " .:+#@",
+    (
+        (24, 24, 27),
+        (40, 17, 89),
+        (114, 31, 129),
+        (182, 54, 121),
+        (241, 96, 93),
+        (254, 175, 119),
+        (252, 253, 191),
+    ),
+    " ·:░▒▓█",
+    " .:-+#@",
 )
 PLACE_COLOURS: tuple[Colour, ...] = ((42, 47, 58), (38, 110, 142), (53, 183, 121), (253, 231, 37))
 """From the slowest place to the fastest; from viridis (CC0)."""

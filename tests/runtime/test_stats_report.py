@@ -164,7 +164,7 @@ def test_the_maps_are_drawn_with_characters_where_there_are_no_colours(model):
     lines = rendered(report_stats(StatsOptions(model))).splitlines()
 
     rows = [line for line in lines if line.startswith(("   1 ", "   2 "))]
-    assert rows[0] == "   1 " + "▓▓▓▓▓▓▓▓▒▒▒▒░░░░" + " " * 16
+    assert rows[0] == "   1 " + "▓▓▓▓▓▓▓▓▒▒▒▒::::" + " " * 16
     assert rows[1] == "   2 " + " " * 20 + "▓" * 12
     assert rows[2] == "   1 " + "█" * 8 + "▓" * 8 + "·" * 16
     assert rows[3] == "   2 " + "·" * 20 + "████▓▓▓▓▓▓▓▓"
@@ -219,8 +219,8 @@ def test_the_picture_shows_every_expert(tmp_path, layers, experts):
 
     picture = np.array(Image.open(tmp_path / "map.png"))
     width, height = stats_image.cell_pixels(layers, experts)
-    hottest, never = (np.all(picture == heat_map.USE.colours[level], axis=-1) for level in (5, 0))
-    lit = (hottest if experts > 8 else np.all(picture == heat_map.USE.colours[4], axis=-1)).sum()
+    hottest, never = (np.all(picture == heat_map.USE.colours[level], axis=-1) for level in (6, 0))
+    lit = (hottest if experts > 8 else np.all(picture == heat_map.USE.colours[5], axis=-1)).sum()
     assert lit >= 2 * layers * width * height
     assert never.sum() >= (experts - 2) * layers * width * height
 
