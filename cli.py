@@ -324,6 +324,7 @@ def doctor(model: Path | None, stores: tuple[Path, ...], deep: bool, as_json: bo
     type=click.Path(dir_okay=False, path_type=Path),
     help="Predict hits from a file of --record-trace.  [default: what is known of MODEL, or published]",
 )
+@store_option
 @json_option
 def plan(model: str | None, as_json: bool, **options: Any) -> None:
     """Say what goes where, how fast it will run and what would help most; nothing is loaded.
