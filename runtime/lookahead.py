@@ -1,10 +1,12 @@
 """What the next layers will probably pick: their own routers, asked with this layer's state.
 
 A layer adds little to the residual stream, so the next router sees nearly what this one has seen. On
-dialogues that tiny-k2 continues, the k likeliest experts are 78 % of the next layer's picks, and 67 % of
-those one layer on; of the picks that a cache of half the experts does not hold, 74 and 62 %. Neither the
-norms' ratio, nor the shared expert's output, nor the scores' mean difference, nor statistics of which expert
-follows which adds as much as half a point.
+3,611 tokens of dialogues, answers read in as a prompt, the k likeliest experts of tiny-k2 are 78 % of the
+next layer's picks, and 67 % of those one layer on; of the picks that a cache of half the experts does not
+hold, 74 and 62 %. The norms' ratio, the shared expert's output, the scores' mean difference and
+statistics of which expert follows which gain at most 0.6 points of the latter one layer ahead, and 1.6
+two layers ahead. A linear map that is fitted to the states gains 4 and 6, but has to be learned for each
+model.
 """
 
 from __future__ import annotations
