@@ -418,7 +418,8 @@ def test_vram_for_the_cpu_is_refused(quick):
 
 
 def test_command_prints_one_json_object(quick):
-    arguments = "bench --shape tiny --device cpu --prompt-tokens 4 --decode-tokens 2".split()
+    shape = ["--shape", "tiny", "--device", "cpu"]
+    arguments = ["bench", *shape, "--prompt-tokens", "4", "--decode-tokens", "2"]
 
     result = CliRunner().invoke(main_group, [*arguments, "--json"], catch_exceptions=False)
 
