@@ -47,7 +47,7 @@ SEED_SHARE = 0.25
 """Of the score that an expert has on average: what is used now soon counts more than what usually is."""
 
 Stamp = tuple[int, int, int]
-PlacementSource = Callable[[], npt.NDArray[np.uint8]]
+PlacementSource = Callable[[], npt.NDArray[np.uint8] | None]
 
 
 class RouterStatistics:
@@ -64,7 +64,7 @@ class RouterStatistics:
         self.identity = identity
         self.path = path
         self.placement: PlacementSource | None = None
-        """Gives where each expert lies, uint8 [L, E] of `counts.TIERS`, whenever the statistics are saved."""
+        """Asked when the statistics are saved: where each expert lies, uint8 [L, E] of `counts.TIERS`."""
         self._known = self._nothing()
         self._seen = RoutingTally(*identity.shape)
         self._stamp: Stamp | None = None
@@ -246,7 +246,8 @@ class RouterStatistics:
         self._said = True
 
     def _placement(self) -> Placement | None:
-        return Placement(self.placement(), time.time(), os.getpid()) if self.placement else None
+        tiers = self.placement() if self.placement else None
+        return None if tiers is None else Placement(tiers, time.time(), os.getpid())
 
 
 def check_model(counts: RoutingCounts, identity: ModelIdentity) -> None:

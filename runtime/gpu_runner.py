@@ -6,7 +6,6 @@ import logging
 import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -48,7 +47,8 @@ class GpuRunner:
         experts: the tiers.
         memory: lent to one session after the other.
         chunk_tokens: tokens that go through the model at once.
-        resources: what `close` closes; the end of the program does, too.
+        resources: what `close` closes; the runner's end does, too.
+        recorded: closed by `close` only, before the others.
     """
 
     def __init__(
@@ -59,6 +59,7 @@ class GpuRunner:
         memory: CacheMemory,
         chunk_tokens: int,
         resources: ExitStack | None = None,
+        recorded: ExitStack | None = None,
     ) -> None:
         model.connect(experts)
         self.model = model
@@ -70,7 +71,7 @@ class GpuRunner:
         self._inputs = device.pinned((2,), torch.int64)
         self._logits = device.pinned((model.config.vocab_size,), torch.float32)
         self._spare = [memory]
-        self._resources = resources or ExitStack()
+        self._resources, self._recorded = resources or ExitStack(), recorded or ExitStack()
         weakref.finalize(self, self._resources.close)
 
     def new_cache(self, context: int) -> KVCache:
@@ -157,6 +158,7 @@ class GpuRunner:
 
     def close(self) -> None:
         """See `Runner.close`."""
+        self._recorded.close()
         self._resources.close()
 
     def _release(self) -> None:
@@ -231,9 +233,9 @@ def load_on_gpu(name: str, checkpoint: Checkpoint, options: LoadOptions) -> tupl
 def _load_planned(checkpoint: Checkpoint, device: Device, plan: GpuPlan, options: LoadOptions) -> GpuRunner:
     config = checkpoint.config
     processor = GpuProcessor(device.torch_device, device.ops)
-    with ExitStack() as opened:
+    with ExitStack() as opened, ExitStack() as recorded:
         recording = open_recording(checkpoint, options.statistics, options.record_trace)
-        opened.callback(recording.close)
+        recorded.callback(recording.close)
         store = opened.enter_context(
             ExpertStore.open(checkpoint, options.stores, verify=options.verify_reads)
         )
@@ -245,10 +247,9 @@ def _load_planned(checkpoint: Checkpoint, device: Device, plan: GpuPlan, options
         experts = TieredExperts.build(config, device, pool, ram, plan.slots, plan.exclusive, store)
         experts.load(store, recording.statistics, options.progress)
         experts.recorder = recording.recorder
-        if recording.statistics is not None:
-            # No cycle: the end of the runner saves, and must not come in the middle of a garbage collection.
-            recording.statistics.placement = partial(TieredExperts.placement, weakref.proxy(experts))
-        return GpuRunner(model, device, experts, memory, plan.chunk_tokens, opened.pop_all())
+        recording.placed_by(experts)
+        chunk_tokens = plan.chunk_tokens
+        return GpuRunner(model, device, experts, memory, chunk_tokens, opened.pop_all(), recorded.pop_all())
 
 
 def _check_options(name: str, options: LoadOptions) -> None:

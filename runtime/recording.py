@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
 
 from moebox.errors import RequestError
 from moebox.offload.checkpoint import Checkpoint
@@ -12,9 +18,19 @@ from moebox.offload.record import RoutingRecorder, Sink, TraceSink
 from moebox.offload.stats import RouterStatistics
 
 
+class Placed(Protocol):
+    """Experts that can say where they lie."""
+
+    def placement(self) -> npt.NDArray[np.uint8]:
+        """uint8 [L, E] of `counts.TIERS`."""
+        ...
+
+
 @dataclass(frozen=True)
 class Recording:
-    """Who is told what the router picks; `close` saves it.
+    """Who is told what the router picks; `close` saves it, and so does the end of the program.
+
+    A garbage collection does not: it may come in the middle of anything, and saving is Python that must not.
 
     Attributes:
         statistics: of this model, from earlier runs and this one; None: not wanted.
@@ -24,8 +40,15 @@ class Recording:
     statistics: RouterStatistics | None = None
     recorder: RoutingRecorder | None = None
 
+    def placed_by(self, experts: Placed) -> None:
+        """Keep where `experts` lie, too, as long as they are there."""
+        if self.statistics is not None:
+            there = weakref.ref(experts)
+            self.statistics.placement = lambda: None if (living := there()) is None else living.placement()
+
     def close(self) -> None:
         """Save what was recorded."""
+        atexit.unregister(self.close)
         if self.recorder is not None:
             self.recorder.close()
 
@@ -46,7 +69,9 @@ def open_recording(checkpoint: Checkpoint, statistics: bool, record_trace: Path 
     sinks: list[Sink] = [] if known is None else [known]
     if record_trace is not None:
         sinks.append(_open_trace(record_trace, identity))
-    return Recording(known, RoutingRecorder(*identity.shape, sinks) if sinks else None)
+    recording = Recording(known, RoutingRecorder(*identity.shape, sinks) if sinks else None)
+    atexit.register(recording.close)
+    return recording
 
 
 def _open_trace(path: Path, identity: ModelIdentity) -> TraceSink:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
-from functools import partial
 from typing import Protocol
 
 import torch
@@ -91,7 +90,8 @@ class CpuRunner:
         pool: computes them.
         dtype: of the backbone.
         chunk_tokens: tokens that go through the model at once.
-        resources: what `close` closes; the end of the program does, too.
+        resources: what `close` closes; the runner's end does, too.
+        recorded: closed by `close` only, before the others.
     """
 
     def __init__(
@@ -101,12 +101,13 @@ class CpuRunner:
         dtype: torch.dtype,
         chunk_tokens: int = CHUNK_TOKENS,
         resources: ExitStack | None = None,
+        recorded: ExitStack | None = None,
     ) -> None:
         self.model = model
         self.dtype = dtype
         self.chunk_tokens = chunk_tokens
         self._pool = pool
-        self._resources = resources or ExitStack()
+        self._resources, self._recorded = resources or ExitStack(), recorded or ExitStack()
         weakref.finalize(self, self._resources.close)
 
     def new_cache(self, context: int) -> KVCache:
@@ -143,6 +144,7 @@ class CpuRunner:
 
     def close(self) -> None:
         """See `Runner.close`."""
+        self._recorded.close()
         self._resources.close()
 
 
@@ -158,9 +160,9 @@ def load_on_cpu(checkpoint: Checkpoint, options: LoadOptions) -> tuple[Runner, M
     plan = plan_memory(config, dtype, options.backbone, options.ram, options.context)
     return_large_blocks()
     pool = cpu.ThreadPool(options.threads)
-    with ExitStack() as opened:
+    with ExitStack() as opened, ExitStack() as recorded:
         recording = open_recording(checkpoint, options.statistics, options.record_trace)
-        opened.callback(recording.close)
+        recorded.callback(recording.close)
         store = ExpertStore.open(checkpoint, options.stores, verify=options.verify_reads)
         opened.callback(store.close)
         model = load_backbone(checkpoint, None, dtype, options.backbone, options.progress)
@@ -169,16 +171,14 @@ def load_on_cpu(checkpoint: Checkpoint, options: LoadOptions) -> tuple[Runner, M
         )
         opened.callback(experts.cache.abandon)
         experts.recorder = recording.recorder
-        if recording.statistics is not None:
-            # No cycle: the end of the runner saves, and must not come in the middle of a garbage collection.
-            recording.statistics.placement = partial(CpuExperts.placement, weakref.proxy(experts))
+        recording.placed_by(experts)
         if options.prefetch and not plan.experts_fit:
             guesses = GateLookahead(model)
             experts.prefetcher = Prefetcher(
                 experts.cache, guesses, recording.statistics, config.n_routed_experts
             )
         model.connect(experts)
-        return CpuRunner(model, pool, dtype, plan.chunk_tokens, opened.pop_all()), plan
+        return CpuRunner(model, pool, dtype, plan.chunk_tokens, opened.pop_all(), recorded.pop_all()), plan
 
 
 def default_dtype(config: ModelConfig, backbone: str) -> torch.dtype:

@@ -184,13 +184,20 @@ LEFT_OPEN = """
     model = moebox.load(folder, ram=int(ram), context=1024, record_trace=trace)
     model.generate("Hello", max_tokens=3, temperature=0.0)
 """
+DROPPED = """
+    import gc
+
+    del model
+    gc.collect()
+"""
 
 
-def test_the_end_of_the_program_closes_the_model(in_ram, folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize("script", [LEFT_OPEN, LEFT_OPEN + DROPPED], ids=["left open", "dropped"])
+def test_the_end_of_the_program_saves_what_was_recorded(in_ram, folder, tmp_path, monkeypatch, script):
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
     arguments = [str(folder), str(budget(in_ram, 0.5)), str(tmp_path / "trace.npz")]
     result = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(LEFT_OPEN), *arguments],
+        [sys.executable, "-c", textwrap.dedent(script), *arguments],
         capture_output=True,
         text=True,
         check=True,
