@@ -7,6 +7,7 @@ where memory is short.
 
 from __future__ import annotations
 
+import time
 from collections import OrderedDict
 from collections.abc import Sequence
 
@@ -24,12 +25,23 @@ from moebox.quantize.files import drop_cache, drop_mapped
 PARTS = ("gate_packed", "gate_scale", "up_packed", "up_scale", "down_packed", "down_scale")
 
 
+READ_AROUND_BYTES = 512 << 10
+"""What the system may have read on both sides of a page that was touched."""
+
+
 class PageCache:
-    """Holds the page cache to `limit` experts; a key is `moe * E + expert`."""
+    """Holds the page cache to `limit` experts; a key is `moe * E + expert`.
+
+    Attributes:
+        seconds: spent on that, which the system would do by itself.
+    """
 
     def __init__(self, tensors: Sequence[Sequence[TensorInfo]], limit: int) -> None:
         self._tensors, self._limit = tensors, limit
         self._recent: OrderedDict[int, None] = OrderedDict()
+        expert_bytes = sum(info.nbytes for info in tensors[0])
+        self._neighbours = READ_AROUND_BYTES // expert_bytes
+        self.seconds = 0.0
 
     def drop_all(self) -> None:
         """Forget every expert."""
@@ -38,12 +50,19 @@ class PageCache:
         self._recent.clear()
 
     def used(self, keys: Sequence[int]) -> None:
-        """These were read just now."""
+        """These were read just now, and some of their neighbours in the file perhaps with them."""
+        began_s = time.perf_counter()
+        near: set[int] = set()
         for key in keys:
+            if key not in self._recent:
+                near.update(range(key - self._neighbours, key + self._neighbours + 1))
             self._recent[key] = None
             self._recent.move_to_end(key)
         while len(self._recent) > self._limit:
-            self._drop(self._recent.popitem(last=False)[0])
+            near.add(self._recent.popitem(last=False)[0])
+        for key in near.intersection(range(len(self._tensors))).difference(self._recent):
+            self._drop(key)
+        self.seconds += time.perf_counter() - began_s
 
     def _drop(self, key: int) -> None:
         for info in self._tensors[key]:
