@@ -44,6 +44,8 @@ DECODE_S = 1.0
 PROMPT_TOKENS = 128
 COLD_S, COLD_LAYERS = 1.5, 8
 """How long, and how many layers at least, with experts missing."""
+BETWEEN_S = 0.002
+"""Between two of them, as attention would be: threads that sleep meanwhile take their time to wake."""
 FORGETTING_TOKENS = 1000
 """Many half-lives of an expert's score."""
 
@@ -110,6 +112,7 @@ def _cold_layers(experts: CpuExperts) -> tuple[float, float]:
         picks = generator.permutation(e)[: k + 1]
         for ids in (picks[:k], picks[-k:]):  # the second call finds all but one of the first one's
             chosen = torch.from_numpy(ids.copy())[None]
+            _keep_busy(BETWEEN_S)
             seconds = _seconds(partial(experts.forward, layer, chosen, weights, hidden))
             found[k if experts.last.cold > 1 else 1].append(seconds)
     return float(np.median(found[k] or found[1])), float(np.median(found[1] or found[k]))
@@ -202,6 +205,12 @@ class _Probe:
         self.runner.forward([1] * tokens, cache, last_only=True)
         layers = self.watch.prefill_layers(self.ceilings)
         return sum(layer.floor.seconds for layer in layers) / sum(layer.seconds for layer in layers)
+
+
+def _keep_busy(seconds: float) -> None:
+    until_s = time.perf_counter() + seconds
+    while time.perf_counter() < until_s:
+        pass
 
 
 def _fastest(call: Callable[[], object], repeats: int = 5) -> float:
