@@ -22,6 +22,7 @@ import itertools
 import json
 import mmap
 import os
+import random
 import shutil
 import statistics
 import tempfile
@@ -41,6 +42,7 @@ from moebox.demo import ASSETS, MODEL
 from moebox.kernels import cpu
 from moebox.offload.checkpoint import Checkpoint
 from moebox.offload.cpu_experts import CpuExperts
+from moebox.offload.experts import find_experts
 from moebox.offload.store import ExpertStore
 from moebox.quantize.convert import quantize
 from moebox.quantize.synth import synth
@@ -299,15 +301,10 @@ class PlainReads:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._nbytes = -(-checkpoint.config.expert_bytes // 4096) * 4096
-        shards = sorted({paths[0] for paths in checkpoint.shards.values()})
-        self._files = [os.open(path, os.O_RDONLY | os.O_DIRECT) for path in shards]
-        self._places = [
-            (file, offset)
-            for file in self._files
-            for offset in range(0, os.fstat(file).st_size - self._nbytes, self._nbytes)
-        ]
-        np.random.default_rng(0).shuffle(self._places)
-        self._next = itertools.cycle(self._places)
+        extents = [infos[0] for layer in find_experts(checkpoint).values() for infos in layer]
+        files = {info.file: os.open(info.file, os.O_RDONLY | os.O_DIRECT) for info in extents}
+        self._places = [(files[info.file], info.offset // 4096 * 4096) for info in extents]
+        self._random = random.Random(0)
 
     def gbps(self, way: tuple[int, int], seconds: float) -> float:
         """With so many reads under way, of so many bytes."""
@@ -323,9 +320,9 @@ class PlainReads:
         buffer.madvise(mmap.MADV_HUGEPAGE)
         view = memoryview(buffer)
         while time.perf_counter() < end_s:
-            file, offset = next(self._next)
+            file, offset = self._random.choice(self._places)
             for first in range(0, self._nbytes, nbytes):
-                os.preadv(file, [view[first : first + nbytes]], int(offset) + first)
+                os.preadv(file, [view[first : first + nbytes]], offset + first)
             count += 1
         return count
 
