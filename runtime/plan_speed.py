@@ -86,7 +86,7 @@ class Efficiency:
 _PREFILL = "prefill_"
 
 H200_BOX = Efficiency(
-    source="measured with one H200 and 16 Emerald Rapids cores (docs/benchmarks.md)",
+    source="measured with one H200 and 16 Emerald Rapids cores (docs/benchmarks.md); of the disk assumed",
     backbone=0.93,
     experts=0.65,
     roads=0.64,
@@ -103,7 +103,7 @@ Attention: 76 us for 115 MB of cache."""
 
 
 CPU_BOX = Efficiency(
-    source="experts as on 15 Emerald Rapids cores, all else as on two Skylake cores (docs/benchmarks.md)",
+    source="experts as on 15 Emerald Rapids cores (docs/benchmarks.md); all else assumed, not measured",
     backbone=0.6,
     experts=0.75,
     roads=H200_BOX.roads,
