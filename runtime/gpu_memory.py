@@ -64,17 +64,6 @@ class GpuPlan:
         parts = (self.backbone_bytes, self.kv_bytes, self.workspace_bytes, self.staging_bytes)
         return sum(parts) + RESERVE_BYTES
 
-    @property
-    def note(self) -> str:
-        """What a user may want to know of it, in a line."""
-        rest = "the others in RAM only" if self.exclusive else f"all {self.ram_rows:,} of them in RAM"
-        if self.cold:
-            rest = f"{self.ram_rows:,} in RAM; {self.cold:,} are read from disk as needed"
-        return (
-            f"GPU: backbone {gib(self.backbone_bytes)}, cache {gib(self.kv_bytes)} for {self.context:,} "
-            f"tokens, room for {self.slots:,} experts; {rest}"
-        )
-
 
 def plan_gpu_memory(
     config: ModelConfig,

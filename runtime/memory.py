@@ -83,17 +83,6 @@ class MemoryPlan:
         """All that the model takes: what a budget must hold."""
         return self.backbone_bytes + self.kv_bytes + self.workspace_bytes + self.experts_bytes
 
-    @property
-    def note(self) -> str:
-        """What a user may want to know of it, in a line: nothing where all is in RAM."""
-        if self.experts_fit:
-            return ""
-        return (
-            f"RAM: {self.rows:,} of {self.n_keys:,} experts ({gib(self.experts_bytes)}), the others are read "
-            f"from disk; backbone {gib(self.backbone_bytes)}, cache {gib(self.kv_bytes)} for "
-            f"{self.context:,} tokens, workspace {gib(self.workspace_bytes)}"
-        )
-
 
 def plan_memory(
     config: ModelConfig,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -237,7 +237,7 @@ class _Known:
         identity, ceilings = f"{cpu_identity()}; widths {_widths(self.config)}", self.ceilings()
         if ceilings is None:
             return None
-        part = self._figures("run", identity, lambda: _probe_cpu(self.config, ceilings))
+        part = self._figures("run", identity, lambda: _probe_cpu(self.config, ceilings), Efficiency.NAMES)
         if part is None:
             return None
         return Efficiency.from_figures(part.figures, f"measured on this box, {part.measured[:10]}")
@@ -248,11 +248,21 @@ class _Known:
         if self.device or not self.folders or n_keys(self.config) <= least_rows(self.config):
             return None
         identity = f"{'; '.join(self.drives)}; experts of {self.config.expert_bytes} bytes"
-        part = self._figures("run", identity, lambda: _probe_disk(self.folders))
+        names = {field.name for field in fields(ColdReads)}
+        part = self._figures("run", identity, lambda: _probe_disk(self.folders), names)
         return None if part is None else ColdReads(**part.figures)
 
-    def _figures(self, kind: Kind, identity: str, found: Callable[[], Mapping[str, float]]) -> Part | None:
+    def _figures(
+        self,
+        kind: Kind,
+        identity: str,
+        found: Callable[[], Mapping[str, float]],
+        names: Set[str] = frozenset(),
+    ) -> Part | None:
+        """What is known, or `found`; figures of another version, which lack a name, are measured again."""
         part = self.profile.find(kind, identity)
+        if part is not None and not names <= part.figures.keys():
+            part = None
         if part is not None or not self.measure:
             return part
         self.measured = True

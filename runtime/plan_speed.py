@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -55,6 +55,11 @@ class Efficiency:
     read_s: float
     prefill: tuple[tuple[int, float], ...]
 
+    NAMES: ClassVar[frozenset[str]] = frozenset(
+        ("backbone", "experts", "roads", "attention", "nvme", "layer_s", "token_s", "read_s")
+    )
+    """Figures that the machine's profile keeps, beside those of prompts."""
+
     def of_prefill_floor(self, tokens: int) -> float:
         """Part of the floor that a prompt of this length reaches: between known lengths by their ratio."""
         lengths, parts = zip(*self.prefill, strict=True)
@@ -66,21 +71,20 @@ class Efficiency:
 
     def figures(self) -> dict[str, float]:
         """What the machine's profile keeps; `from_figures` reads it."""
-        plain = {name: value for name, value in asdict(self).items() if name not in ("source", "prefill")}
+        plain = {name: value for name, value in asdict(self).items() if name in self.NAMES}
         return plain | {f"{_PREFILL}{tokens}": part for tokens, part in self.prefill}
 
     @classmethod
     def from_figures(cls, figures: Mapping[str, float], source: str) -> Efficiency | None:
         """What `figures` gave; None where one is missing, as in a profile of another version."""
-        names = {field.name for field in fields(cls)} - {"source", "prefill"}
         prefill = sorted(
             (int(name.removeprefix(_PREFILL)), part)
             for name, part in figures.items()
             if name.startswith(_PREFILL)
         )
-        if not names <= figures.keys() or not prefill:
+        if not figures.keys() >= cls.NAMES or not prefill:
             return None
-        return cls(source=source, prefill=tuple(prefill), **{name: figures[name] for name in names})
+        return cls(source=source, prefill=tuple(prefill), **{name: figures[name] for name in cls.NAMES})
 
 
 _PREFILL = "prefill_"

@@ -38,8 +38,6 @@ def test_an_80_gb_card():
     assert made.fixed_bytes + (made.slots + 1) * row_stride(K2) > 80 * GIB
     assert 0.07 < made.slots / n_keys(K2) < 0.1
     assert (made.ram_rows, made.exclusive) == (n_keys(K2), False)
-    assert "for 32,768 tokens" in made.note
-    assert "all 23,040 of them in RAM" in made.note
 
 
 def test_context_is_bounded_where_none_is_asked_for():
@@ -77,7 +75,7 @@ def test_ram_and_vram_hold_the_model_together():
     made = plan(TINY, ram=5 * row_stride(TINY), context=100)
     assert made.exclusive
     assert made.ram_rows == 5
-    assert "room for 20 experts; the others in RAM only" in made.note
+    assert made.slots == 20
 
 
 @pytest.mark.parametrize(
@@ -119,6 +117,5 @@ def test_what_fits_neither_is_read_from_disk():
     assert made.exclusive
     assert made.ram_rows == 300 * GIB // row_stride(K2)
     assert made.cold == n_keys(K2) - (made.ram_rows - spare) - (made.slots - K2.num_experts_per_tok)
-    assert f"{made.ram_rows:,} in RAM; {made.cold:,} are read from disk" in made.note
     together = plan(ram=530 * GIB, context=4096)
     assert (together.exclusive, together.cold) == (True, 0)

@@ -209,6 +209,22 @@ def test_without_measurements_the_line_has_no_speed(model):
     assert "tok/s" not in line
 
 
+def test_figures_of_another_version_are_measured_again(model, measured):
+    config = load_config(model)
+    find_box(BoxOptions(), config, [model])
+    profile = MachineProfile.load()
+    old = [key for key in profile.to_dict()["parts"] if key["kind"] == "run"]
+    assert len(old) == 2
+    for part in old:
+        profile.put("run", part["identity"], {"another": 1.0})
+    profile.save()
+    assert find_box(BoxOptions(), config, [model], measure=False) is None
+
+    box = find_box(BoxOptions(), config, [model])
+
+    assert box.efficiency.layer_s == 0.002
+
+
 def test_less_ram_is_never_faster(model, measured):
     config = load_config(model)
     box = find_box(BoxOptions(), config, [model])
