@@ -6,7 +6,7 @@
 Without `--model` a K2-shaped checkpoint of a few layers, with tiny-k2's vocabulary, is written to `--dir`,
 and deleted in the end. In each round the box is measured first, as if nothing were known of it; then all
 predictions are made, and then the budgets are run. Medians over rounds. Routing is a synthetic trace, and the
-plan's hits come from another trace of the same statistics; with `--routing model` it is the model's own, and
+plan's hits come from another one (another seed); with `--routing model` it is the model's own, and
 hits come from what its statistics know.
 
 Printed per budget: RAM, experts in RAM, hits and milliseconds a token, predicted and measured. The bar is a
