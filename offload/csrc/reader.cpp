@@ -208,10 +208,15 @@ void Reader::withdraw(Piece& piece) {
   }
 }
 
-// On `drive`, or on any.
+// On `drive`, or on any. Copies that were given up are asked when all others have failed: what ailed their
+// drive may be over.
 Reader::Copy* Reader::usable_copy(const Piece& piece, const Drive* drive) {
-  for (Copy& copy : piece.file->copies)
-    if (!copy.given_up && !(piece.tried & copy.bit) && (!drive || copy.drive == drive)) return &copy;
+  auto& copies = piece.file->copies;
+  const auto untried = [&](const Copy& copy) { return !(piece.tried & copy.bit); };
+  const bool in_use =
+      std::ranges::any_of(copies, [&](const Copy& copy) { return untried(copy) && !copy.given_up; });
+  for (Copy& copy : copies)
+    if (untried(copy) && copy.given_up != in_use && (!drive || copy.drive == drive)) return &copy;
   return nullptr;
 }
 
@@ -280,8 +285,12 @@ bool Reader::try_another_copy(const Task& task, const ReadFailure& failure) {
   Piece& piece = *task.piece;
   piece.tried |= task.copy->bit;
   if (!usable_copy(piece, nullptr)) return false;
-  if (!task.copy->given_up) given_up_.push_back(failure);
-  task.copy->given_up = true;
+  const bool others = std::ranges::any_of(
+      piece.file->copies, [&](const Copy& copy) { return &copy != task.copy && !copy.given_up; });
+  if (others && !task.copy->given_up) {
+    given_up_.push_back(failure);
+    task.copy->given_up = true;
+  }
   enqueue(piece, true);
   return true;
 }

@@ -191,7 +191,7 @@ def test_both_drives_fail(folder, other_drive, expected):
         with pytest.raises(CheckpointError, match=r"safetensors: model\.layers"):
             read_all(store)
     with open_store(folder, other_drive) as store:
-        # The last copy of a file is not given up: once its drive answers again, reading goes on.
+        # Whichever copy was given up: the one whose drive answers again is read.
         store.reader.inject(str(folder), "error", errno.ENODEV)
         store.reader.inject(str(other_drive), "error", errno.EIO, count=1)
         with pytest.raises(CheckpointError):
