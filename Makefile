@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 NATIVE := CMakeLists.txt $(wildcard kernels/csrc/* offload/csrc/*)
 SOURCES := $(wildcard kernels/csrc/*.cpp kernels/csrc/*.h offload/csrc/*.cpp offload/csrc/*.h)
-PARTS := cli.py demo.py quantize runtime offload kernels src examples benchmarks tests docs
+PARTS := cli.py demo.py quantize runtime offload kernels cost src examples benchmarks tests docs
 
 .PHONY: demo test lint format docs bench clean
 

@@ -1,0 +1,1 @@
+"""What tokens cost: the ledger of requests, their energy, prices, and the report."""

@@ -1,0 +1,92 @@
+"""What one request used: the row of the ledger, and what passes between runtime and `cost`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Source = Literal["gpu", "cpu", "dram"]
+SOURCES: tuple[Source, ...] = ("gpu", "cpu", "dram")
+
+Method = Literal["counter", "power", "estimated"]
+"""How joules were obtained: from an energy counter (NVML, RAPL), as NVML's power times time, or from the
+stated model of idle and per-core watts."""
+
+
+@dataclass(frozen=True)
+class Joules:
+    """Energy of one source, and how it was obtained; a mixture counts as its least certain part."""
+
+    source: Source
+    joules: float
+    method: Method
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Where a request's experts were found, and what moved for them.
+
+    Attributes:
+        gpu_hits, ram_hits, disk_hits: experts used, each counted once per layer and pass, by where they lay.
+        pcie_bytes: weights uploaded.
+        cpu_bytes: weights that the CPU computed with where they lay.
+        disk_bytes: weights read from drives.
+    """
+
+    gpu_hits: int = 0
+    ram_hits: int = 0
+    disk_hits: int = 0
+    pcie_bytes: int = 0
+    cpu_bytes: int = 0
+    disk_bytes: int = 0
+
+    def __sub__(self, before: Traffic) -> Traffic:
+        """What came since `before`, where both are running totals."""
+        return Traffic(*(getattr(self, name) - getattr(before, name) for name in TRAFFIC_FIELDS))
+
+    def __add__(self, other: Traffic) -> Traffic:
+        return Traffic(*(getattr(self, name) + getattr(other, name) for name in TRAFFIC_FIELDS))
+
+
+TRAFFIC_FIELDS = tuple(Traffic.__dataclass_fields__)
+
+
+@dataclass(frozen=True)
+class Usage:
+    """One request. Neither its prompt nor its answer is part of it.
+
+    Attributes:
+        id: unique, so that no row is written twice.
+        begun_s: Unix time.
+        model: the checkpoint folder's name.
+        user: who asked: the login name, or the name of an API key.
+        prompt_tokens: of the whole prompt; `cached_tokens` of them were held from an earlier request.
+        completion_tokens: generated.
+        queue_s, prefill_s, decode_s: waited, spent on the prompt, spent on the answer.
+        finish_reason: as in `Stats`.
+        energy: at most one entry per source.
+    """
+
+    id: str
+    begun_s: float
+    model: str
+    user: str
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    queue_s: float
+    prefill_s: float
+    decode_s: float
+    finish_reason: str
+    energy: tuple[Joules, ...] = ()
+    traffic: Traffic = field(default_factory=Traffic)
+
+    @property
+    def joules(self) -> float:
+        """Of all sources."""
+        return sum(part.joules for part in self.energy)
+
+    @property
+    def computed_tokens(self) -> int:
+        """Tokens that were computed: of the prompt what was not cached, and the answer."""
+        return self.prompt_tokens - self.cached_tokens + self.completion_tokens
