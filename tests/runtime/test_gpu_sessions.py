@@ -93,9 +93,10 @@ def test_no_memory_for_another_cache(engine, monkeypatch):
     def full(*_args):
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(device, "empty", full)
-    with pytest.raises(RequestError, match="no GPU memory for the cache of another conversation"):
-        engine.session()
+    with monkeypatch.context() as patch:
+        patch.setattr(device, "empty", full)
+        with pytest.raises(RequestError, match="no GPU memory for the cache of another conversation"):
+            engine.session()
     assert first.prefill(TOKENS[:2]).isfinite().all()
 
 
