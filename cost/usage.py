@@ -90,3 +90,23 @@ class Usage:
     def computed_tokens(self) -> int:
         """Tokens that were computed: of the prompt what was not cached, and the answer."""
         return self.prompt_tokens - self.cached_tokens + self.completion_tokens
+
+
+@dataclass(frozen=True)
+class IdleSpell:
+    """A time in which a model was loaded and no request was open, and what the box drew in it.
+
+    Attributes:
+        begun_s: Unix time.
+        seconds: how long it was.
+        energy: at most one entry per source.
+    """
+
+    begun_s: float
+    seconds: float
+    energy: tuple[Joules, ...]
+
+    @property
+    def joules(self) -> float:
+        """Of all sources."""
+        return sum(part.joules for part in self.energy)
