@@ -5,6 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from moebox.offload.traffic import TRAFFIC_FIELDS, Traffic
+
+__all__ = ["SOURCES", "TRAFFIC_FIELDS", "IdleSpell", "Joules", "Method", "Source", "Traffic", "Usage"]
+
 Source = Literal["gpu", "cpu", "dram"]
 SOURCES: tuple[Source, ...] = ("gpu", "cpu", "dram")
 
@@ -20,35 +24,6 @@ class Joules:
     source: Source
     joules: float
     method: Method
-
-
-@dataclass(frozen=True)
-class Traffic:
-    """Where a request's experts were found, and what moved for them.
-
-    Attributes:
-        gpu_hits, ram_hits, disk_hits: experts used, each counted once per layer and pass, by where they lay.
-        pcie_bytes: weights uploaded.
-        cpu_bytes: weights that the CPU computed with where they lay.
-        disk_bytes: weights read from drives.
-    """
-
-    gpu_hits: int = 0
-    ram_hits: int = 0
-    disk_hits: int = 0
-    pcie_bytes: int = 0
-    cpu_bytes: int = 0
-    disk_bytes: int = 0
-
-    def __sub__(self, before: Traffic) -> Traffic:
-        """What came since `before`, where both are running totals."""
-        return Traffic(*(getattr(self, name) - getattr(before, name) for name in TRAFFIC_FIELDS))
-
-    def __add__(self, other: Traffic) -> Traffic:
-        return Traffic(*(getattr(self, name) + getattr(other, name) for name in TRAFFIC_FIELDS))
-
-
-TRAFFIC_FIELDS = tuple(Traffic.__dataclass_fields__)
 
 
 @dataclass(frozen=True)
