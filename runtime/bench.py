@@ -18,6 +18,7 @@ from moebox.errors import RequestError
 from moebox.offload.device import Device, open_device
 from moebox.offload.floor import Ceilings
 from moebox.offload.hardware import cpu_name
+from moebox.offload.ram import RamTier
 from moebox.offload.trace import RoutingTrace, TraceRouting, synthetic_trace
 from moebox.runtime.bench_report import (
     BenchReport,
@@ -46,12 +47,15 @@ CPU_WARMUP_TOKENS = 2
 SEED = 0
 
 
-def bench(options: BenchOptions, progress: Progress | None = None) -> BenchReport:
+def bench(
+    options: BenchOptions, progress: Progress | None = None, filled: RamTier | None = None
+) -> BenchReport:
     """Measure a checkpoint or a random model.
 
     Args:
         options: what and how.
         progress: called with (stage, bytes done, bytes in all) while loading.
+        filled: all random experts of a shape on a GPU, in RAM already; see `shape_rig`.
 
     Raises:
         MoeboxError: as `Engine.load`; a trace that does not fit; a context that is too small.
@@ -66,7 +70,7 @@ def bench(options: BenchOptions, progress: Progress | None = None) -> BenchRepor
     if options.model is not None:
         rig = checkpoint_rig(options.model, options, name, routing, progress)
     else:
-        rig = shape_rig((config, full), options, device, pool, routing, progress)
+        rig = shape_rig((config, full), options, device, pool, routing, progress, filled)
     ceilings = replace(ceilings, nvme_gbps=rig.nvme_gbps)
     run = _Run(rig, options, ceilings, device)
     with torch.inference_mode():

@@ -163,8 +163,12 @@ def shape_rig(
     pool: cpu.ThreadPool,
     routing: TraceRouting | None,
     progress: Progress | None,
+    filled: RamTier | None = None,
 ) -> Rig:
     """Make a random model; `configs` are the depth to run and the depth that budgets are for.
+
+    Args:
+        filled: rows that hold all random experts of the run already, for runs with several budgets.
 
     Raises:
         PlanError: with the numbers, when it does not fit.
@@ -174,13 +178,17 @@ def shape_rig(
     subject = Subject(name, config, len(full.moe_layers))
     if device is None:
         return _cpu_rig(subject, pool, options, routing, progress)
-    share = scale_budgets(config, full, options, device.free_vram_bytes(), available_ram_bytes())
+    free_ram = available_ram_bytes() + (0 if filled is None else filled.slab.nbytes)
+    share = scale_budgets(config, full, options, device.free_vram_bytes(), free_ram)
+    if filled is not None and share.exclusive:
+        raise PlanError("a RAM budget below all experts, but RAM holds them all", "Leave the RAM budget out.")
     processor = GpuProcessor(device.torch_device, device.ops)
     model = synthetic_model(config, torch.bfloat16, processor)
     memory = CacheMemory(model, device, share.context)
-    ram = RamTier(config, share.rows, device, progress)
+    ram = RamTier(config, share.rows, device, progress) if filled is None else filled
     experts = TieredExperts.build(config, device, pool, ram, share.slots, share.exclusive)
-    experts.fill_synthetic()
+    if filled is None:
+        experts.fill_synthetic()
     runner = GpuRunner(model, device, experts, memory, share.chunk_tokens)
     watch = GpuWatch(experts, config, routing)
     model.connect(watch)
@@ -261,6 +269,7 @@ def scale_budgets(
     passing = min(full_slots, full.num_experts_per_tok)  # free for a layer's uploads, at any depth
     slots = passing + _scaled(full_slots - passing, keys, full_keys)
     rows = _scaled(plan.ram_rows, keys, full_keys)
+    _check_held(rows + (slots - passing if plan.exclusive else 0), keys)
     _check_ram(config, rows, free_ram)
     vram = free_vram if options.vram is None else options.vram
     lines = _plan_lines(plan, full_slots - passing, full_keys, vram)
@@ -282,6 +291,15 @@ def _plan_lines(plan: GpuPlan, lasting: int, keys: int, vram: int) -> list[str]:
         f"whole model in {gib(vram)} of GPU memory: {describe_fixed(plan)}",
         f"what is left keeps {lasting:,} of {keys:,} experts ({lasting / keys:.1%})",
     ]
+
+
+def _check_held(held: int, keys: int) -> None:
+    if held < keys:
+        raise PlanError(
+            f"the budgets hold {held:,} of {keys:,} random experts, which lie nowhere else",
+            "Give more --ram or --vram, or measure the disk with a checkpoint: `moebox synth DST --format "
+            "int4`, then `moebox bench DST`.",
+        )
 
 
 def _check_ram(config: ModelConfig, rows: int, free_ram: int) -> None:

@@ -18,6 +18,7 @@ from moebox.cli import main_group
 from moebox.config import load_config
 from moebox.errors import PlanError, RequestError
 from moebox.kernels import cpu
+from moebox.offload.device import open_device
 from moebox.offload.drive_speed import DriveSpeed
 from moebox.offload.floor import Ceilings, PrefillFloor
 from moebox.offload.ram import RamTier
@@ -264,6 +265,11 @@ def test_run_that_does_not_fit_the_machine_is_refused():
         share_of(BenchOptions(), free_ram=60 * GIB)
 
 
+def test_budgets_that_do_not_hold_all_random_experts_are_refused_before_memory_is_taken():
+    with pytest.raises(PlanError, match=r"hold [\d,]+ of 3,072 random experts.*\n.*moebox synth"):
+        share_of(BenchOptions(vram=80 * GIB, ram=300 * GIB, context=4096))
+
+
 def test_whole_model_that_does_not_fit_the_budget_is_refused():
     with pytest.raises(PlanError, match="before the first expert"):
         share_of(BenchOptions(vram=10 * GIB))
@@ -329,6 +335,20 @@ def test_bench_on_the_stand_in_sends_every_pick_down_one_road(quick):
     assert report.decode.hit_rate > 0.3
     assert report.ceilings.has_gpu
     assert report.residents["slots"] >= 16
+
+
+def test_bench_on_rows_that_were_filled_before(quick):
+    device = open_device("stand-in")
+    ram = RamTier(shape_config("tiny"), device=device)
+    ram.fill_synthetic()
+    bytes_before = ram.slab.clone()
+
+    budgets = [bench(replace(TINY, device="stand-in", vram=vram), filled=ram) for vram in (0, None)]
+
+    assert [report.decode.hit_rate > 0.3 for report in budgets] == [False, True]
+    assert torch.equal(ram.slab, bytes_before)
+    with pytest.raises(PlanError, match="RAM holds them all"):
+        bench(replace(TINY, device="stand-in", ram=8 * ram.stride), filled=ram)
 
 
 def test_bench_without_slots_has_no_hits(quick):
