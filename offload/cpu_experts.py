@@ -29,6 +29,7 @@ from moebox.offload.ram import RamTier
 from moebox.offload.ram_cache import RamCache, Store
 from moebox.offload.record import RoutingRecorder
 from moebox.offload.stats import RouterStatistics
+from moebox.offload.traffic import Traffic
 
 Floats = npt.NDArray[np.float32]
 
@@ -84,6 +85,7 @@ class CpuExperts:
         self.prefetcher: Foresight | None = None
         self.part_tokens = PART_TOKENS
         self.last = LayerCounts()
+        self._hits = self._cold = 0
 
     @classmethod
     def load(
@@ -127,6 +129,16 @@ class CpuExperts:
         """Seconds in which the drive that was busy longest had something to read, since loading began."""
         return self.cache.store.traffic().busy_s if self.cache.store is not None else 0.0
 
+    def traffic(self) -> Traffic:
+        """See `Experts.traffic`."""
+        store, n = self.cache.store, self._hits + self._cold
+        return Traffic(
+            ram_hits=self._hits,
+            disk_hits=self._cold,
+            cpu_bytes=n * self.config.expert_bytes,
+            disk_bytes=0 if store is None else store.traffic().nbytes,
+        )
+
     def placement(self) -> npt.NDArray[np.uint8]:
         """Where each expert lies: uint8 [L, E] of `counts.TIERS`."""
         in_ram = [self.cache.resident(key) for key in range(self.cache.ram.n_keys)]
@@ -152,6 +164,9 @@ class CpuExperts:
         except BaseException:
             self.cache.abandon()
             raise
+        finally:
+            self._hits += work.counts.hits
+            self._cold += work.counts.cold
 
 
 class _Part:

@@ -66,10 +66,15 @@ class EarlyGroup:
 
 
 class EarlyUploads:
-    """At most one layer's early uploads, from `start` until `take` or `settle`."""
+    """At most one layer's early uploads, from `start` until `take` or `settle`.
+
+    Attributes:
+        uploaded: experts so far, used or not.
+    """
 
     def __init__(self, device: Device, ram: RamTier, gpu: GpuTier, ring: Ring) -> None:
         self._device, self._ram, self._gpu, self._ring = device, ram, gpu, ring
+        self.uploaded = 0
         self._groups: list[EarlyGroup] = []
 
     def start(self, keys: range) -> None:
@@ -100,6 +105,7 @@ class EarlyUploads:
         uploads, turn = self._device.uploads, self._ring.enter(self._device.uploads)
         begin = uploads.record()
         slots = {key: self._ring.slot(turn, place) for place, key in enumerate(keys)}
+        self.uploaded += len(slots)
         uploads.copy_all(
             [(self._gpu.slab[slot], self._ram.slab[int(self._ram.rows[key])]) for key, slot in slots.items()]
         )

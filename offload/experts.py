@@ -26,6 +26,7 @@ from moebox.offload.layout import (
     check_extents,
     load_manifest,
 )
+from moebox.offload.traffic import Traffic
 
 log = logging.getLogger("moebox")
 
@@ -51,6 +52,10 @@ class Experts(Protocol):
         Returns:
             fp32 [T, H]: `sum_j weights[t, j] * expert[expert_ids[t, j]](hidden[t])`.
         """
+        ...
+
+    def traffic(self) -> Traffic:
+        """Where experts were found and what moved since loading began; differences count."""
         ...
 
 

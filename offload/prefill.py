@@ -35,6 +35,7 @@ from moebox.offload.ram import RamTier
 from moebox.offload.record import RoutingRecorder
 from moebox.offload.split import RoadCosts, cpu_share, two_roads_s
 from moebox.offload.staging import LayerRecord, Staging
+from moebox.offload.traffic import Traffic
 
 BATCH_S = 6e-3
 """What the CPU takes at once: long against the cost of a look, short against a layer."""
@@ -82,6 +83,7 @@ class PrefillRoads:
         self.cpu_thread = ThreadPoolExecutor(1, "moebox-prefill")
         self.ring = Ring(gpu)
         self.early = EarlyUploads(device, ram, gpu, self.ring)
+        self._traffic = Traffic()
         self._staging: Staging | None = None
         self._last: _Layer | None = None
 
@@ -111,9 +113,14 @@ class PrefillRoads:
             current.abandon()
             raise
         self._last = current
+        self._traffic += current.record.traffic
         if self.recorder is not None:
             self.recorder.layer(layer, staging.ids[: len(hidden)].numpy())
         return out
+
+    def traffic(self) -> Traffic:
+        """Of all layers so far, without what was read from disk; see `Experts.traffic`."""
+        return self._traffic + Traffic(pcie_bytes=self.early.uploaded * self.costs.expert_bytes)
 
     def settle(self) -> None:
         """Wait for the last layer, so that RAM, cache and records are as they will stay.

@@ -8,6 +8,7 @@ import torch
 
 from moebox.offload.device import Device
 from moebox.offload.early import GROUP
+from moebox.offload.traffic import Traffic
 
 TABLE = 2 * GROUP + 1
 """int32 words that tell the GPU of a group: slots, then offsets."""
@@ -50,6 +51,17 @@ class LayerRecord:
     read_s: float = 0.0
     host_s: float = 0.0
     floor_s: float = 0.0
+
+    @property
+    def traffic(self) -> Traffic:
+        """What moved within the layer: early uploads, used or not, and reads are not part of it."""
+        return Traffic(
+            gpu_hits=self.residents,
+            ram_hits=self.uploads + self.cpu - self.cold,
+            disk_hits=self.cold,
+            pcie_bytes=(self.uploads - self.early) * self.expert_bytes,
+            cpu_bytes=self.cpu * self.expert_bytes,
+        )
 
     @property
     def pcie_gbps(self) -> float:

@@ -26,12 +26,17 @@ from moebox.offload.mailbox import Mailbox
 from moebox.offload.prefill import PrefillRoads
 from moebox.offload.ram import RamTier, Source, SyntheticSource
 from moebox.offload.record import RoutingRecorder
-from moebox.offload.roads import DecodeRoads, Residency
+from moebox.offload.roads import FIELDS, DecodeRoads, Residency
 from moebox.offload.self_check import check_expert_kernels
 from moebox.offload.store import ExpertStore
+from moebox.offload.traffic import Traffic
 
 if TYPE_CHECKING:
     from moebox.offload.stats import RouterStatistics
+
+
+_DECODED = ("hits", "uploads", "part", "cpu", "cold")
+_COLUMNS = [FIELDS.index(name) for name in _DECODED]
 
 
 class Routing(Protocol):
@@ -82,6 +87,7 @@ class TieredExperts:
             device, len(config.moe_layers), config.num_experts_per_tok, config.hidden_size
         )
         self.roads = self._decode_roads()
+        self._decoded = np.zeros(len(_DECODED))
 
     @classmethod
     def build(
@@ -204,8 +210,23 @@ class TieredExperts:
         ids = None if self.routing is None else self.routing.decode()
         with nullcontext() if self.cold is None else self.cold.reads():
             self.roads.run_token(ids, timeout_s)
+        self._decoded += self.roads.stats[:, _COLUMNS].sum(axis=0)
         if self.recorder is not None:
             self.recorder.token((self.mailbox.ids if ids is None else ids).numpy())
+
+    def traffic(self) -> Traffic:
+        """See `Experts.traffic`. A token that failed is not counted."""
+        hits, uploads, part, cpu, cold = self._decoded.tolist()
+        nbytes = self.config.expert_bytes
+        decoded = Traffic(
+            gpu_hits=round(hits),
+            ram_hits=round(uploads + part + cpu),
+            disk_hits=round(cold),
+            pcie_bytes=round((uploads + part) * nbytes),
+            cpu_bytes=round((cpu + cold) * nbytes),
+            disk_bytes=0 if self.cold is None else self.cold.store.traffic().nbytes,
+        )
+        return decoded + self.prefill.traffic()
 
     @property
     def recorder(self) -> RoutingRecorder | None:

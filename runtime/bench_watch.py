@@ -24,6 +24,7 @@ from moebox.offload.prefetch import Prefetcher, PrefetchReport
 from moebox.offload.roads import FIELDS
 from moebox.offload.tiers import TieredExperts
 from moebox.offload.trace import TraceRouting
+from moebox.offload.traffic import Traffic
 from moebox.runtime.bench_report import LAYER_FIELDS, LayerWork, Samples
 
 NAN = float("nan")
@@ -106,6 +107,10 @@ class CpuWatch:
         self._ended_s = time.perf_counter()
         return out
 
+    def traffic(self) -> Traffic:
+        """See `Experts.traffic`."""
+        return self._experts.traffic()
+
     def decode_layers(self) -> Samples:
         """See `Watch`."""
         rows = [
@@ -158,6 +163,10 @@ class GpuWatch:
         self._seen.append(_Seen(moe, ids, resident=resident))
         self._marks.append(self._device.mark())
         return out
+
+    def traffic(self) -> Traffic:
+        """See `Experts.traffic`."""
+        return self._experts.traffic()
 
     def decode_layers(self) -> Samples:
         """See `Watch`."""

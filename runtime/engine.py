@@ -14,6 +14,7 @@ from torch import Tensor
 from moebox.config import ModelConfig
 from moebox.errors import MoeboxError, PlanError, RequestError
 from moebox.offload.checkpoint import Checkpoint
+from moebox.offload.traffic import Traffic
 from moebox.runtime import backbone as precision
 from moebox.runtime.kv_cache import bytes_per_token
 from moebox.runtime.loader import LoadOptions, Progress, check_names, check_quantized, stored_bytes
@@ -128,6 +129,10 @@ class Engine:
         load_runner = load_on_cpu if name == "cpu" else partial(_load_on_gpu, name)
         runner, plan = load_runner(checkpoint, options)
         return cls(checkpoint, runner, plan)
+
+    def traffic(self) -> Traffic:
+        """Where experts were found and what moved since loading began; differences count."""
+        return self.runner.traffic()
 
     def close(self) -> None:
         """End reads, and save what was learned of the routing; the model computes nothing afterwards."""

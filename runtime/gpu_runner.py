@@ -19,6 +19,7 @@ from moebox.offload.hardware import available_ram_bytes
 from moebox.offload.ram import RamTier
 from moebox.offload.store import ExpertStore
 from moebox.offload.tiers import TieredExperts
+from moebox.offload.traffic import Traffic
 from moebox.runtime.decode_program import DecodeProgram
 from moebox.runtime.gpu_memory import GpuPlan, plan_gpu_memory
 from moebox.runtime.kv_cache import KVCache
@@ -155,6 +156,10 @@ class GpuRunner:
         launch.finish()
         cache.commit([token])
         return self._logits.clone()
+
+    def traffic(self) -> Traffic:
+        """See `Runner.traffic`."""
+        return self.experts.traffic()
 
     def close(self) -> None:
         """See `Runner.close`."""

@@ -122,6 +122,13 @@ class KimiK2(nn.Module):
         cache.commit(token_ids)
         return normed
 
+    @property
+    def experts(self) -> Experts:
+        """Who computes the routed experts."""
+        found = next(layer.mlp.experts for layer in self.model.layers if isinstance(layer.mlp, MoE))
+        assert found is not None, "KimiK2.connect comes first"
+        return found
+
     def connect(self, experts: Experts) -> None:
         """Let `experts` compute the routed experts from here on."""
         for layer in self.model.layers:

@@ -17,6 +17,7 @@ from moebox.offload.checkpoint import Checkpoint
 from moebox.offload.cpu_experts import CpuExperts
 from moebox.offload.prefetch import Prefetcher
 from moebox.offload.store import ExpertStore
+from moebox.offload.traffic import Traffic
 from moebox.runtime.backbone import planned_bytes
 from moebox.runtime.kv_cache import KVCache
 from moebox.runtime.linear import native_bf16
@@ -75,6 +76,10 @@ class Runner(Protocol):
         Returns:
             fp32 [T, vocab_size] on the CPU, or [1, vocab_size] of the last.
         """
+        ...
+
+    def traffic(self) -> Traffic:
+        """Where experts were found and what moved since loading began; differences count."""
         ...
 
     def close(self) -> None:
@@ -141,6 +146,10 @@ class CpuRunner:
         """Of torch: waking them for a small product takes longer than the product."""
         large = count * self.model.config.hidden_size**2 >= MULTITHREADED_FROM
         return self._pool.threads if large else 1
+
+    def traffic(self) -> Traffic:
+        """See `Runner.traffic`."""
+        return self.model.experts.traffic()
 
     def close(self) -> None:
         """See `Runner.close`."""
