@@ -36,9 +36,17 @@ class DeviceError(MoeboxError):
     """A GPU, its driver or its copies failed, or stopped answering."""
 
 
+class PricesError(MoeboxError):
+    """A price, a file of prices or the name of a hosted model cannot be used."""
+
+
 class BusyError(MoeboxError):
     """Another process is writing the same destination."""
 
 
 class RequestError(MoeboxError):
     """A prompt, message list or sampling option that cannot be served, e.g. context overflow."""
+
+
+class LedgerError(MoeboxError):
+    """The ledger of requests is missing, damaged, of a newer moebox, not a ledger, or cannot be written."""

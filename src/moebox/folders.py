@@ -11,6 +11,11 @@ def data_folder() -> Path:
     return _base("XDG_DATA_HOME", ".local/share")
 
 
+def config_folder() -> Path:
+    """What the user sets, such as prices (`XDG_CONFIG_HOME`). Not created here."""
+    return _base("XDG_CONFIG_HOME", ".config")
+
+
 def state_folder() -> Path:
     """What a program remembers of its user, such as a history (`XDG_STATE_HOME`). Not created here."""
     return _base("XDG_STATE_HOME", ".local/state")
