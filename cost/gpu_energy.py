@@ -1,0 +1,148 @@
+"""Energy of an NVIDIA GPU: NVML's total-energy counter, with power times time between its steps."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, Protocol
+
+import torch
+
+from moebox.cost.usage import Method, Source
+from moebox.errors import DeviceError
+
+log = logging.getLogger("moebox")
+
+STEP_S = 0.1
+"""The counter steps about ten times a second."""
+SHORT_S = 10 * STEP_S
+"""From here on what power times time fills in at both ends, half a step each, is below a tenth."""
+
+
+class GpuReader(Protocol):
+    """What a GPU says about itself; both raise `DeviceError` where it stops answering."""
+
+    def millijoules(self) -> int:
+        """The counter: energy since the driver was loaded."""
+
+    def watts(self) -> float:
+        """Power now."""
+
+
+class GpuEnergy:
+    """Joules between any two moments from a counter that steps, so that short windows get their share.
+
+    The counter lags by at most a step. Within a step, power times time goes on from the last estimate, held
+    between the counter and the counter plus a step's energy; over more than a step, the counter and half a
+    step's energy, which is where it stands on average. So what one window gets too much the next gets too
+    little, and the sum over any time is the counter's difference to within one step.
+
+    Args:
+        reader: the GPU.
+        clock: seconds that only grow.
+    """
+
+    source: Source = "gpu"
+
+    def __init__(self, reader: GpuReader, clock: Callable[[], float] = time.monotonic) -> None:
+        self._reader, self._clock = reader, clock
+        self._at = clock()
+        self._watts = reader.watts()
+        self._counter = reader.millijoules()
+        self._counted = 0.0
+        self._first = self._estimate = self._watts * STEP_S / 2
+
+    def joules(self) -> float:
+        """Drawn since this was opened; never falls. Raises `DeviceError` where the GPU is gone."""
+        now = self._clock()
+        watts = self._reader.watts()
+        self._count()
+        seconds, step = now - self._at, STEP_S * max(watts, self._watts)
+        if seconds > STEP_S:
+            estimate = self._counted + STEP_S * watts / 2
+        else:
+            estimate = self._estimate + seconds * (watts + self._watts) / 2
+            estimate = min(max(estimate, self._counted), self._counted + step)
+        self._at, self._watts = now, watts
+        self._estimate = max(self._estimate, estimate)
+        return self._estimate - self._first
+
+    def _count(self) -> None:
+        counter = self._reader.millijoules()
+        # It begins anew where the driver was loaded again.
+        self._counted += max(0, counter - self._counter) / 1e3
+        self._counter = counter
+
+    def method(self, seconds: float) -> Method:
+        """How the joules of a window that long were obtained."""
+        return "counter" if seconds >= SHORT_S else "power"
+
+    def close(self) -> None:
+        """Nothing is held: NVML stays open as long as the process."""
+
+
+class NvmlReader:
+    """A GPU by its UUID, such as `GPU-...`; `nvml` is the module pynvml."""
+
+    def __init__(self, nvml: ModuleType, uuid: str) -> None:
+        self._nvml: Any = nvml
+        self._errors: type[Exception] = nvml.NVMLError
+        try:
+            nvml.nvmlInit()
+            self._handle = nvml.nvmlDeviceGetHandleByUUID(uuid)
+        except self._errors as error:
+            raise DeviceError(f"NVML does not know the GPU {uuid}: {error}") from error
+        self.millijoules()
+        self._read_watts = self._power_reading()
+
+    def millijoules(self) -> int:
+        """The counter: energy since the driver was loaded."""
+        try:
+            return int(self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle))
+        except self._errors as error:
+            raise DeviceError(f"NVML gives no energy counter: {error}") from error
+
+    def watts(self) -> float:
+        """Power now; 0 where the GPU does not tell, so that only the counter's steps count."""
+        try:
+            return self._read_watts()
+        except self._errors as error:
+            raise DeviceError(f"NVML gives no power any more: {error}") from error
+
+    def _power_reading(self) -> Callable[[], float]:
+        # Since Ampere the plain reading is an average over a second: too slow for a short request.
+        for reading in (self._instant_watts, self._average_watts):
+            try:
+                reading()
+            except self._errors:
+                continue
+            return reading
+        log.warning("NVML gives no power reading: the energy of requests below a second is uncertain")
+        return lambda: 0.0
+
+    def _instant_watts(self) -> float:
+        nvml = self._nvml
+        value = nvml.nvmlDeviceGetFieldValues(self._handle, [nvml.NVML_FI_DEV_POWER_INSTANT])[0]
+        if value.nvmlReturn != nvml.NVML_SUCCESS:
+            raise self._errors(value.nvmlReturn)
+        return float(value.value.uiVal) / 1e3
+
+    def _average_watts(self) -> float:
+        return float(self._nvml.nvmlDeviceGetPowerUsage(self._handle)) / 1e3
+
+
+def open_gpu(device: torch.device | None) -> GpuEnergy | None:
+    """The counter of a CUDA device; None, said by name, where NVML or its counter is missing."""
+    if device is None or device.type != "cuda":
+        return None
+    try:
+        import pynvml
+
+        return GpuEnergy(NvmlReader(pynvml, f"GPU-{torch.cuda.get_device_properties(device).uuid}"))
+    except ImportError:
+        log.warning("the package nvidia-ml-py is missing: the GPU's energy is not measured")
+    except DeviceError as error:
+        log.warning("%s: the GPU's energy is not measured", error)
+    return None
