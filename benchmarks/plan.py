@@ -1,21 +1,28 @@
-"""What `moebox plan` predicts of decoding beside what `moebox bench` measures, at four RAM budgets.
+"""What `moebox plan` predicts beside what `moebox bench` measures, with four budgets of RAM or of VRAM.
 
     python benchmarks/plan.py --model out/tiny-k2
     python benchmarks/plan.py --dir /nvme/tmp --experts 32 --layers 3
+    python benchmarks/plan.py --shape kimi-k2 --layers 9 --vram 40GB,80GB,110GB,143GB
 
 Without `--model` a K2-shaped checkpoint of a few layers, with tiny-k2's vocabulary, is written to `--dir`,
-and deleted in the end. In each round the box is measured first, as if nothing were known of it; then all
-predictions are made, and then the budgets are run. Medians over rounds. Routing is a synthetic trace, and the
-plan's hits come from another one (another seed); with `--routing model` it is the model's own, and
-hits come from what its statistics know.
+and deleted in the end. With `--shape` a GPU runs random weights: the predictions are of the whole shape with
+RAM for all of its experts, as `moebox plan` makes them, and what `--layers` take is scaled to that depth, as
+`moebox bench` does. RAM is filled once for all budgets.
 
-Printed per budget: RAM, experts in RAM, hits and milliseconds a token, predicted and measured. The bar is a
-prediction within 20 %. The last line is one JSON object.
+In each round the box is measured first, as if nothing were known of it; then all predictions are made, and
+then the budgets are run. Medians over rounds. Routing is a synthetic trace, and the plan's hits come from
+another one (another seed); with `--routing model` it is the model's own, and hits come from what its
+statistics know.
+
+Printed per budget: experts that it holds; hits, milliseconds a token and what of them the experts take,
+predicted and measured; with a GPU the prompt's seconds. The bar is a token's time within 20 %. The last line
+is one JSON object.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import shutil
@@ -25,153 +32,228 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from moebox.config import load_config
+from moebox.cli_options import ByteSize
+from moebox.config import ModelConfig, load_config
 from moebox.demo import ASSETS, MODEL
+from moebox.offload.device import open_device
+from moebox.offload.ram import RamTier
 from moebox.quantize.convert import quantize
 from moebox.quantize.synth import synth
 from moebox.runtime.bench import bench
+from moebox.runtime.bench_report import BenchReport
 from moebox.runtime.bench_rigs import BenchOptions
 from moebox.runtime.memory import budget_for_share
 from moebox.runtime.plan_box import Box, BoxOptions, find_box
 from moebox.runtime.plan_hits import HitCurve, find_curve, published_curve
 from moebox.runtime.plan_report import Plan, Subject, plan_on
 from moebox.runtime.runner import default_dtype
+from moebox.runtime.synthetic import shape_config
 
 BAR = 0.2
 CONTEXT = 1024
-PROMPT_TOKENS = 32
 WARMUP_TOKENS = 64
 SMALL = {"vocab_size": 4096, "intermediate_size": 4096}
 """What makes the backbone of a K2-shaped model small; the tokens' experts stay as they are."""
+HEADER = (
+    "   budget       experts held    hits   bench       ms    bench  error  experts    bench  "
+    "prompt s   bench"
+)
+
+
+@dataclass(frozen=True)
+class Found:
+    """Of a budget, predicted or measured: a token's milliseconds, those of its experts, the share of picks
+    that hit (in RAM, or on the GPU), and the prompt's seconds where they are known."""
+
+    token_ms: float
+    experts_ms: float
+    hits: float
+    prompt_s: float | None = None
 
 
 @dataclass(frozen=True)
 class Row:
-    """A budget: what was predicted, and what was measured."""
+    """A budget in bytes, and how many of all experts it holds."""
 
-    share: float
-    ram_bytes: int
-    near_experts: int
+    budget: int
+    held: int
     experts: int
-    predicted_ms: float
-    measured_ms: float
-    predicted_in_ram: float
-    measured_in_ram: float
+    predicted: Found
+    measured: Found
 
     @property
     def error(self) -> float:
         """Of the prediction, over what was measured."""
-        return self.predicted_ms / self.measured_ms - 1
+        return self.predicted.token_ms / self.measured.token_ms - 1
 
 
 def main() -> None:
     """Run as the options say."""
     options = parse()
     with tempfile.TemporaryDirectory(prefix="moebox-plan-", dir=options.dir) as folder:
-        model = options.model or make_model(Path(folder) / "model", options.layers, options.experts)
-        curve = hit_curve(model, options)
+        subject, filled = random_shape(options) if options.shape else (checkpoint(folder, options), None)
+        curve = hit_curve(subject, options)
         rounds = []
         for number in range(options.rounds):
             os.environ["XDG_DATA_HOME"] = f"{folder}/{number}"  # the user's profile stays as it is
-            rows, box = compare(model, curve, options)
+            rows, box = compare(subject, curve, filled, options)
             rounds.append(rows)
     show([middle(rows) for rows in zip(*rounds, strict=True)], box, options)
 
 
-def parse() -> argparse.Namespace:
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command's options."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", type=Path, help="a quantized checkpoint; else one is made")
-    parser.add_argument("--dir", type=Path, help="where it is made (default: the system's temporary folder)")
-    parser.add_argument("--layers", type=int, default=3, help="of the one that is made, one dense")
-    parser.add_argument("--experts", type=int, default=48, help="a layer of it")
+    parser.add_argument("--shape", choices=("kimi-k2", "tiny"), help="random weights, on a GPU")
+    parser.add_argument("--dir", type=Path, help="where one is made (default: the system's temporary folder)")
+    parser.add_argument(
+        "--layers", type=int, default=None, help="dense ones included (default: 3, on a GPU 9)"
+    )
+    parser.add_argument("--experts", type=int, default=48, help="a layer of the checkpoint that is made")
     parser.add_argument("--shares", default="0.3,0.5,0.75,1", help="of the experts that RAM holds")
+    parser.add_argument("--vram", default="40GB,80GB,110GB,143GB", help="budgets of the whole shape")
+    parser.add_argument("--device", default="cuda", help="of a shape")
+    parser.add_argument("--gpu", help="predict from this GPU's data sheet, not from measurements")
     parser.add_argument("--routing", choices=("synthetic", "model"), default="synthetic")
-    parser.add_argument("--tokens", type=int, default=48, help="decoded per budget")
+    parser.add_argument("--prompt", type=int, default=None, help="tokens (default: 32, on a GPU 4096)")
+    parser.add_argument("--tokens", type=int, default=None, help="decoded (default: 48, on a GPU 128)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", action="store_true", help="print the JSON object only")
-    return parser.parse_args()
+    options = parser.parse_args(arguments)
+    usual = {"layers": 9, "prompt": 4096, "tokens": 128} if options.shape else {}
+    for name, value in ({"layers": 3, "prompt": 32, "tokens": 48} | usual).items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+    return options
 
 
-def make_model(folder: Path, layers: int, experts: int) -> Path:
-    """A random INT4 checkpoint of K2's widths, in moebox's layout, with a tokenizer."""
-    source = folder.with_name("source")
-    synth(source, "kimi-k2", layers=layers, experts=experts, format="int4", config_overrides=SMALL)
-    for name in ("tiktoken.model", "tokenizer_config.json"):
-        shutil.copy(ASSETS / MODEL / name, source / name)
-    quantize(source, folder, delete_source=True)
-    return folder
+def checkpoint(folder: str, options: argparse.Namespace) -> Subject:
+    """The one that was given, or a random INT4 one of K2's widths, in moebox's layout, with a tokenizer."""
+    path = options.model
+    if path is None:
+        source, path = Path(folder) / "source", Path(folder) / "model"
+        sizes = {"layers": options.layers, "experts": options.experts}
+        synth(source, "kimi-k2", **sizes, format="int4", config_overrides=SMALL)
+        for name in ("tiktoken.model", "tokenizer_config.json"):
+            shutil.copy(ASSETS / MODEL / name, source / name)
+        quantize(source, path, delete_source=True)
+    return Subject(path.name, load_config(path), path)
 
 
-def hit_curve(model: Path, options: argparse.Namespace) -> HitCurve:
+def random_shape(options: argparse.Namespace) -> tuple[Subject, RamTier]:
+    """The whole shape, and RAM with all experts of the layers that run."""
+    ram = RamTier(shape_config(options.shape, options.layers), device=open_device(options.device))
+    ram.fill_synthetic()
+    return Subject(options.shape, shape_config(options.shape)), ram
+
+
+def hit_curve(subject: Subject, options: argparse.Namespace) -> HitCurve:
     """How the model routes, or what stands for it."""
-    config = load_config(model)
-    return published_curve(config) if options.routing == "synthetic" else find_curve(config, model, None)
+    if options.routing == "synthetic":
+        return published_curve(subject.config)
+    return find_curve(subject.config, subject.folder, None)
 
 
-def compare(model: Path, curve: HitCurve, options: argparse.Namespace) -> tuple[list[Row], Box]:
+def compare(
+    subject: Subject, curve: HitCurve, filled: RamTier | None, options: argparse.Namespace
+) -> tuple[list[Row], Box]:
     """Measure the box, predict all budgets, then measure each."""
-    box = find_box(BoxOptions(), load_config(model), [model])
-    if box is None:
-        raise SystemExit("this box could not be measured")
+    folders = [] if subject.folder is None else [subject.folder]
+    box = find_box(BoxOptions(gpu=options.gpu), subject.config, folders)
+    if box is None or box.has_gpu != bool(options.shape):
+        raise SystemExit("this box could not be measured, or has no GPU for --shape, or one for a checkpoint")
+    boxes = gpu_budgets(box, subject.config, options) if options.shape else ram_budgets(box, subject, options)
+    context = None if options.shape else CONTEXT
+    plans = [plan_on(subject, budget, curve, context) for budget in boxes]
+    return [row(plan, filled, options) for plan in plans], box
+
+
+def ram_budgets(box: Box, subject: Subject, options: argparse.Namespace) -> list[Box]:
+    """With each, RAM holds one of the shares of the experts."""
+    config, dtype = subject.config, default_dtype(subject.config, "bf16")
     shares = [float(share) for share in options.shares.split(",")]
-    plans = [plan_share(model, box, curve, share) for share in shares]
-    return [row(model, share, plan, options) for share, plan in zip(shares, plans, strict=True)], box
+    return [replace(box, ram=budget_for_share(config, dtype, "bf16", CONTEXT, share)) for share in shares]
 
 
-def plan_share(model: Path, box: Box, curve: HitCurve, share: float) -> Plan:
-    """The plan of a budget with which RAM holds `share` of the experts."""
-    config = load_config(model)
-    budget = budget_for_share(config, default_dtype(config, "bf16"), "bf16", CONTEXT, share)
-    return plan_on(Subject(model.name, config, model), replace(box, ram=budget), curve, CONTEXT)
+def gpu_budgets(box: Box, config: ModelConfig, options: argparse.Namespace) -> list[Box]:
+    """Each of the GPU's, beside as much RAM as `moebox bench` takes the whole shape to have."""
+    budgets = [ByteSize().convert(text, None, None) for text in options.vram.split(",")]
+    return [
+        replace(box, vram=vram, free_vram=max(vram, box.free_vram), free_ram=2 * config.experts_bytes)
+        for vram in budgets
+    ]
 
 
-def row(model: Path, share: float, plan: Plan, options: argparse.Namespace) -> Row:
+def row(plan: Plan, filled: RamTier | None, options: argparse.Namespace) -> Row:
     """Measure what was planned."""
-    report = bench(
-        BenchOptions(
-            model=model,
-            device="cpu",
-            ram=plan.box.ram,
-            context=CONTEXT,
-            prompt_tokens=(PROMPT_TOKENS,),
-            decode_tokens=options.tokens,
-            routing=options.routing,
-        )
-    ).decode
-    if report is None:
+    gc.collect()  # the budget before may have left memory behind
+    report = bench(bench_options(plan, options), filled=filled)
+    if report.decode is None:
         raise SystemExit("nothing was decoded")
-    cached = PROMPT_TOKENS + WARMUP_TOKENS + options.tokens // 2
-    return Row(
-        share=share,
-        ram_bytes=plan.box.ram or 0,
-        near_experts=plan.places.near_experts,
-        experts=plan.places.keys,
-        predicted_ms=plan.speeds.decode(plan.chances, cached).seconds * 1e3,
-        measured_ms=report.token_p50_s * 1e3,
-        predicted_in_ram=1 - plan.chances.disk,
-        measured_in_ram=report.in_memory,
+    predicted = predict(plan, report.decode.cached_tokens + options.tokens // 2, options.prompt)
+    places, box = plan.places, plan.box
+    held = places.gpu_experts if box.has_gpu else places.near_experts
+    budget = (box.vram if box.has_gpu else box.ram) or 0
+    return Row(budget, held, places.keys, predicted, measured(report))
+
+
+def bench_options(plan: Plan, options: argparse.Namespace) -> BenchOptions:
+    """What runs as it was planned."""
+    common = BenchOptions(
+        prompt_tokens=(options.prompt,), decode_tokens=options.tokens, routing=options.routing
+    )
+    if not options.shape:
+        return replace(common, model=plan.subject.folder, device="cpu", ram=plan.box.ram, context=CONTEXT)
+    return replace(
+        common, shape=options.shape, layers=options.layers, device=options.device, vram=plan.box.vram
+    )
+
+
+def predict(plan: Plan, cached_tokens: int, prompt_tokens: int) -> Found:
+    """What the plan says of a token behind so many others, and of a prompt."""
+    token = plan.speeds.decode(plan.chances, cached_tokens)
+    return Found(
+        token_ms=token.seconds * 1e3,
+        experts_ms=token.experts_s * 1e3,
+        hits=plan.chances.gpu if plan.box.has_gpu else 1 - plan.chances.disk,
+        prompt_s=next((prompt.seconds for prompt in plan.prefill if prompt.tokens == prompt_tokens), None),
+    )
+
+
+def measured(report: BenchReport) -> Found:
+    """What the bench says, at full depth."""
+    token, gpu = report.decode, report.ceilings.has_gpu
+    assert token is not None
+    layer_ms = statistics.mean(layer.seconds - layer.wait_s for layer in token.layers) * 1e3
+    return Found(
+        token_ms=token.full_depth.token_s * 1e3 if gpu else token.token_p50_s * 1e3,
+        experts_ms=token.full_depth.moe_layers * layer_ms,
+        hits=token.hit_rate if gpu else token.in_memory,
+        prompt_s=report.prefill[-1].full_depth_s if gpu else None,
     )
 
 
 def middle(rows: Sequence[Row]) -> Row:
-    """The median of each time, for one budget."""
-    names = ("predicted_ms", "measured_ms")
-    times = {name: statistics.median(getattr(row, name) for row in rows) for name in names}
-    return replace(rows[0], **times)
+    """The median of each figure, for one budget."""
+    predicted, seen = ([getattr(row, side) for row in rows] for side in ("predicted", "measured"))
+    return replace(rows[0], predicted=median(predicted), measured=median(seen))
+
+
+def median(found: Sequence[Found]) -> Found:
+    """Of each figure."""
+    columns = {name: [getattr(one, name) for one in found] for name in asdict(found[0])}
+    known = {name: values for name, values in columns.items() if None not in values}
+    return Found(**{name: statistics.median(values) for name, values in known.items()})
 
 
 def show(rows: list[Row], box: Box, options: argparse.Namespace) -> None:
     """A line per budget, then the object."""
     worst = max(abs(row.error) for row in rows)
     if not options.json:
-        print(f"{'experts in RAM':>18}  {'MiB':>8}  {'hits':>6} {'seen':>6}  {'ms':>8} {'bench':>8}  error")
+        print(HEADER)
         for row in rows:
-            print(
-                f"{row.near_experts:>7,} of {row.experts:>7,}  {row.ram_bytes / 2**20:8,.0f}  "
-                f"{row.predicted_in_ram:6.1%} {row.measured_in_ram:6.1%}  "
-                f"{row.predicted_ms:8.1f} {row.measured_ms:8.1f}  {row.error:+.0%}"
-            )
+            print(line(row))
         print(f"largest error {worst:.0%}: bar {BAR:.0%} {'met' if worst <= BAR else 'missed'}")
         for source in box.sources:
             print(f"  {source}")
@@ -183,6 +265,19 @@ def show(rows: list[Row], box: Box, options: argparse.Namespace) -> None:
         "efficiency": box.efficiency.to_dict(),
     }
     print(json.dumps(result))
+
+
+def line(row: Row) -> str:
+    """A budget's figures, each prediction before what was measured."""
+    said, seen = row.predicted, row.measured
+    prompts = [
+        f"{value:8.2f}" if value is not None else f"{'-':>8}" for value in (said.prompt_s, seen.prompt_s)
+    ]
+    return (
+        f"{row.budget / 1e9:6.2f} GB {row.held:>7,} of {row.experts:>7,} "
+        f"{said.hits:7.1%} {seen.hits:7.1%} {said.token_ms:8.1f} {seen.token_ms:8.1f}  {row.error:+5.0%} "
+        f"{said.experts_ms:8.1f} {seen.experts_ms:8.1f} {prompts[0]} {prompts[1]}"
+    )
 
 
 if __name__ == "__main__":
