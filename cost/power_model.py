@@ -14,16 +14,16 @@ class PowerModel:
 
     Attributes:
         idle_watts: processor, board, drives and fans of one socket at rest.
-        watts_per_core: more for each core that works; a 60-core server part at 350 W gives about 6.
-        dram_watts: of the memory, at work or not; eight registered modules take about 30.
+        watts_per_core: more for each core that works; a 64-core server part at 350 W gives about 5.
+        dram_watts: of the memory, at work or not; each module takes 2 to 5.
 
     Raises:
         MoeboxError: a figure is negative or not a number.
     """
 
     idle_watts: float = 60.0
-    watts_per_core: float = 6.0
-    dram_watts: float = 30.0
+    watts_per_core: float = 5.0
+    dram_watts: float = 20.0
 
     def __post_init__(self) -> None:
         for field in fields(self):

@@ -14,6 +14,7 @@ import torch
 
 from moebox import __version__
 from moebox.config import ModelConfig, load_config
+from moebox.cost.gpu_energy import open_gpu
 from moebox.errors import RequestError
 from moebox.offload.device import Device, open_device
 from moebox.offload.floor import Ceilings
@@ -30,7 +31,6 @@ from moebox.runtime.bench_report import (
 )
 from moebox.runtime.bench_rigs import BenchOptions, Rig, checkpoint_rig, make_pool, shape_rig
 from moebox.runtime.ceilings import measure_ceilings
-from moebox.runtime.energy import Joules, joule_counter
 from moebox.runtime.kv_cache import KVCache
 from moebox.runtime.loader import Progress
 from moebox.runtime.synthetic import shape_config
@@ -138,8 +138,8 @@ class _Run:
             )
         self.cache: KVCache = rig.runner.new_cache(self.needed)
         self.ids = _prompt_ids(options, rig.subject.config, self.needed)
-        self.joules: Joules | None = None if device is None else joule_counter(device.torch_device)
-        self.notes = [] if self.joules else ["energy was not measured: no GPU with an energy counter"]
+        self.gpu_energy = None if device is None else open_gpu(device.torch_device)
+        self.notes = [] if self.gpu_energy else ["energy was not measured: no GPU with an energy counter"]
         if rig.subject.moe_layers == 1:
             self.notes.append("one MoE layer: launch and dense layers are part of its time")
 
@@ -217,10 +217,10 @@ class _Run:
             token = int(logits[0].argmax()) if greedy else self.ids[len(self.cache)]
 
     def _read_joules(self) -> float | None:
-        return None if self.joules is None else self.joules()
+        return None if self.gpu_energy is None else self.gpu_energy.joules()
 
     def _joules_since(self, began: float | None) -> float | None:
-        return None if self.joules is None or began is None else self.joules() - began
+        return None if self.gpu_energy is None or began is None else self.gpu_energy.joules() - began
 
 
 def _prompt_ids(options: BenchOptions, config: ModelConfig, count: int) -> list[int]:

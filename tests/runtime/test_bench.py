@@ -3,8 +3,6 @@
 import io
 import json
 import math
-import sys
-import types
 from dataclasses import replace
 
 import numpy as np
@@ -36,7 +34,6 @@ from moebox.runtime.bench_report import (
 )
 from moebox.runtime.bench_rigs import BenchOptions, scale_budgets
 from moebox.runtime.bench_text import render_bench
-from moebox.runtime.energy import joule_counter
 from moebox.runtime.memory import budget_for_share
 from moebox.runtime.synthetic import experts_in_ram, shape_config, synthetic_model
 
@@ -469,44 +466,6 @@ def test_command_refuses_wrong_usage(arguments, message):
 def test_layers_are_for_random_models_only(tmp_path):
     with pytest.raises(RequestError, match="MODEL together with"):
         bench(BenchOptions(tmp_path, layers=3))
-
-
-def fake_nvml(monkeypatch, reading):
-    class NVMLError(Exception):
-        pass
-
-    def energy(handle):
-        if reading is None:
-            raise NVMLError("Not Supported")
-        return reading
-
-    module = types.SimpleNamespace(
-        NVMLError=NVMLError,
-        nvmlInit=lambda: None,
-        nvmlDeviceGetHandleByUUID=lambda uuid: uuid,
-        nvmlDeviceGetTotalEnergyConsumption=energy,
-    )
-    monkeypatch.setitem(sys.modules, "pynvml", module)
-    monkeypatch.setattr(
-        torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(uuid="1234")
-    )
-
-
-def test_energy_is_read_in_joules(monkeypatch):
-    fake_nvml(monkeypatch, 2_500)
-
-    assert joule_counter(torch.device("cuda", 0))() == 2.5
-    assert joule_counter(torch.device("cpu")) is None
-
-
-def test_missing_energy_counter_is_said_by_name(monkeypatch, caplog):
-    fake_nvml(monkeypatch, None)
-    assert joule_counter(torch.device("cuda", 0)) is None
-    assert "Not Supported" in caplog.text
-
-    monkeypatch.setitem(sys.modules, "pynvml", None)
-    assert joule_counter(torch.device("cuda", 0)) is None
-    assert "nvidia-ml-py is missing" in caplog.text
 
 
 def test_threads_leave_a_core_to_feed_the_gpu():
