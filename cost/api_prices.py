@@ -106,16 +106,13 @@ def _own(path: Path, name: str, table: Any, changed: date | None) -> ApiPrice:
         "dated": changed,
         **table,
     }
-    for key in KEYS[:3]:
-        if (found := number(given.get(key))) is None or found < 0:
+    rates = [number(given.get(key)) for key in KEYS[:3]]
+    for key, rate in zip(KEYS, rates, strict=False):
+        if rate is None or rate < 0:
             raise PricesError(f"{path}: [{name}]: {key} = {given.get(key)!r}", "give a number of 0 or more")
-    return ApiPrice(
-        name,
-        str(given["provider"]),
-        *(float(given[key]) for key in KEYS[:3]),
-        dated=_iso_date(path, name, given["dated"]),
-        origin=str(path),
-    )
+    fresh, answer, cached = (rate or 0.0 for rate in rates)
+    dated = _iso_date(path, name, given["dated"])
+    return ApiPrice(name, str(given["provider"]), fresh, answer, cached, dated, str(path))
 
 
 def _iso_date(path: Path, name: str, value: object) -> str:
@@ -133,25 +130,20 @@ def _hosted(name: str, ours: list[str], per_usd: float) -> ApiPrice:
         raise PricesError(f"no price of a model named {name!r} is known", _near_models(_plain(name), ours))
     provider, model = found
     prices = model.get_prices(datetime.now(UTC))
-    asked = [_per_million(getattr(prices, key)) for key in ("input_mtok", "output_mtok", "cache_read_mtok")]
-    if asked[0] is None or asked[1] is None:
+    fresh, answer = _per_million(prices.input_mtok, per_usd), _per_million(prices.output_mtok, per_usd)
+    cached = _per_million(prices.cache_read_mtok, per_usd)
+    if fresh is None or answer is None:
         fix = f"name another, or write its prices into {own_prices_path()}"
         raise PricesError(f"{provider.id}/{model.id} is not sold by the token", fix)
-    cached = asked[0] if asked[2] is None else asked[2]
+    cached = fresh if cached is None else cached
     release, dated = _data()
-    return ApiPrice(
-        model.name or model.id,
-        provider.name,
-        *(price * per_usd for price in (asked[0], asked[1], cached)),
-        dated=dated,
-        origin=f"genai-prices {release}",
-    )
+    shown = model.name or model.id
+    return ApiPrice(shown, provider.name, fresh, answer, cached, dated, f"genai-prices {release}")
 
 
-def _per_million(price: Any) -> float | None:
-    if price is None:
-        return None
-    return float(getattr(price, "base", price))
+def _per_million(dollars: Any, per_usd: float) -> float | None:
+    # A tiered price has its lowest step as `base`.
+    return None if dollars is None else float(getattr(dollars, "base", dollars)) * per_usd
 
 
 def _find(name: str) -> tuple[Provider, ModelInfo] | None:
@@ -170,7 +162,7 @@ def _near_models(name: str, ours: list[str]) -> str:
     """The fix of an unknown name; one without a provider is looked for at all of them."""
     known = {own: own for own in ours}
     for full in _model_names():
-        known.setdefault(full if "/" in name else full.rpartition("/")[2], full)
+        known.setdefault(_plain(full if "/" in name else full.rpartition("/")[2]), full)
     close = [known[near] for near in difflib.get_close_matches(name, known, n=5, cutoff=0.6)]
     asked = f"did you mean {', '.join(close)}? " if close else "name it as provider/model, "
     return f"{asked}or write its prices into {own_prices_path()}"

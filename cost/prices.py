@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from moebox.cost.power_model import GUESSED, PowerModel
 from moebox.errors import PricesError
 from moebox.folders import config_folder
 
@@ -48,9 +49,9 @@ class Prices:
     residual: float = 0.0
     other_per_month: float = 0.0
     utilisation: float | None = None
-    idle_watts: float = 60.0
-    watts_per_core: float = 5.0
-    dram_watts: float = 20.0
+    idle_watts: float = GUESSED.idle_watts
+    watts_per_core: float = GUESSED.watts_per_core
+    dram_watts: float = GUESSED.dram_watts
     currency: str = "USD"
     per_usd: float = 1.0
 
@@ -74,6 +75,11 @@ class Prices:
         return (
             0.0 if self.hardware_price is None else (self.hardware_price - self.residual) / self.life_months
         )
+
+    @property
+    def power_model(self) -> PowerModel:
+        """For energy that no counter tells."""
+        return PowerModel(self.idle_watts, self.watts_per_core, self.dram_watts)
 
 
 def prices_path() -> Path:
