@@ -192,7 +192,11 @@ def break_even(work: Work, api_money: float, prices: Prices) -> BreakEven | None
 
 
 def running_per_month(work: Work, prices: Prices) -> float:
-    """What owning costs a month beside the hardware: electricity at the pace of `work`, and other costs."""
+    """What owning costs a month beside the hardware: electricity at the pace of `work`, and other costs.
+
+    joules of `work` x (MONTH_S x utilisation / busy_s) / 3,600,000 x price of a kWh + other costs; busy_s is
+    above 0.
+    """
     work = work.at(prices.utilisation)
     electricity = electricity_of(work.joules + work.idle_joules, prices) * _times_a_month(work)
     return electricity + prices.other_per_month

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from moebox.cost.power_model import GUESSED, PowerModel
+from moebox.cost.power_model import GUESSED
 from moebox.errors import PricesError
 from moebox.folders import config_folder
 
@@ -76,11 +76,6 @@ class Prices:
             0.0 if self.hardware_price is None else (self.hardware_price - self.residual) / self.life_months
         )
 
-    @property
-    def power_model(self) -> PowerModel:
-        """For energy that no counter tells."""
-        return PowerModel(self.idle_watts, self.watts_per_core, self.dram_watts)
-
 
 def prices_path() -> Path:
     """The user's file of prices, which need not exist."""
@@ -101,7 +96,10 @@ def load_prices(path: Path | None = None, **overrides: object) -> Prices:
     where = prices_path() if path is None else path
     from_file: dict[str, Any] = {} if path is None and not where.exists() else read_toml(where)
     _check(from_file, str(where))
-    return Prices(**{**from_file, **given})
+    try:
+        return Prices(**{**from_file, **given})
+    except PricesError as error:
+        raise PricesError(f"{where}: {error.what}" if from_file else error.what, error.fix) from None
 
 
 def read_toml(path: Path) -> dict[str, Any]:
