@@ -19,6 +19,8 @@ constexpr std::size_t kMaxItemPairs = 128;
 constexpr std::size_t kMaxTaskRows = 128;
 // Enough tasks that the last ones end together.
 constexpr std::size_t kTasksPerWorker = 8;
+// Of down() with many pairs an item: each of its tasks reads the operands of all items again.
+constexpr std::size_t kTasksPerWorkerOfMany = 4, kManyPairs = 16;
 
 // Some pairs of one expert, multiplied by one engine.
 struct Item {
@@ -82,17 +84,16 @@ class Batch {
       engine_bytes = std::max(
           {engine_bytes, engine.scratch_bytes(hidden_groups()), engine.scratch_bytes(inner_groups())});
     }
-    std::size_t pairs = 0;
-    for (const Item& item : items_) pairs += item.n;
-    alone_ = pairs * 3 * hidden() * inner() / 2 < kShareFromBytes;
+    for (const Item& item : items_) pairs_ += item.n;
+    alone_ = pairs_ * 3 * hidden() * inner() / 2 < kShareFromBytes;
     workers_at_ = end;
     worker_bytes_ = 2 * kMaxItemPairs * kMaxTaskRows * sizeof(float) + round_up(engine_bytes, kLine);
     memory_ = pool_.scratch(end + worker_bytes_ * pool_.size());
   }
 
   // Long runs of rows, since each starts without prefetched weights, but enough of them to end together.
-  std::size_t task_rows(std::size_t rows, std::size_t sharers) const {
-    const std::size_t even = rows * sharers / (kTasksPerWorker * pool_.size());
+  std::size_t task_rows(std::size_t rows, std::size_t sharers, std::size_t tasks_per_worker) const {
+    const std::size_t even = rows * sharers / (tasks_per_worker * pool_.size());
     return std::clamp(even / kRowBlock * kRowBlock, kRowBlock, kMaxTaskRows);
   }
 
@@ -121,7 +122,7 @@ class Batch {
   }
 
   void gate_up() {
-    const std::size_t rows = task_rows(inner(), items_.size());
+    const std::size_t rows = task_rows(inner(), items_.size(), kTasksPerWorker);
     const std::size_t blocks = (inner() + rows - 1) / rows;
     run_tasks(items_.size() * blocks, [&](std::size_t task, int worker) {
       const Item& item = items_[task / blocks];
@@ -141,7 +142,8 @@ class Batch {
 
   // A task owns some columns of the output for all experts: no two workers add to one element.
   void down() {
-    const std::size_t rows = task_rows(hidden(), 1);
+    const bool many = pairs_ > kManyPairs * items_.size();
+    const std::size_t rows = task_rows(hidden(), 1, many ? kTasksPerWorkerOfMany : kTasksPerWorker);
     run_tasks((hidden() + rows - 1) / rows, [&](std::size_t task, int worker) {
       const std::size_t first = task * rows;
       for (const Item& item : items_) down_block(item, first, std::min(rows, hidden() - first), worker);
@@ -164,6 +166,7 @@ class Batch {
   const ExpertKernels& kernels_;
   std::vector<Item> items_;
   std::function<void()> first_;
+  std::size_t pairs_ = 0;
   bool alone_ = false;
   std::byte* memory_ = nullptr;
   std::size_t workers_at_ = 0, worker_bytes_ = 0;
