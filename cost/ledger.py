@@ -136,6 +136,16 @@ class Ledger:
         with _errors_named(self.path):
             return totals_by(self._connection, by, _chosen(since_s, until_s, model, user))
 
+    @contextmanager
+    def snapshot(self) -> Iterator[None]:
+        """All that is read within is of one moment, whatever others write meanwhile; nothing is written."""
+        with _errors_named(self.path):
+            self._connection.execute("BEGIN")
+        try:
+            yield
+        finally:
+            self._connection.execute("ROLLBACK")
+
     def is_current(self) -> bool:
         """Whether the file that is open is still the one at `path`: it may have been deleted or replaced."""
         return self._file is not None and self._file == _identity(self.path)
@@ -186,8 +196,10 @@ def _connect_to_write(path: Path) -> sqlite3.Connection:
 
 
 def _connect_to_read(path: Path) -> sqlite3.Connection:
-    connection = _connect(path, "ro")
+    # Not mode=ro, whose connections leave the log's files behind; SQLite falls back to it where it has to.
+    connection = _connect(path, "rw")
     try:
+        connection.execute("PRAGMA query_only = ON")
         connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
     except sqlite3.Error as error:
         connection.close()
