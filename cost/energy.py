@@ -6,13 +6,15 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-
-import torch
+from typing import TYPE_CHECKING
 
 from moebox.cost.power_model import GUESSED, PowerModel
 from moebox.cost.power_sources import PowerSource, open_sources
 from moebox.cost.usage import IdleSpell, Joules, Source
 from moebox.errors import DeviceError
+
+if TYPE_CHECKING:
+    import torch
 
 log = logging.getLogger("moebox")
 

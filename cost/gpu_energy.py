@@ -6,12 +6,13 @@ import logging
 import time
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any, Protocol
-
-import torch
+from typing import TYPE_CHECKING, Any, Protocol
 
 from moebox.cost.usage import Method, Source
 from moebox.errors import DeviceError
+
+if TYPE_CHECKING:
+    import torch
 
 log = logging.getLogger("moebox")
 
@@ -139,6 +140,7 @@ def open_gpu(device: torch.device | None) -> GpuEnergy | None:
         return None
     try:
         import pynvml
+        import torch
 
         return GpuEnergy(NvmlReader(pynvml, f"GPU-{torch.cuda.get_device_properties(device).uuid}"))
     except ImportError:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
-
-import torch
+from typing import TYPE_CHECKING, Protocol
 
 from moebox.cost.gpu_energy import open_gpu
 from moebox.cost.power_model import PowerModel
 from moebox.cost.rapl import POWERCAP, open_rapl
 from moebox.cost.usage import SOURCES, Method, Source
+
+if TYPE_CHECKING:
+    import torch
 
 
 class PowerSource(Protocol):
