@@ -148,7 +148,7 @@ class Prefetcher:
         seconds, self._begun_s = time.perf_counter() - self._begun_s, None
         if self._trial.observe(seconds, self._to_read) and not self._trial.on and not self._said:
             self._said = True
-            log.warning("prefetch is off: %s", self._why_off())
+            log.warning("prefetch is off: %s", self._trial.why_off)
 
     def report(self) -> PrefetchReport:
         """What was done so far; a copy."""
@@ -159,13 +159,7 @@ class Prefetcher:
             picked=dict(self._done.picked),
             on=on,
             change=self._trial.change,
-            why_off="" if on else self._why_off(),
-        )
-
-    def _why_off(self) -> str:
-        return (
-            f"tokens take {self._trial.change or 0:+.1%} with it (standard error {self._trial.error:.1%}); "
-            "it is tried again from time to time"
+            why_off="" if on else self._trial.why_off,
         )
 
     def _begin_token(self) -> None:
