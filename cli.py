@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from moebox import __version__
+from moebox.cli_cost import cost
 from moebox.cli_options import (
     LOADING,
     SAMPLING,
@@ -397,6 +398,9 @@ def stats(
 
         write_png(result, png)
     _report(result.to_dict(), as_json, lambda: render_stats(result, _console()))
+
+
+main_group.add_command(cost)
 
 
 def _sampling(options: dict[str, Any]) -> dict[str, Any]:

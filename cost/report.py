@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from moebox.cost.api_prices import ApiPrice
@@ -227,8 +228,8 @@ class Report:
 
 def make_report(ledger: Ledger, asked: ReportOptions, now_s: float | None = None) -> Report:
     """Read `ledger`, all figures at one moment, and do the sums."""
+    since_s, until_s = asked.since_s, asked.until_s
     with ledger.snapshot():
-        since_s, until_s = asked.since_s, asked.until_s
         (everyone,) = ledger.totals(since_s, until_s)
         (chosen,) = ledger.totals(since_s, until_s, asked.model, asked.user)
         days = ledger.totals(since_s, until_s, asked.model, asked.user, by="day")
@@ -237,13 +238,14 @@ def make_report(ledger: Ledger, asked: ReportOptions, now_s: float | None = None
             groups = ledger.totals(since_s, until_s, asked.model, asked.user, by=asked.by)
             groups.sort(key=lambda totals: -totals.computed_tokens)
         idle = sum_idle(ledger.idle(since_s, until_s))
-    range_s = _range(asked, everyone, time.time() if now_s is None else now_s)
-    pricing = _Pricing(everyone, idle, asked, range_s[1] - range_s[0])
+    begin_s, end_s = _range(asked, everyone, time.time() if now_s is None else now_s)
+    pricing = _Pricing(everyone, idle, asked, end_s - begin_s)
     total = pricing.line(TOTAL, chosen)
     return Report(
         asked,
         str(ledger.path),
-        *range_s,
+        begin_s,
+        end_s,
         pricing.utilisation,
         total,
         [pricing.line(str(totals.key), totals) for totals in groups],
@@ -253,6 +255,14 @@ def make_report(ledger: Ledger, asked: ReportOptions, now_s: float | None = None
         pricing.hosted(total),
         pricing.subscription(),
     )
+
+
+def empty_report(asked: ReportOptions, path: Path) -> Report:
+    """The report of a ledger that nothing has made yet."""
+    begin_s, end_s = _range(asked, Totals(), time.time())
+    idle = sum_idle(())
+    total = _Pricing(Totals(), idle, asked, end_s - begin_s).line(TOTAL, Totals())
+    return Report(asked, str(path), begin_s, end_s, 0.0, total, [], [], idle, 0.0, [], None)
 
 
 def sum_idle(spells: Iterable[IdleSpell]) -> IdleSpell:

@@ -117,9 +117,9 @@ def paid_kinds(report: Report) -> list[str]:
 def verdict_of(even: BreakEven) -> str:
     """What a break-even means, in a few words."""
     if even.tokens_per_day is None:
-        return "never: its electricity alone costs more"
+        return "never: electricity alone is dearer"
     if not even.reachable:
-        return "never: the box is too slow for so many"
+        return "too slow for so many"
     if even.within_life:
         return "pays off at this pace"
     return "pays off with more use"

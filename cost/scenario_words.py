@@ -79,8 +79,8 @@ def scenario_notes(report: ScenarioReport) -> list[str]:
     office = figures.rate(scenario.office_hours)
     once = ", ".join(f"{row.price.name} {tokens_per_s(row.wins_from_once_paid)}" for row in report.hosted)
     return [
-        "Prompts are left out of the tokens above: they take the box time, and hosted models ask less for them. "
-        f"“With prompts” counts {scenario.prompt_per_answer:g} tokens of prompt for one of an answer as free "
+        "Prompts are left out: they take the box time, and hosted models ask less for them; "
+        f"“with prompts” counts {scenario.prompt_per_answer:g} tokens of prompt for one of an answer as free "
         "of time: the best case for owning.",
         f"Busy in {office} office hours a month only, tokens cost what that column says.",
         f"Once the hardware is paid for, owning wins from: {once}.",
