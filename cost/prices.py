@@ -25,6 +25,8 @@ HOURS_PER_MONTH = 730
 """A year of 365 days has 8,760 hours, a month a twelfth of them."""
 MONTH_S = HOURS_PER_MONTH * 3600
 JOULES_PER_KWH = 3.6e6
+LEAST_UTILISATION = 0.001
+"""A minute and a half a day."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Prices:
         life_months: the hardware's price less `residual` is spread evenly over so many months.
         residual: what the hardware is still worth after them.
         other_per_month: rent, cooling, people.
-        utilisation: part of the time in which the box works, above 0 up to 1; None: as measured.
+        utilisation: part of the time in which the box works, from 0.001 to 1; None: as measured.
         idle_watts, watts_per_core, dram_watts: the model of CPU and DRAM where no counter can be read.
         currency: of all of these; API prices are in US dollars and are converted by `per_usd`.
         per_usd: what one US dollar costs in `currency`.
@@ -159,10 +161,10 @@ def _code(value: object) -> bool:
 NOT_NEGATIVE: Rule = (_not_negative, "a number of 0 or more")
 RULES: dict[str, Rule] = {
     "hardware_price": (lambda value: value is None or _not_negative(value), "a number of 0 or more"),
-    "life_months": (_positive, "a number above 0"),
+    "life_months": (lambda value: (number(value) or 0.0) >= 1, "a number of 1 or more"),
     "utilisation": (
-        lambda value: value is None or (_positive(value) and (number(value) or 0.0) <= 1),
-        "above 0 and at most 1, such as 0.25 for six hours a day",
+        lambda value: value is None or LEAST_UTILISATION <= (number(value) or 0.0) <= 1,
+        f"from {LEAST_UTILISATION} to 1, such as 0.25 for six hours a day",
     ),
     "currency": (_code, "a code of three letters such as USD or EUR"),
     "per_usd": (_positive, "a number above 0"),

@@ -79,9 +79,9 @@ def test_a_key_like_no_other_shows_all(tmp_path):
         ("electricity_per_kwh = inf", "0 or more"),
         ('electricity_per_kwh = "0.3"', "0 or more"),
         ("hardware_price = true", "0 or more"),
-        ("life_months = 0", "above 0"),
-        ("utilisation = 0", "at most 1"),
-        ("utilisation = 25", "at most 1"),
+        ("life_months = 0.5", "1 or more"),
+        ("utilisation = 0", "from 0.001 to 1"),
+        ("utilisation = 25", "from 0.001 to 1"),
         ('currency = "dollars"', "three letters"),
         ("per_usd = 0", "above 0"),
         ("[electricity_per_kwh]", "0 or more"),
@@ -138,3 +138,4 @@ def test_what_is_accepted_is_a_number_that_can_be_reckoned_with(key, value):
     numbers = [item for item in asdict(prices).values() if not isinstance(item, str) and item is not None]
     assert all(math.isfinite(number) and number >= 0 for number in numbers)
     assert math.isfinite(prices.hardware_per_month) and prices.hardware_per_month >= 0
+    assert math.isfinite(1 / (prices.utilisation or 1))
