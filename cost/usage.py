@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from moebox.offload.traffic import TRAFFIC_FIELDS, Traffic
 
-__all__ = ["SOURCES", "TRAFFIC_FIELDS", "IdleSpell", "Joules", "Method", "Source", "Traffic", "Usage"]
+__all__ = [
+    "CERTAINTY",
+    "SOURCES",
+    "TRAFFIC_FIELDS",
+    "IdleSpell",
+    "Joules",
+    "Method",
+    "Source",
+    "Traffic",
+    "Usage",
+    "add_energy",
+]
 
 Source = Literal["gpu", "cpu", "dram"]
 SOURCES: tuple[Source, ...] = ("gpu", "cpu", "dram")
@@ -15,6 +27,8 @@ SOURCES: tuple[Source, ...] = ("gpu", "cpu", "dram")
 Method = Literal["counter", "power", "estimated"]
 """How joules were obtained: from an energy counter (NVML, RAPL), as NVML's power times time, or from the
 stated model of idle and per-core watts."""
+CERTAINTY: tuple[Method, ...] = ("counter", "power", "estimated")
+"""The most certain first."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +38,16 @@ class Joules:
     source: Source
     joules: float
     method: Method
+
+
+def add_energy(some: Sequence[Joules], others: Sequence[Joules]) -> tuple[Joules, ...]:
+    """Sums by source; a sum's method is that of its least certain part."""
+    sums = {part.source: part for part in some}
+    for part in others:
+        old = sums.get(part.source, Joules(part.source, 0.0, CERTAINTY[0]))
+        method = max(old.method, part.method, key=CERTAINTY.index)
+        sums[part.source] = Joules(part.source, old.joules + part.joules, method)
+    return tuple(sums[source] for source in SOURCES if source in sums)
 
 
 @dataclass(frozen=True)

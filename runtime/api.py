@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from moebox.cost.accounts import Accounts, Request, login_name
+from moebox.cost.prices import load_prices
+from moebox.cost.usage import Traffic
 from moebox.errors import BusyError, RequestError
 from moebox.runtime.generate import ContextError, Generation, OnPrefill, TokenSession
 from moebox.runtime.messages import Message, Tool, next_tool_call_index, normalise_messages
@@ -45,6 +49,8 @@ def load(
     prefetch: bool = True,
     statistics: bool = True,
     record_trace: str | Path | None = None,
+    ledger: bool = True,
+    user: str | None = None,
 ) -> Model:
     """Load a quantized checkpoint with its tokenizer and chat template.
 
@@ -63,14 +69,17 @@ def load(
         prefetch: read experts that the next layers are likely to need, while the drives are idle.
         statistics: keep what the router picked in the user's data folder, and start with what is known.
         record_trace: a file for the experts that were picked.
+        ledger: keep a row of what each answer used, never of what it said, for `moebox cost`.
+        user: who asks, for the ledger; None: the login name.
 
     Raises:
-        ConfigError, CheckpointError, TokenizerError, PlanError: names the file, the value and the fix.
+        ConfigError, CheckpointError, TokenizerError, PlanError, PricesError: names file, value and fix.
     """
     folder = Path(path)
     from moebox.config import load_config
 
     # The small files first: a missing tokenizer is said before minutes of loading.
+    prices = load_prices()
     tokenizer = Tokenizer.load(folder, load_config(folder).vocab_size)
     template = Template.load(folder, tokenizer)
     from moebox.runtime.engine import Engine
@@ -91,13 +100,25 @@ def load(
         statistics=statistics,
         record_trace=None if record_trace is None else Path(record_trace),
     )
-    return Model(engine, tokenizer, template)
+    accounts = Accounts.open(engine.device, prices, ledger=ledger)
+    return Model(engine, tokenizer, template, accounts, user)
 
 
 class _Parser(Protocol):
     def push(self, token: int) -> list[Piece]: ...
 
     def finish(self) -> list[Piece]: ...
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What a caller of `chat` or `generate` gave besides the prompt."""
+
+    sampling: dict[str, Any]
+    cancel: threading.Event | None
+    user: str | None
+    queue_s: float
+    on_prefill: OnPrefill | None = None
 
 
 class Model:
@@ -111,12 +132,23 @@ class Model:
         template: messages -> token ids.
         defaults: sampling options where a call gives none (the checkpoint's own, where it has any).
         stop_ids: tokens that end an answer.
+        accounts: what answers use, and what that costs.
+        user: who asks, for the ledger.
     """
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, template: Template) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        template: Template,
+        accounts: Accounts,
+        user: str | None = None,
+    ) -> None:
         self.engine = engine
         self.tokenizer = tokenizer
         self.template = template
+        self.accounts = accounts
+        self.user = user or login_name()
         self.defaults, eos_ids = generation_defaults(Path(engine.folder))
         named = {tokenizer.specials[name] for name in STOP_NAMES if name in tokenizer.specials}
         self.stop_ids = frozenset({*engine.config.eos_token_ids, *eos_ids, *named})
@@ -131,11 +163,14 @@ class Model:
         self.close()
 
     def close(self) -> None:
-        """End reads, and save what was learned of the routing; there are no answers afterwards.
+        """End reads, save what was learned of the routing and what is left for the ledger; no more answers.
 
         The end of the program does it, too.
         """
-        self.engine.close()
+        try:
+            self.engine.close()
+        finally:
+            self.accounts.close()
 
     @property
     def name(self) -> str:
@@ -160,6 +195,8 @@ class Model:
         tools: Sequence[Tool] | None = None,
         thinking: bool = True,
         cancel: threading.Event | None = None,
+        user: str | None = None,
+        queue_s: float = 0.0,
         **sampling: Any,
     ) -> Completion:
         """A whole answer: the continuation of a text (no template), or the reply to messages.
@@ -171,6 +208,7 @@ class Model:
             prompt: a text, or chat messages.
             tools, thinking: as for `chat`; for messages only.
             cancel: set from another thread to end the answer early.
+            user, queue_s: as for `chat`.
             sampling: fields of `SamplingOptions`.
 
         Raises:
@@ -178,13 +216,14 @@ class Model:
         """
         if sampling.get("seed") is not None:
             self._session = None
+        call = _Call(sampling, cancel, user, queue_s)
         if isinstance(prompt, str):
             tokens = self.tokenizer.encode(prompt)
             if not tokens:
                 raise RequestError("the prompt is empty", "Give at least one character.")
-            run = self._start(tokens, _PlainParser(self.tokenizer), sampling, cancel=cancel)
+            run = self._start(tokens, _PlainParser(self.tokenizer), call)
         else:
-            run = self._chat(prompt, tools, thinking, sampling, cancel=cancel)
+            run = self._chat(prompt, tools, thinking, call)
         return run.completion()
 
     def chat(
@@ -195,6 +234,8 @@ class Model:
         *,
         cancel: threading.Event | None = None,
         on_prefill: OnPrefill | None = None,
+        user: str | None = None,
+        queue_s: float = 0.0,
         **sampling: Any,
     ) -> Iterator[Piece]:
         """The reply to a conversation, streamed: text, reasoning and tool calls, then one stats piece.
@@ -208,13 +249,16 @@ class Model:
             thinking: let the model reason first, where its template has that switch.
             cancel: set from another thread or a signal handler to end the answer early.
             on_prefill: called with (tokens computed, tokens to compute) while the prompt is read.
+            user: who asks, for the ledger; None: the model's `user`.
+            queue_s: seconds that the request has waited before this call, for the ledger.
             sampling: fields of `SamplingOptions`.
 
         Raises:
             RequestError: an option, a message, or a conversation that does not fit the context.
             BusyError: another answer of this model is still running.
         """
-        return iter(self._chat(messages, tools, thinking, sampling, cancel=cancel, on_prefill=on_prefill))
+        call = _Call(sampling, cancel, user, queue_s, on_prefill)
+        return iter(self._chat(messages, tools, thinking, call))
 
     def count_tokens(
         self, messages: Sequence[Message], tools: Sequence[Tool] | None = None, thinking: bool = True
@@ -227,16 +271,13 @@ class Model:
         messages: Sequence[Message],
         tools: Sequence[Tool] | None,
         thinking: bool,
-        sampling: dict[str, Any],
-        *,
-        cancel: threading.Event | None,
-        on_prefill: OnPrefill | None = None,
+        call: _Call,
     ) -> _Run:
         prompt = self.template.render(messages, tools, thinking, generated=self._generated)
         next_index = next_tool_call_index(normalise_messages(messages))
         think_as_text = THINK_BEGIN not in self.tokenizer.specials and THINK_BEGIN in self.template.source
         parser = OutputParser(self.tokenizer, self._thinking_open(prompt), think_as_text, next_index)
-        return self._start(prompt, parser, sampling, cancel=cancel, on_prefill=on_prefill)
+        return self._start(prompt, parser, call)
 
     def _thinking_open(self, prompt: list[int]) -> bool:
         """Whether the prompt ends inside a think block that the template opened."""
@@ -246,27 +287,23 @@ class Model:
         last = next((token for token in reversed(prompt) if token in self.tokenizer.special_names), end)
         return last == begin
 
-    def _start(
-        self,
-        prompt: list[int],
-        parser: _Parser,
-        sampling: dict[str, Any],
-        *,
-        cancel: threading.Event | None,
-        on_prefill: OnPrefill | None = None,
-    ) -> _Run:
-        options = self.defaults.with_(**sampling)
+    def _start(self, prompt: list[int], parser: _Parser, call: _Call) -> _Run:
+        options = self.defaults.with_(**call.sampling)
         context = self.session.context
         if len(prompt) > context:
             raise ContextError(
                 f"the prompt has {len(prompt):,} tokens, but the context holds {context:,}",
                 "Shorten the conversation, or load the model with a larger context.",
             )
-        sampler = Sampler(options, prompt)
         generation = Generation(
-            self.session, prompt, sampler, self.stop_ids, cancel=cancel, on_prefill=on_prefill
+            self.session,
+            prompt,
+            Sampler(options, prompt),
+            self.stop_ids,
+            cancel=call.cancel,
+            on_prefill=call.on_prefill,
         )
-        return _Run(generation, parser, StopStrings(options.stop), self._busy, self._remember)
+        return _Run(self, generation, parser, StopStrings(options.stop), call)
 
     def _remember(self, tokens: list[int]) -> None:
         """Keep the model's own ids for its texts, where `encode` would choose others."""
@@ -303,29 +340,62 @@ class _Run:
     """One answer on its way: tokens -> parser -> stop strings -> pieces."""
 
     def __init__(
-        self,
-        generation: Generation,
-        parser: _Parser,
-        stops: StopStrings,
-        busy: threading.Lock,
-        remember: Callable[[list[int]], None],
+        self, model: Model, generation: Generation, parser: _Parser, stops: StopStrings, call: _Call
     ) -> None:
+        self._model = model
         self._generation = generation
         self._parser = parser
         self._stops = stops
-        self._busy = busy
-        self._remember = remember
+        self._call = call
         self._called_tools = False
+        self._stats = generation.stats
 
     def __iter__(self) -> Iterator[Piece]:
-        if not self._busy.acquire(blocking=False):
+        busy = self._model._busy
+        if not busy.acquire(blocking=False):
             raise BusyError("the model is busy with another answer", "Read that one to its end, or close it.")
         try:
-            yield from self._answer()
+            yield from self._accounted()
         finally:
-            self._remember(self._generation.tokens)
-            self._busy.release()
-        yield Piece("stats", stats=self._generation.stats)
+            self._model._remember(self._generation.tokens)
+            busy.release()
+        yield Piece("stats", stats=self._stats)
+
+    def _accounted(self) -> Iterator[Piece]:
+        """The answer, of which an account is kept whatever becomes of it."""
+        model = self._model
+        before, failed = model.engine.traffic(), False
+        request = model.accounts.begin(model.name, self._call.user or model.user)
+        self._generation.on_tokens = request.tokens
+        try:
+            yield from self._answer()
+        except Exception:
+            failed = True
+            raise
+        finally:
+            self._close(request, model.engine.traffic() - before, failed)
+
+    def _close(self, request: Request, traffic: Traffic, failed: bool) -> None:
+        stats, accounts, queue_s = self._generation.stats, self._model.accounts, self._call.queue_s
+        usage = request.end(
+            # Of a prompt that was not read to its end, what was read.
+            prompt_tokens=stats.cached_tokens + self._generation.computed,
+            cached_tokens=stats.cached_tokens,
+            completion_tokens=stats.completion_tokens,
+            queue_s=queue_s,
+            prefill_s=stats.prefill_s,
+            decode_s=stats.decode_s,
+            finish_reason="error" if failed else stats.finish_reason,
+            traffic=traffic,
+        )
+        self._stats = replace(
+            stats,
+            queue_s=queue_s,
+            traffic=traffic,
+            energy=usage.energy,
+            cost=accounts.dollars(usage),
+            currency=accounts.prices.currency,
+        )
 
     def _answer(self) -> Iterator[Piece]:
         for token in self._generation:
@@ -362,7 +432,7 @@ class _Run:
         return Completion(
             text="".join(piece.text for piece in pieces if piece.kind == "text"),
             tokens=self._generation.tokens,
-            stats=self._generation.stats,
+            stats=self._stats,
             reasoning="".join(piece.text for piece in pieces if piece.kind == "reasoning"),
             tool_calls=tuple(piece.tool_call for piece in pieces if piece.tool_call is not None),
         )

@@ -7,11 +7,14 @@ context stays at the prompt, unsent.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, Any
 
+from moebox.cost.economics import TokenCost, Work, cost_of
+from moebox.cost.prices import Prices
+from moebox.cost.usage import Joules, Traffic, add_energy
 from moebox.errors import MoeboxError, RequestError
 from moebox.runtime.chat_commands import COMMANDS, Leave, find_command
 from moebox.runtime.conversation import Conversation, read_text, read_tools
@@ -57,6 +60,12 @@ def main(model: Model, options: ChatOptions | None = None) -> int:
     return Chat(model, options, screen, reader).run()
 
 
+_SUMMED = (
+    *("prompt_tokens", "cached_tokens", "completion_tokens", "decoded_tokens", "computed_tokens"),
+    *("prefill_s", "decode_s", "traffic"),
+)
+
+
 @dataclass
 class Totals:
     """What the session has cost so far."""
@@ -66,14 +75,23 @@ class Totals:
     cached_tokens: int = 0
     completion_tokens: int = 0
     decoded_tokens: int = 0
+    computed_tokens: int = 0
     prefill_s: float = 0.0
     decode_s: float = 0.0
+    traffic: Traffic = field(default_factory=Traffic)
+    energy: tuple[Joules, ...] = ()
 
     def add(self, stats: Stats) -> None:
         """Count one more answer."""
         self.answers += 1
-        for item in fields(self)[1:]:
-            setattr(self, item.name, getattr(self, item.name) + getattr(stats, item.name))
+        for name in _SUMMED:
+            setattr(self, name, getattr(self, name) + getattr(stats, name))
+        self.energy = add_energy(self.energy, stats.energy)
+
+    def cost(self, prices: Prices) -> TokenCost | None:
+        """Money per million tokens, as `Stats.cost`."""
+        joules = sum(part.joules for part in self.energy)
+        return cost_of(Work(self.computed_tokens, joules, self.prefill_s + self.decode_s), prices)
 
 
 @dataclass

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from moebox.errors import RequestError
 from moebox.runtime.conversation import Conversation, read_text, read_tools
+from moebox.runtime.cost_text import energy_text, hits_text, money_text
 from moebox.runtime.sampling import SamplingOptions
 
 if TYPE_CHECKING:
@@ -150,6 +151,8 @@ def _stats(chat: Chat, _argument: str) -> None:
     prefill = (totals.prompt_tokens - totals.cached_tokens) / totals.prefill_s if totals.prefill_s else 0.0
     decode = totals.decoded_tokens / totals.decode_s if totals.decode_s else 0.0
     used = last.context_used if last else 0
+    prices = chat.model.accounts.prices
+    cost = totals.cost(prices)
     _table(
         chat,
         [
@@ -160,6 +163,9 @@ def _stats(chat: Chat, _argument: str) -> None:
             ("answer speed", f"{decode:,.1f} tok/s"),
             ("last first token", f"{last.ttft_s:.2f} s" if last else "-"),
             ("context", f"{used:,} of {chat.model.session.context:,} tokens"),
+            ("energy", energy_text(totals.energy, totals.computed_tokens) or "-"),
+            ("cost", money_text(cost, prices.currency) if cost else "-"),
+            ("experts", hits_text(totals.traffic) or "-"),
         ],
     )
 
@@ -194,6 +200,6 @@ COMMANDS = (
     Command("save", "FILE", "write the conversation as JSON", _save),
     Command("load", "FILE", "continue a saved conversation", _load),
     Command("read", "FILE", "send a file's text with the next message", _read),
-    Command("stats", "", "tokens, speeds and context of this session", _stats),
+    Command("stats", "", "tokens, speeds, energy and cost of this session", _stats),
     Command("exit", "", "leave, as Ctrl-D does", _exit),
 )

@@ -130,6 +130,11 @@ class Engine:
         runner, plan = load_runner(checkpoint, options)
         return cls(checkpoint, runner, plan)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the backbone computes."""
+        return self.runner.model.processor.device
+
     def traffic(self) -> Traffic:
         """Where experts were found and what moved since loading began; differences count."""
         return self.runner.traffic()

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 OnPrefill = Callable[[int, int], None]
 """Called with (prompt tokens computed, prompt tokens to compute)."""
 
+OnTokens = Callable[[int], None]
+"""Called with the number of tokens that have just been computed."""
+
 
 class ContextError(RequestError):
     """A prompt with more tokens than the context holds."""
@@ -38,6 +41,12 @@ class TokenSession(Protocol):
 class Generation:
     """One answer: iterate for its token ids, without the one that ends it; then read `stats`.
 
+    Attributes:
+        tokens: ids so far.
+        computed: tokens of the prompt that were computed so far.
+        finish_reason: why it ended.
+        on_tokens: told of tokens as they are computed, the prompt's by chunks; to be set before the start.
+
     Args:
         session: holds the cache; the prompt's common prefix with it is not computed again.
         prompt: ids of the whole conversation so far.
@@ -58,6 +67,8 @@ class Generation:
         on_prefill: OnPrefill | None = None,
     ) -> None:
         self.tokens: list[int] = []
+        self.computed = 0
+        self.on_tokens: OnTokens = lambda _: None
         self.finish_reason: FinishReason = "cancelled"
         self._session = session
         self._prompt = prompt
@@ -74,7 +85,6 @@ class Generation:
             token = self._first()
         except MoeboxError:
             if self._cancel.is_set():  # the session stopped because it was told to
-                self._reused = self._session.reused
                 return
             raise
         while token not in self._stop_ids:
@@ -89,18 +99,29 @@ class Generation:
 
     def _first(self) -> int:
         begin = time.perf_counter()
-        logits = self._session.prefill(self._prompt, on_progress=self._on_prefill, cancel=self._cancel)
-        self._prefill_s = time.perf_counter() - begin
-        self._reused = self._session.reused
+        try:
+            logits = self._session.prefill(self._prompt, on_progress=self._progress, cancel=self._cancel)
+        finally:
+            self._prefill_s = time.perf_counter() - begin
+            self._reused = self._session.reused
         token = self._sampler.sample(logits)
         self._ttft_s = time.perf_counter() - begin
         return token
 
+    def _progress(self, done: int, total: int) -> None:
+        self.on_tokens(done - self.computed)
+        self.computed = done
+        if self._on_prefill is not None:
+            self._on_prefill(done, total)
+
     def _next(self, token: int) -> int:
         begin = time.perf_counter()
-        token = self._sampler.sample(self._session.decode(token))
-        self._decode_s += time.perf_counter() - begin
+        try:
+            token = self._sampler.sample(self._session.decode(token))
+        finally:
+            self._decode_s += time.perf_counter() - begin
         self._decoded += 1
+        self.on_tokens(1)
         return token
 
     def _limit(self) -> FinishReason | None:
@@ -119,6 +140,7 @@ class Generation:
             cached_tokens=self._reused,
             completion_tokens=len(self.tokens),
             decoded_tokens=self._decoded,
+            computed_tokens=self.computed + len(self.tokens),
             prefill_s=self._prefill_s,
             decode_s=self._decode_s,
             ttft_s=self._ttft_s,

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from moebox.cost.usage import Joules, Traffic
+
+if TYPE_CHECKING:
+    from moebox.cost.economics import TokenCost
 
 PieceKind = Literal["text", "reasoning", "tool_call", "stats"]
 FinishReason = Literal["stop", "length", "context", "tool_calls", "cancelled"]
@@ -30,12 +35,17 @@ class Stats:
     `prompt_tokens` counts the whole prompt, `cached_tokens` the part of it that the key-value cache
     still held; `prefill_s` is the time for the others, `ttft_s` the time to the first generated token.
     `decoded_tokens` is what came after the first one, with the token that ended the answer, in `decode_s`.
+    `computed_tokens` are those of the prompt that were computed, and the answer's.
+    `queue_s` is what the caller says the request has waited. `energy` has one entry per source; `cost` is
+    money per million computed tokens, in `currency`, of a box that does nothing else; None where no token
+    was computed.
     """
 
     prompt_tokens: int
     cached_tokens: int
     completion_tokens: int
     decoded_tokens: int
+    computed_tokens: int
     prefill_s: float
     decode_s: float
     ttft_s: float
@@ -43,6 +53,11 @@ class Stats:
     seed: int
     context_used: int
     context: int
+    queue_s: float = 0.0
+    traffic: Traffic = field(default_factory=Traffic)
+    energy: tuple[Joules, ...] = ()
+    cost: TokenCost | None = None
+    currency: str = "USD"
 
     @property
     def prefill_tokens_per_s(self) -> float:

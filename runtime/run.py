@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from moebox.errors import RequestError
 from moebox.runtime.conversation import Conversation, read_tools
+from moebox.runtime.cost_text import cost_dict, energy_dict
 from moebox.runtime.pieces import Piece, Stats
 from moebox.runtime.screen import Screen
 from moebox.runtime.terminal import cancel_on_interrupt
@@ -86,7 +87,11 @@ def _print_json(pieces: Iterator[Piece], model: str) -> Stats:
             "completion_tokens": stats.completion_tokens,
             "total_tokens": stats.prompt_tokens + stats.completion_tokens,
         },
+        "energy": energy_dict(stats.energy, stats.computed_tokens),
+        "traffic": asdict(stats.traffic),
+        "cost": cost_dict(stats.cost, stats.currency),
         "timings": {
+            "queue_s": stats.queue_s,
             "prefill_s": stats.prefill_s,
             "decode_s": stats.decode_s,
             "ttft_s": stats.ttft_s,

@@ -8,6 +8,7 @@ import time
 from dataclasses import asdict
 
 from moebox.errors import MoeboxError
+from moebox.runtime.cost_text import cost_line
 from moebox.runtime.pieces import Stats, ToolCall
 from moebox.runtime.terminal import ending, footer, harmless, open_console
 
@@ -88,6 +89,8 @@ class Screen:
             self.note(reason)
         if self._notes_to_terminal:
             self.note(footer(stats))
+            if line := cost_line(stats):
+                self.note(line)
 
     def prefill(self, done: int, total: int) -> None:
         """Progress through a long prompt: one line that goes away, on a terminal only."""

@@ -17,9 +17,11 @@ def cpu_by_default(monkeypatch):
 
 @pytest.fixture(autouse=True, scope="session")
 def own_folders(tmp_path_factory):
-    """Statistics and profiles of the tests, their subprocesses' too, stay out of the user's folders."""
+    """What tests and their subprocesses keep, such as statistics and ledgers, is not the user's."""
     folder = tmp_path_factory.mktemp("user")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_DATA_HOME", str(folder / "data"))
         patch.setenv("XDG_STATE_HOME", str(folder / "state"))
+        patch.setenv("XDG_CONFIG_HOME", str(folder / "config"))
+        patch.delenv("MOEBOX_LEDGER", raising=False)
         yield

@@ -173,6 +173,12 @@ def model_options(command: Command) -> Command:
                 type=click.Path(dir_okay=False, path_type=Path),
                 help="Write the experts that the router picks to this file.",
             ),
+            click.option(
+                "--ledger/--no-ledger",
+                default=True,
+                help="Keep what each answer used, never what it said, for `moebox cost`.",
+            ),
+            click.option("--user", help="Who asks, for the ledger.  [default: the login name]"),
         )
     ):
         command = option(command)
@@ -181,7 +187,7 @@ def model_options(command: Command) -> Command:
 
 LOADING = (
     *("device", "vram", "ram", "backbone", "context", "threads"),
-    *("stores", "verify_reads", "prefetch", "statistics", "record_trace"),
+    *("stores", "verify_reads", "prefetch", "statistics", "record_trace", "ledger", "user"),
 )
 """Names of what `model_options` adds beside MODEL, as `moebox.load` has them."""
 

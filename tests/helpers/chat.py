@@ -27,7 +27,10 @@ import torch
 from pexpect import EOF
 from pexpect.fdpexpect import fdspawn
 
+from moebox.cost.accounts import Accounts
+from moebox.cost.prices import load_prices
 from moebox.errors import MoeboxError, RequestError
+from moebox.offload.traffic import Traffic
 from moebox.runtime import chat, run
 from moebox.runtime.api import Model
 from moebox.runtime.chat import ChatOptions
@@ -126,6 +129,7 @@ class FakeSession:
         self.reused = min(shared, len(token_ids) - 1)
         self.computed = len(token_ids) - self.reused
         self.engine.prefills.append((self.reused, self.computed))
+        self.engine.passes += 1
         for step in range(4):
             if cancel is not None and cancel.is_set():
                 raise MoeboxError("the prefill was cancelled")
@@ -141,6 +145,7 @@ class FakeSession:
         if len(self.tokens) >= self.context:
             raise RequestError("the context is full")
         self.tokens.append(token)
+        self.engine.passes += 1
         return self._logits()
 
     def _logits(self):
@@ -173,11 +178,22 @@ class FakeEngine:
         self.end = tokenizer.special("<|im_end|>")
         self.prefills: list[tuple[int, int]] = []
         self.prompts: list[list[int]] = []
+        self.passes = 0
         self._tokenizer = tokenizer
         self._answers = list(answers)
 
+    device = torch.device("cpu")
+
+    def traffic(self) -> Traffic:
+        """As if each pass used two experts in RAM and one on disk, of 1,000 bytes."""
+        n = self.passes
+        return Traffic(ram_hits=2 * n, disk_hits=n, cpu_bytes=3000 * n, disk_bytes=1000 * n)
+
     def session(self, context: int | None = None) -> FakeSession:
         return FakeSession(self, context or self.context)
+
+    def close(self) -> None:
+        """Nothing is open."""
 
     def logits(self, token_ids):
         return torch.zeros(len(token_ids), self.config.vocab_size)
@@ -193,12 +209,19 @@ def encode_answer(tokenizer: Tokenizer, text: str) -> list[int]:
     return tokenizer._encoding.encode(text, allowed_special="all")
 
 
-def fake_model(folder: Path, template: str | None = "k2_style", **options) -> Model:
+def fake_model(
+    folder: Path,
+    template: str | None = "k2_style",
+    ledger: bool = False,
+    user: str | None = None,
+    **options,
+) -> Model:
     """A `Model` over a tiny tokenizer and a scripted engine."""
     write_tokenizer(folder, template=template)
     tokenizer = Tokenizer.load(folder)
     engine = FakeEngine(folder, tokenizer, **options)
-    return Model(engine, tokenizer, Template.load(folder, tokenizer))
+    accounts = Accounts.open(engine.device, load_prices(), ledger=ledger)
+    return Model(engine, tokenizer, Template.load(folder, tokenizer), accounts, user)
 
 
 def run_program(folder: Path, request: dict) -> int:
