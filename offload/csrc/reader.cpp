@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <bit>
 #include <stdexcept>
 #include <thread>
 
@@ -37,8 +38,13 @@ struct Reader::Piece {
   std::uint64_t offset;
   std::size_t nbytes;
   std::byte* target;
-  std::uint32_t tried = 0;  // bits of copies
+  std::uint32_t tried = 0;   // bits of copies
+  std::uint32_t source = 0;  // of the one that was read
   bool queued = false;
+
+  std::uint32_t bit_of(std::size_t copy) const {
+    return std::uint32_t{1} << std::min(copy, file->copies.size() - 1);
+  }
 };
 
 struct Reader::Job {
@@ -49,6 +55,7 @@ struct Reader::Job {
   std::optional<std::uint64_t> checksum;
   std::size_t unfinished = 0;  // pieces queued or under way
   std::size_t bytes_read = 0;
+  std::size_t next_alone = 0;  // the copy that is read next where a checksum was wrong
   std::optional<ReadFailure> failure;
   bool cancelled = false;
 };
@@ -273,10 +280,12 @@ Reader::Task Reader::take_own(Job& job) {
 void Reader::settle(const Task& task, std::optional<ReadFailure> failure, Lock& lock) {
   Job& job = *task.piece->job;
   if (failure && !job.failure && !job.cancelled && try_another_copy(task, *failure)) return;
-  if (failure)
+  if (failure) {
     fail(job, *failure);
-  else
+  } else {
     job.bytes_read += task.piece->nbytes;
+    task.piece->source = task.copy->bit;
+  }
   if (job.unfinished == 1 && job.checksum && !job.failure && !job.cancelled) check(job, lock);
   if (--job.unfinished == 0) finished_.notify_all();
 }
@@ -285,14 +294,17 @@ bool Reader::try_another_copy(const Task& task, const ReadFailure& failure) {
   Piece& piece = *task.piece;
   piece.tried |= task.copy->bit;
   if (!usable_copy(piece, nullptr)) return false;
-  const bool others = std::ranges::any_of(
-      piece.file->copies, [&](const Copy& copy) { return &copy != task.copy && !copy.given_up; });
-  if (others && !task.copy->given_up) {
-    given_up_.push_back(failure);
-    task.copy->given_up = true;
-  }
+  give_up(*task.copy, *piece.file, failure);
   enqueue(piece, true);
   return true;
+}
+
+void Reader::give_up(Copy& copy, const File& file, const ReadFailure& failure) {
+  const bool others =
+      std::ranges::any_of(file.copies, [&](const Copy& other) { return &other != &copy && !other.given_up; });
+  if (!others || copy.given_up) return;
+  given_up_.push_back(failure);
+  copy.given_up = true;
 }
 
 void Reader::fail(Job& job, const ReadFailure& failure) {
@@ -313,8 +325,32 @@ void Reader::check(Job& job, Lock& lock) {
   lock.unlock();
   const bool right = xxh3_64(job.target, job.nbytes) == *job.checksum;
   lock.lock();
+  if (right || job.failure || job.cancelled) return;
   const Piece& first = job.pieces.front();
-  if (!right) fail(job, {ReadFailure::Kind::checksum, first.file->copies.front().file->path(), first.offset});
+  Copy& copy = first.file->copies[std::countr_zero(first.source)];
+  const ReadFailure failure{ReadFailure::Kind::checksum, copy.file->path(), first.offset};
+  if (std::ranges::all_of(job.pieces, [&](const Piece& piece) {
+        return piece.file == first.file && piece.source == first.source;
+      }))
+    give_up(copy, *first.file, failure);
+  if (!read_next_alone(job)) fail(job, failure);
+}
+
+// Which of several copies is damaged does not show where pieces came from all of them.
+bool Reader::read_next_alone(Job& job) {
+  const auto copies = [](const Piece& piece) { return piece.file->copies.size(); };
+  const std::size_t most = std::ranges::max(job.pieces, {}, copies).file->copies.size();
+  while (job.next_alone < most) {
+    const std::size_t copy = job.next_alone++;
+    if (std::ranges::all_of(job.pieces, [&](const Piece& p) { return p.source == p.bit_of(copy); })) continue;
+    job.unfinished += job.pieces.size();
+    for (Piece& piece : job.pieces) {
+      piece.tried = ~piece.bit_of(copy);
+      enqueue(piece, true);
+    }
+    return true;
+  }
+  return false;
 }
 
 bool Reader::ready(Ticket ticket) const {

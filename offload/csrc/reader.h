@@ -58,7 +58,7 @@ class Reader {
   void set_depth(const std::string& path, std::size_t depth);
 
   // The runs land in `target` one behind the other. Never blocks. With a checksum (XXH3-64), the bytes are
-  // compared when they are there.
+  // compared when they are there; where they differ, each copy is read by itself before that is a failure.
   Ticket submit(std::span<const Run> runs, std::byte* target, bool prefetch,
                 std::optional<std::uint64_t> checksum = {});
   // Finished, well or not.
@@ -105,9 +105,11 @@ class Reader {
   void run(const Task& task, Bounce& bounce, Lock& lock);
   void settle(const Task& task, std::optional<ReadFailure> failure, Lock& lock);
   bool try_another_copy(const Task& task, const ReadFailure& failure);
+  void give_up(Copy& copy, const File& file, const ReadFailure& failure);
   void fail(Job& job, const ReadFailure& failure);
   void drop_queued(Job& job);
   void check(Job& job, Lock& lock);
+  bool read_next_alone(Job& job);
 
   const std::size_t depth_, piece_bytes_;
   Faults faults_;

@@ -161,6 +161,32 @@ def test_flipped_bits_are_found_where_reads_are_verified(folder, expected, direc
         assert np.array_equal(read_all(store), expected)
 
 
+@pytest.mark.parametrize("damaged", ["own", "other"])
+def test_a_copy_takes_over_from_one_that_differs(folder, other_drive, expected, caplog, damaged):
+    bad = {"own": folder, "other": other_drive}[damaged]
+    with open_store(folder, other_drive, verify=True) as store:
+        store.reader.inject(str(bad), "flip", 16)  # every read of that copy, whichever pieces it gives
+        assert np.array_equal(read_all(store), expected)
+        assert np.array_equal(read_all(store), expected)
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == len(set(said)) <= len(list(folder.glob("*.safetensors")))
+    assert all(f"{bad}/" in message and "the checksum differs: this copy" in message for message in said)
+
+
+def test_copies_that_all_differ_are_an_error(folder, other_drive):
+    with open_store(folder, other_drive, verify=True) as store:
+        store.reader.inject("", "flip", 16)
+        with pytest.raises(CheckpointError, match=rf"{FIRST}: byte \d+: the checksum differs\n.*--verify"):
+            read_one(store)
+
+
+def test_a_damaged_copy_on_the_same_drive(folder, tmp_path, expected):
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    with open_store(folder, copy, verify=True) as store:
+        store.reader.inject(str(folder), "flip", 16)
+        assert np.array_equal(read_all(store), expected)
+
+
 @pytest.mark.parametrize("number", [errno.EIO, errno.ENODEV])
 def test_a_copy_takes_over(folder, other_drive, expected, caplog, number):
     with open_store(folder, other_drive) as store:
