@@ -47,11 +47,12 @@ class Columns:
 
 @dataclass(frozen=True)
 class Series:
-    """A line through points [(x, y)] of the data; `label` is written at its beginning."""
+    """A line through points [(x, y)] of the data; `label` is written above its left or right end."""
 
     kind: str
     label: str
     points: Sequence[tuple[float, float]]
+    side: Literal["left", "right"] = "left"
 
 
 @dataclass(frozen=True)
@@ -152,8 +153,8 @@ class Chart:
     def _line(self, series: Series) -> Placed:
         points = [(self.x(x), 100 - self.y(y)) for x, y in series.points]
         path = "M" + " L".join(f"{x:.2f} {y:.2f}" for x, y in points)
-        x, y = points[0]
-        return Placed(series.kind, series.label, x, y, path, label_y=y)
+        x, y = points[0 if series.side == "left" else -1]
+        return Placed(series.kind, series.label, x, y, path, series.side, y)
 
     def _spot(self, spot: Spot) -> Placed:
         x, y = self.x(spot.x), 100 - self.y(spot.y)

@@ -82,8 +82,8 @@ def times(value: float) -> str:
 
 
 def months(value: float) -> str:
-    """`7 months`, `3.5 years`."""
-    if value > 24:
+    """`36 months`, `7.5 years`."""
+    if value > 48:
         return f"{value / 12:,.1f} years" if value < 1200 else "more than 100 years"
     return f"{value:.1f}".removesuffix(".0") + (" month" if value == 1 else " months")
 

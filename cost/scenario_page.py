@@ -40,7 +40,7 @@ def scenario_page(report: ScenarioReport) -> Page:
             Section([_curves(report)]),
             Section([_speeds(report)]),
             Section([_hosted(report)]),
-            Section([_developers(report), _developers_table(report)]),
+            Section([_developers(report)]),
         ],
         [
             f"Made by moebox {__version__}: moebox cost --scenario {scenario.name}",
@@ -64,7 +64,7 @@ def _curves(report: ScenarioReport) -> Block:
         lambda value: figures.axis_money(value, report.scenario.prices.currency),
         [
             *(
-                Series("api", f"{names} {money(report, price)}", [(low, price), (high, price)])
+                Series("api", f"{names} {money(report, price)}", [(low, price), (high, price)], "right")
                 for price, names in _by_price(report).items()
             ),
             Series("office", "", sampled(lambda speed: office / speed, low, high)),
@@ -167,7 +167,7 @@ def _hosted(report: ScenarioReport) -> Block:
 def _developers(report: ScenarioReport) -> Block:
     """Subscriptions by the number of developers, with the box between them."""
     bars = [
-        (_count(row.developers), "", row.subscriptions, "api", f"pays off: {payback(row)}")
+        (_count(row.developers), "", row.subscriptions, "api", f"paid off after {payback(row)}")
         for row in report.by_developers
     ]
     bars.append(("This box", "hardware and electricity", report.owning, "own", ""))
@@ -181,15 +181,25 @@ def _developers(report: ScenarioReport) -> Block:
     ]
     keys = [("own", "owning"), ("api", "subscriptions")]
     return Block(
-        "bars", "Developers on subscriptions", "Money a month.", "developers", keys, bars=bars_of(drawn)
+        "bars",
+        "Developers on subscriptions",
+        f"Money a month, and when what is saved has paid for a box that lasts {_life(report)}.",
+        "developers",
+        keys,
+        bars=bars_of(drawn),
+        table=_developers_table(report),
     )
+
+
+def _life(report: ScenarioReport) -> str:
+    return figures.months(report.scenario.prices.life_months)
 
 
 def _count(developers: int) -> str:
     return "1 developer" if developers == 1 else f"{developers} developers"
 
 
-def _developers_table(report: ScenarioReport) -> Block:
+def _developers_table(report: ScenarioReport) -> Table:
     rows = [
         Row(
             [
@@ -203,8 +213,5 @@ def _developers_table(report: ScenarioReport) -> Block:
         )
         for row in report.by_developers
     ]
-    heads = ["Developers", "subscriptions", "owning", "saved*", "paid off after"]
-    life = figures.months(report.scenario.prices.life_months)
-    table = Table("Paid off", heads, rows)
-    foot = f"* a month, beside the hardware. The box lasts {life}."
-    return Block("table", "When the box is paid off", "Money a month.", table=table, foot=foot)
+    heads = ["Developers", "subscriptions", "owning", "saved beside the hardware", "paid off after"]
+    return Table("Developers on subscriptions", heads, rows)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from moebox.cost import figures
-from moebox.cost.scenario import DevelopersRow, HostedRow, ScenarioReport, SpeedRow
+from moebox.cost.scenario import DevelopersRow, ScenarioReport, SpeedRow
 
 
 def money(report: ScenarioReport, value: float) -> str:
@@ -28,12 +26,13 @@ def scenario_headline(report: ScenarioReport) -> list[tuple[str, bool]]:
 
 def scenario_verdict(report: ScenarioReport) -> str:
     """From which speed, and for how many developers, owning wins."""
-    speeds = ", ".join(
-        f"{row.price.name} from {tokens_per_s(row.wins_from)} on" for row in _slowest_first(report)
-    )
+    by_speed: dict[str, list[str]] = {}
+    for row in sorted(report.hosted, key=lambda row: row.wins_from):
+        by_speed.setdefault(tokens_per_s(row.wins_from), []).append(row.price.name)
+    speeds = ", ".join(f"{' and '.join(names)} from {speed}" for speed, names in by_speed.items())
     return (
-        f"Answers all day and night, all streams together: owning is cheaper than {speeds}. Subscriptions of "
-        f"{money(report, report.scenario.subscription)} a month cost more than the box from "
+        f"With answers all day and night, owning is cheaper than {speeds} on, all streams together. "
+        f"Subscriptions of {money(report, report.scenario.subscription)} a month cost more than the box from "
         f"{report.developers_to_win} developers on, if it is fast enough for them."
     )
 
@@ -41,20 +40,16 @@ def scenario_verdict(report: ScenarioReport) -> str:
 def scenario_facts(report: ScenarioReport) -> list[tuple[str, str, str]]:
     """What a month and a year cost: name, figure, how it comes about."""
     scenario, prices = report.scenario, report.scenario.prices
-    price = money(report, prices.hardware_price or 0.0)
-    life = f"{price} over {prices.life_months:g} months"
+    life = f"{money(report, prices.hardware_price or 0.0)} over {figures.months(prices.life_months)}"
     symbol = figures.money(0, prices.currency).removesuffix("0.00")
     power = f"{scenario.watts / 1000:g} kW at {symbol}{prices.electricity_per_kwh:g} a kWh"
-    yearly = f"beside {money(report, report.electricity_per_year)} of electricity"
+    together = "both, and other costs" if prices.other_per_month else "both"
+    yearly = f"a developer; electricity {money(report, report.electricity_per_year)}"
     return [
-        ("Hardware", f"{money(report, report.hardware)} a month", life),
-        ("Electricity", f"{money(report, report.electricity)} a month", power),
-        (
-            "Owning",
-            f"{money(report, report.owning)} a month",
-            "with other costs" if prices.other_per_month else "together",
-        ),
-        ("A subscription", f"{money(report, report.subscription_per_year)} a year", yearly),
+        ("Hardware a month", money(report, report.hardware), life),
+        ("Electricity a month", money(report, report.electricity), power),
+        ("Owning a month", money(report, report.owning), together),
+        ("Subscription a year", money(report, report.subscription_per_year), yearly),
     ]
 
 
@@ -90,7 +85,3 @@ def scenario_notes(report: ScenarioReport) -> list[str]:
 def _within_one_stream(report: ScenarioReport) -> SpeedRow:
     """The fastest speed that one stream reaches on such a box: 25 tok/s."""
     return max((row for row in report.by_speed if row.tokens_per_s <= 25), key=lambda row: row.tokens_per_s)
-
-
-def _slowest_first(report: ScenarioReport) -> Sequence[HostedRow]:
-    return sorted(report.hosted, key=lambda row: row.wins_from)
