@@ -128,9 +128,13 @@ def near(name: str, known: list[str]) -> str:
 
 def number(value: object) -> float | None:
     """`value` as a finite number, or None; true and false are none."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
-    return float(value)
+    try:
+        found = float(value)
+    except OverflowError:  # an integer of hundreds of digits
+        return None
+    return found if math.isfinite(found) else None
 
 
 def _check(values: Mapping[str, object], where: str) -> None:

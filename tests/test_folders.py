@@ -1,6 +1,6 @@
 from pathlib import Path
 
-from moebox.folders import data_folder, state_folder
+from moebox.folders import config_folder, data_folder, state_folder
 
 
 def test_the_specification_of_xdg_holds(monkeypatch):
@@ -10,3 +10,5 @@ def test_the_specification_of_xdg_holds(monkeypatch):
     assert state_folder() == Path.home() / ".local/state/moebox"
     monkeypatch.delenv("XDG_DATA_HOME")
     assert data_folder() == Path.home() / ".local/share/moebox"
+    monkeypatch.setenv("XDG_CONFIG_HOME", "/somewhere/config")
+    assert config_folder() == Path("/somewhere/config/moebox")
