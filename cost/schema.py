@@ -43,7 +43,7 @@ _FIRST: Migration = (
         cpu_method TEXT,
         dram_joules REAL,
         dram_method TEXT
-    ) WITHOUT ROWID
+    )
     """,
     "CREATE INDEX requests_by_time ON requests (begun_s)",
     """
@@ -57,7 +57,7 @@ _FIRST: Migration = (
         cpu_method TEXT,
         dram_joules REAL,
         dram_method TEXT
-    ) WITHOUT ROWID
+    )
     """,
     "CREATE INDEX idle_by_time ON idle (begun_s)",
 )

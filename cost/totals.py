@@ -74,27 +74,31 @@ def totals_by(connection: sqlite3.Connection, key: Key | None, chosen: Mapping[s
 
 
 _SUMMED = ("prompt_tokens", "cached_tokens", "completion_tokens", "queue_s", "prefill_s", "decode_s")
-_PLAIN = ("key", "requests", *_SUMMED, "busy_s", "first_s", "last_s")
+_PLAIN = ("busy_s", "last_s", "key", "requests", *_SUMMED, "first_s")
 
 
 def _statement(key: str) -> str:
-    """Ordered by their start, each request adds to the busy time what lies after all earlier ones' end."""
+    """Ordered by their start, each request adds to the busy time what lies after the end of all before it."""
     sums = ", ".join(f"SUM({name})" for name in _SUMMED)
     traffic = ", ".join(f"SUM({name})" for name in TRAFFIC_FIELDS)
     energy = ", ".join(f"TOTAL({source}_joules), {_least_certain(source)}" for source in SOURCES)
     return f"""
         WITH worked AS (
-            SELECT *, {key} AS key, begun_s + queue_s AS from_s,
-                begun_s + queue_s + prefill_s + decode_s AS to_s
+            SELECT {key} AS key, begun_s + queue_s AS from_s, begun_s + queue_s + prefill_s + decode_s AS to_s
             FROM requests WHERE {CHOSEN}
         ), ordered AS (
             SELECT *, MAX(to_s) OVER (
-                PARTITION BY key ORDER BY from_s, id ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING
+                PARTITION BY key ORDER BY from_s ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING
             ) AS before_s FROM worked
+        ), busy AS (
+            SELECT key, SUM(MAX(0.0, to_s - MAX(from_s, COALESCE(before_s, from_s)))) AS busy_s,
+                MAX(to_s) AS last_s
+            FROM ordered GROUP BY key
+        ), summed AS (
+            SELECT {key} AS key, COUNT(*), {sums}, MIN(begun_s) AS first_s, {traffic}, {energy}
+            FROM requests WHERE {CHOSEN} GROUP BY 1
         )
-        SELECT key, COUNT(*), {sums}, SUM(MAX(0.0, to_s - MAX(from_s, COALESCE(before_s, from_s)))),
-            MIN(begun_s), MAX(to_s), {traffic}, {energy}
-        FROM ordered GROUP BY key ORDER BY key
+        SELECT busy_s, last_s, summed.* FROM summed JOIN busy ON summed.key IS busy.key ORDER BY summed.key
     """
 
 

@@ -20,12 +20,12 @@ CREATE TABLE requests (
     gpu_hits INTEGER NOT NULL, ram_hits INTEGER NOT NULL, disk_hits INTEGER NOT NULL,
     pcie_bytes INTEGER NOT NULL, cpu_bytes INTEGER NOT NULL, disk_bytes INTEGER NOT NULL,
     gpu_joules REAL, gpu_method TEXT, cpu_joules REAL, cpu_method TEXT, dram_joules REAL, dram_method TEXT
-) WITHOUT ROWID;
+);
 CREATE INDEX requests_by_time ON requests (begun_s);
 CREATE TABLE idle (
     id TEXT PRIMARY KEY NOT NULL, begun_s REAL NOT NULL, seconds REAL NOT NULL,
     gpu_joules REAL, gpu_method TEXT, cpu_joules REAL, cpu_method TEXT, dram_joules REAL, dram_method TEXT
-) WITHOUT ROWID;
+);
 CREATE INDEX idle_by_time ON idle (begun_s);
 INSERT INTO requests VALUES ('1', 1795348800.0, 'kimi-k2', 'ada', 100, 40, 25, 0.125, 1.5, 2.75, 'stop',
     1, 2, 3, 1000000000000, 5, 6, 812.5, 'counter', NULL, NULL, 3.25, 'estimated');
