@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,16 @@ import torch
 
 from moebox import __version__
 from moebox.config import ModelConfig, load_config
-from moebox.cost.gpu_energy import open_gpu
+from moebox.cost.accounts import open_meter
+from moebox.cost.energy import EnergyMeter
+from moebox.cost.prices import Prices, load_prices
 from moebox.errors import RequestError
 from moebox.offload.device import Device, open_device
 from moebox.offload.floor import Ceilings
 from moebox.offload.hardware import cpu_name
 from moebox.offload.ram import RamTier
 from moebox.offload.trace import RoutingTrace, TraceRouting, synthetic_trace
+from moebox.runtime.bench_cost import Spent
 from moebox.runtime.bench_report import (
     BenchReport,
     DecodeReport,
@@ -58,8 +62,10 @@ def bench(
         filled: all random experts of a shape on a GPU, in RAM already; see `shape_rig`.
 
     Raises:
-        MoeboxError: as `Engine.load`; a trace that does not fit; a context that is too small.
+        MoeboxError: as `Engine.load`; a trace that does not fit; a context that is too small; the file of
+            prices has a mistake.
     """
+    prices = load_prices()
     config, full = _configs(options)
     name = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     device = None if name == "cpu" else open_device(name)
@@ -72,8 +78,9 @@ def bench(
     else:
         rig = shape_rig((config, full), options, device, pool, routing, progress, filled)
     ceilings = replace(ceilings, nvme_gbps=rig.nvme_gbps)
-    run = _Run(rig, options, ceilings, device)
-    with torch.inference_mode():
+    meter = open_meter(None if device is None else device.torch_device, prices)
+    run = _Run(rig, options, ceilings, device, meter, prices)
+    with closing(meter), torch.inference_mode():
         prefill, decode = run.prompts(), run.decode()
     return BenchReport(
         subject=rig.subject,
@@ -125,8 +132,17 @@ def _warmup_tokens(options: BenchOptions, device: Device | None) -> int:
 class _Run:
     """The passes through one rig, and what they took."""
 
-    def __init__(self, rig: Rig, options: BenchOptions, ceilings: Ceilings, device: Device | None) -> None:
+    def __init__(
+        self,
+        rig: Rig,
+        options: BenchOptions,
+        ceilings: Ceilings,
+        device: Device | None,
+        meter: EnergyMeter,
+        prices: Prices,
+    ) -> None:
         self.rig, self.options, self.ceilings, self.device = rig, options, ceilings, device
+        self.meter, self.prices = meter, prices
         self.routing = rig.watch.routing
         self.warmup = _warmup_tokens(options, device)
         longest = max(options.prompt_tokens, default=0)
@@ -138,8 +154,7 @@ class _Run:
             )
         self.cache: KVCache = rig.runner.new_cache(self.needed)
         self.ids = _prompt_ids(options, rig.subject.config, self.needed)
-        self.gpu_energy = None if device is None else open_gpu(device.torch_device)
-        self.notes = [] if self.gpu_energy else ["energy was not measured: no GPU with an energy counter"]
+        self.notes: list[str] = []
         if rig.subject.moe_layers == 1:
             self.notes.append("one MoE layer: launch and dense layers are part of its time")
 
@@ -151,10 +166,10 @@ class _Run:
         if self.device is not None:
             self._prompt_once(tokens, 0)  # kernels are compiled, memory is taken
         runs: list[tuple[float, list[LayerWork]]] = []
-        began_joules = self._read_joules()
+        span = self.meter.begin()
         while len(runs) < PROMPT_RUNS and sum(seconds for seconds, _ in runs) < PROMPT_BUDGET_S:
             runs.append(self._prompt_once(tokens, len(runs) + 1))
-        joules = self._joules_since(began_joules)
+        energy = span.end()
         median = sorted(runs, key=lambda run: run[0])[len(runs) // 2]
         log.info("prompt of %d tokens: %.3f s", tokens, median[0])
         return prefill_report(
@@ -163,7 +178,7 @@ class _Run:
             median[1],
             self.rig.subject,
             self.ceilings,
-            None if joules is None else joules / len(runs),
+            Spent(tokens * len(runs), sum(seconds for seconds, _ in runs), energy, self.prices),
         )
 
     def _prompt_once(self, tokens: int, run: int) -> tuple[float, list[LayerWork]]:
@@ -191,15 +206,16 @@ class _Run:
         for _ in range(self.warmup):
             next(tokens)
         cached = len(self.cache)
-        began_joules = self._read_joules()
+        span = self.meter.begin()
         measured = [next(tokens) for _ in range(count)]
+        energy, token_s = span.end(), [seconds for seconds, _ in measured]
         return decode_report(
             np.stack([layers for _, layers in measured]),
-            [seconds for seconds, _ in measured],
+            token_s,
             self.rig.subject,
             self.ceilings,
             cached_tokens=cached,
-            joules=self._joules_since(began_joules),
+            spent=Spent(count, sum(token_s), energy, self.prices),
         )
 
     def _next_tokens(self) -> Iterator[tuple[float, Any]]:
@@ -215,12 +231,6 @@ class _Run:
             yield seconds, watch.decode_layers()
             greedy = self.options.model is not None or len(self.cache) >= len(self.ids)
             token = int(logits[0].argmax()) if greedy else self.ids[len(self.cache)]
-
-    def _read_joules(self) -> float | None:
-        return None if self.gpu_energy is None else self.gpu_energy.joules()
-
-    def _joules_since(self, began: float | None) -> float | None:
-        return None if self.gpu_energy is None or began is None else self.gpu_energy.joules() - began
 
 
 def _prompt_ids(options: BenchOptions, config: ModelConfig, count: int) -> list[int]:

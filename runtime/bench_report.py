@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,7 @@ from moebox.offload.floor import (
     decode_floor,
 )
 from moebox.offload.prefetch import PrefetchReport
+from moebox.runtime.bench_cost import Spent
 
 LAYER_FIELDS = (
     *("hits", "uploads", "part", "cpu", "cold"),
@@ -141,7 +142,7 @@ class DecodeReport:
     schedule_p95_s: float
     roads: Roads
     floor: DecodeFloor
-    joules_per_token: float | None
+    spent: Spent | None
     layers: list[DecodeLayer]
     full_depth: FullDepth
 
@@ -155,6 +156,11 @@ class DecodeReport:
         """1 is as fast as bytes over bandwidth allow."""
         return self.floor.seconds / self.token_s
 
+    @property
+    def spent_at_full_depth(self) -> Spent | None:
+        """As if the whole model had drawn the watts of this run for as long as it would take."""
+        return None if self.spent is None else self.spent.times(self.full_depth.token_s / self.token_s)
+
 
 def decode_report(
     samples: Samples,
@@ -163,7 +169,7 @@ def decode_report(
     ceilings: Ceilings,
     *,
     cached_tokens: int,
-    joules: float | None = None,
+    spent: Spent | None = None,
 ) -> DecodeReport:
     """Sum up a decode run.
 
@@ -173,7 +179,7 @@ def decode_report(
         subject: what was run.
         ceilings: of the box.
         cached_tokens: in the cache as the first token began.
-        joules: of all tokens.
+        spent: by all tokens.
     """
     columns = {name: samples[:, :, i] for i, name in enumerate(LAYER_FIELDS)}
     spans = columns["wait_s"] + columns["layer_s"]
@@ -192,7 +198,7 @@ def decode_report(
         schedule_p95_s=float(np.quantile(columns["schedule_s"], 0.95)),
         roads=_roads(columns, subject, ceilings),
         floor=decode_floor(moved, ceilings),
-        joules_per_token=None if joules is None else joules / len(token_s),
+        spent=spent,
         layers=layers,
         full_depth=_full_depth(mean_s, spans, columns, subject, ceilings),
     )
@@ -326,7 +332,7 @@ class PrefillReport:
     tokens: int
     runs: int
     seconds: float
-    joules: float | None
+    spent: Spent | None
     layers: list[PrefillLayer]
     full_depth_s: float
 
@@ -362,9 +368,9 @@ def prefill_report(
     layers: Sequence[LayerWork],
     subject: Subject,
     ceilings: Ceilings,
-    joules: float | None = None,
+    spent: Spent | None = None,
 ) -> PrefillReport:
-    """Sum up the runs of a prompt; `layers` are those of the median run, `joules` of one run."""
+    """Sum up the runs of a prompt; `layers` are those of the median run, `spent` is of all runs."""
     median_s = float(np.median(seconds))
     in_layers = sum(layer.seconds for layer in layers)
     grown = subject.full_moe_layers / subject.moe_layers
@@ -372,7 +378,7 @@ def prefill_report(
         tokens=tokens,
         runs=len(seconds),
         seconds=median_s,
-        joules=joules,
+        spent=spent,
         layers=[_prefill_layer(i, work, subject, ceilings) for i, work in enumerate(layers)],
         full_depth_s=median_s - in_layers + grown * in_layers,
     )
@@ -450,18 +456,28 @@ def _prefill_dict(report: PrefillReport) -> dict[str, Any]:
         for layer in report.layers
     ]
     derived = {"tokens_per_s": report.tokens_per_s, "times_floor": report.times_floor}
-    return asdict(report) | derived | {"layers": layers}
+    return asdict(replace(report, spent=None)) | derived | _spent_dict(report.spent) | {"layers": layers}
 
 
 def _decode_dict(report: DecodeReport) -> dict[str, Any]:
     full = report.full_depth
     layers = [asdict(layer) | {"of_floor": layer.of_floor} for layer in report.layers]
-    return asdict(report) | {
+    return asdict(replace(report, spent=None)) | {
+        **_spent_dict(report.spent),
         "tokens_per_s": report.tokens_per_s,
         "of_floor": report.of_floor,
         "layers": layers,
-        "full_depth": asdict(full) | {"tokens_per_s": full.tokens_per_s, "of_floor": full.of_floor},
+        "full_depth": {
+            **asdict(full),
+            **_spent_dict(report.spent_at_full_depth),
+            "tokens_per_s": full.tokens_per_s,
+            "of_floor": full.of_floor,
+        },
     }
+
+
+def _spent_dict(spent: Spent | None) -> dict[str, Any]:
+    return {"energy": None, "cost": None} if spent is None else spent.to_dict()
 
 
 def _finite(values: dict[str, Any]) -> dict[str, Any]:

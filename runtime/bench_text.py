@@ -72,10 +72,11 @@ def _prefill(prompt: PrefillReport, report: BenchReport, console: Console) -> No
     _line(
         console,
         f"\nprompt of {prompt.tokens:,} tokens: {prompt.tokens_per_s:,.1f} tok/s, {prompt.seconds:.3f} s "
-        f"(median of {prompt.runs}), MoE layers {prompt.times_floor:.2f} times their floor"
-        + _energy(prompt.joules, "prompt"),
+        f"(median of {prompt.runs}), MoE layers {prompt.times_floor:.2f} times their floor",
         "bold",
     )
+    if prompt.spent is not None:
+        _line(console, f"  cost: {prompt.spent}")
     if full != here:
         _line(
             console,
@@ -104,9 +105,11 @@ def _decode(decode: DecodeReport, report: BenchReport, console: Console) -> None
         f"\ndecode of {decode.tokens} tokens behind {decode.cached_tokens:,}: "
         f"{decode.tokens_per_s:.2f} tok/s, {_ms(decode.token_s)} ms a token (median "
         f"{_ms(decode.token_p50_s)}, 95 % within {_ms(decode.token_p95_s)}), "
-        f"{decode.of_floor:.2f} of the floor" + _energy(decode.joules_per_token, "token"),
+        f"{decode.of_floor:.2f} of the floor",
         "bold",
     )
+    if decode.spent is not None:
+        _line(console, f"  cost: {decode.spent}")
     _line(console, f"  floor: {_floor(decode, report.ceilings)}")
     _line(console, f"  experts: {_experts(decode)}")
     _line(
@@ -196,14 +199,12 @@ def _full_depth(decode: DecodeReport, report: BenchReport, console: Console) -> 
         f"floor {_ms(full.floor_s, '.2')} ms, {full.of_floor:.2f} of it",
         "bold",
     )
+    if decode.spent_at_full_depth is not None:
+        _line(console, f"  cost at the same watts: {decode.spent_at_full_depth}")
 
 
 def _ms(seconds: float, digits: str = ".3") -> str:
     return f"{seconds * 1e3:{digits}f}"
-
-
-def _energy(joules: float | None, what: str) -> str:
-    return "" if joules is None else f", {joules:.2f} J a {what} on the GPU"
 
 
 _ROADS = ("upload MB", "GB/s", "CPU MB", "GB/s", "disk MB", "GB/s")

@@ -14,6 +14,8 @@ from rich.console import Console
 from helpers.runtime import make_checkpoint
 from moebox.cli import main_group
 from moebox.config import load_config
+from moebox.cost.prices import Prices
+from moebox.cost.usage import Joules
 from moebox.errors import PlanError, RequestError
 from moebox.kernels import cpu
 from moebox.offload.device import open_device
@@ -24,6 +26,7 @@ from moebox.offload.store import ExpertStore
 from moebox.offload.trace import synthetic_trace
 from moebox.runtime import bench_rigs, ceilings
 from moebox.runtime.bench import bench
+from moebox.runtime.bench_cost import Spent
 from moebox.runtime.bench_report import (
     LAYER_FIELDS,
     BenchReport,
@@ -73,7 +76,11 @@ def k2_decode(subject=None):
         layer_s=[1.5e-3] * 8,
     )
     subject = subject or Subject("k2", K2_SHALLOW, 60)
-    return decode_report(np.stack([token, token]), [20e-3, 22e-3], subject, BOX, cached_tokens=99, joules=3.0)
+    energy = (Joules("gpu", 3.0, "counter"), Joules("cpu", 1.0, "estimated"))
+    spent = Spent(2, 42e-3, energy, Prices(hardware_price=26_280, life_months=10))
+    return decode_report(
+        np.stack([token, token]), [20e-3, 22e-3], subject, BOX, cached_tokens=99, spent=spent
+    )
 
 
 def test_decode_report_adds_up_times_bytes_and_roads():
@@ -83,7 +90,7 @@ def test_decode_report_adds_up_times_bytes_and_roads():
     assert report.token_s == pytest.approx(21e-3)
     assert report.tokens_per_s == pytest.approx(1 / 21e-3)
     assert report.hit_rate == 0.5
-    assert report.joules_per_token == 1.5
+    assert report.spent.joules_per_token == 2.0
     assert report.schedule_p95_s == pytest.approx(10e-6)
     assert report.roads.hit_bytes == 8 * 4 * EXPERT
     assert report.roads.upload_bytes == 8 * EXPERT
@@ -143,7 +150,7 @@ def test_uploads_that_were_not_timed_are_left_out_of_the_rate():
 
     assert report.roads.upload_gbps == pytest.approx(2 * EXPERT / 1e-3 / 1e9)
     assert report.roads.upload_bytes == 5 * EXPERT
-    assert report.joules_per_token is None
+    assert report.spent is report.spent_at_full_depth is None
 
 
 def test_cold_experts_pass_the_disk_and_then_the_cpu():
@@ -165,7 +172,7 @@ def test_cold_experts_pass_the_disk_and_then_the_cpu():
 
 def k2_prefill():
     work = LayerWork(0.2, 0, 300, 84, 0.15, math.nan, PrefillFloor(0.1, 0.1, 0.01, 84))
-    return prefill_report(4096, [1.9, 1.7, 1.8], [work] * 8, Subject("", K2_SHALLOW, 60), BOX, 300.0)
+    return prefill_report(4096, [1.9, 1.7, 1.8], [work] * 8, Subject("", K2_SHALLOW, 60), BOX)
 
 
 def test_prefill_report_is_the_median_run_and_its_extrapolation():
@@ -218,7 +225,7 @@ def test_report_as_text_shows_the_figures_and_how_they_come_about():
         "at 60 MoE layers: 0.200 s + 60/8 x 1.600 s = 12.200 s",
         "50.0% hits",
         "at 60 MoE layers: 5.000 ms + 60 x 2.000 ms = 125.00 ms, 8.00 tok/s",
-        "1.50 J a token on the GPU",
+        "cost: 2.00 J/token (GPU 1.50, CPU 0.50 est.)",
         "GB / (100.0 + 50.0) GB/s",
         "note: made up",
         "CPU MB",
