@@ -258,7 +258,7 @@ def measure_road(path: Path, rounds: int) -> dict[str, Any]:
     config = checkpoint.config
     with ExpertStore.open(checkpoint) as store:
         rows = 3 * config.num_experts_per_tok
-        experts = CpuExperts.load(config, store, cpu.ThreadPool(), rows, prefetch=False)
+        experts = CpuExperts.load(config, store, cpu.ThreadPool(), rows)
         plain = PlainReads(checkpoint)
         tried = [(plain.gbps(way, ROAD_S / 4), way) for _ in range(2) for way in READ_WAYS]
         way = max(tried)[1]

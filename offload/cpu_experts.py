@@ -95,7 +95,6 @@ class CpuExperts:
         pool: cpu.ThreadPool,
         rows: int,
         statistics: RouterStatistics | None = None,
-        prefetch: bool = True,
         progress: Progress | None = None,
     ) -> CpuExperts:
         """Allocate rows and read experts into them, at the disk's speed.
@@ -104,7 +103,6 @@ class CpuExperts:
             store: has all experts.
             rows: experts that RAM holds; where they are fewer than there are, at least 2 k.
             statistics: say which experts are read first, and what they score.
-            prefetch: keep as many rows for guesses as for a layer's misses.
             progress: called with ("memory" | "experts", bytes done, bytes in all).
 
         Raises:
@@ -113,7 +111,7 @@ class CpuExperts:
         """
         ram = RamTier(config, rows, progress=progress)
         top_k = config.num_experts_per_tok
-        cache = RamCache(ram, store, min(2 * top_k if prefetch else top_k, rows - top_k))
+        cache = RamCache(ram, store, min(top_k, rows - top_k))
         known = statistics is not None and statistics.tokens > 0
         if statistics is None or not known:
             order = spread_keys(len(config.moe_layers), config.n_routed_experts)
@@ -228,10 +226,11 @@ class _Work:
             self.prefetcher.begin_layer(self.moe, self.chosen)
         cold = [i for i, key in enumerate(keys) if not cache.resident(key)]
         self._demand(keys, len(cold))
+        if not cache.complete:  # while the drive reads
+            cache.foresee(keys)
+            cache.trim()
         if self.prefetcher is not None:
             self.prefetcher.submitted(self.moe, hidden, self.chosen)
-        if not cache.complete:
-            cache.foresee(keys)  # now, while the drive reads
         if cold:
             self._sum_in_order(cold)
         else:

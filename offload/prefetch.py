@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
@@ -31,8 +31,8 @@ LAYERS_AHEAD = 2
 class Predictor(Protocol):
     """Guesses what layers to come will pick."""
 
-    def predict(self, moe: int, hidden: Tensor) -> list[tuple[int, list[int]]]:
-        """What the layers after MoE layer `moe` will probably pick.
+    def predict(self, moe: int, hidden: Tensor) -> Iterator[tuple[int, list[int]]]:
+        """What the layers after MoE layer `moe` will probably pick; each is worked out when it is asked for.
 
         Args:
             moe: index of an MoE layer, from 0.
@@ -90,6 +90,9 @@ class Prefetcher:
 
     For each layer of a token, in order, `begin_layer` comes before its reads are demanded and `submitted`
     after that; `end_token` when the last layer is computed. A token that was broken off may leave that out.
+
+    Attributes:
+        trial: decides whether prefetching pays; may be exchanged between tokens.
     """
 
     def __init__(
@@ -110,7 +113,7 @@ class Prefetcher:
         """
         self._cache, self._predictor, self._statistics = cache, predictor, statistics
         self._n_experts = n_experts
-        self._trial = trial or Trial()
+        self.trial = trial or Trial()
         self._said = False
         self._done = PrefetchReport()
         self._begun_s: float | None = None
@@ -137,6 +140,8 @@ class Prefetcher:
         if self._reading:
             self._drop(key for key in self._reading if key < (moe + 1) * self._n_experts)
         for ahead, named in self._predictor.predict(moe, hidden):
+            if ahead > 1 and not self._cache.n_spare:
+                return
             self._predicted[moe + ahead].append((ahead, named[: len(picks)]))
             self._speculate(moe + ahead, named, len(picks))
 
@@ -146,26 +151,26 @@ class Prefetcher:
         if self._begun_s is None:
             return
         seconds, self._begun_s = time.perf_counter() - self._begun_s, None
-        if self._trial.observe(seconds, self._to_read) and not self._trial.on and not self._said:
+        if self.trial.observe(seconds, self._to_read) and not self.trial.on and not self._said:
             self._said = True
-            log.warning("prefetch is off: %s", self._trial.why_off)
+            log.warning("prefetch is off: %s", self.trial.why_off)
 
     def report(self) -> PrefetchReport:
         """What was done so far; a copy."""
-        on = self._trial.on or self._trial.trying
+        on = self.trial.on or self.trial.trying
         return replace(
             self._done,
             found=dict(self._done.found),
             picked=dict(self._done.picked),
             on=on,
-            change=self._trial.change,
-            why_off="" if on else self._trial.why_off,
+            change=self.trial.change,
+            why_off="" if on else self.trial.why_off,
         )
 
     def _begin_token(self) -> None:
         self._drop(self._reading)  # of a token that was broken off
         self._predicted.clear()
-        self._active, self._to_read = self._trial.on, 0
+        self._active, self._to_read = self.trial.on, 0
         self._begun_s = time.perf_counter()
 
     def _compare(self, moe: int, picks: Sequence[int]) -> None:

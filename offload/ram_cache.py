@@ -207,8 +207,19 @@ class RamCache:
         self._held.difference_update(keys)
 
     def trim(self) -> None:
-        """Forget the weakest until `reserve` rows are free or being read into by speculation."""
-        self._make_room(self.reserve - len(self._speculative))
+        """Forget the weakest until `reserve` rows are free or being read into by speculation.
+
+        Those in use are among the weakest, too, and stay for now; once they are done, `trim` lets them go.
+        So the rows of the others are free for speculation early, and no one else leaves for it.
+        """
+        missing = self.reserve - len(self._speculative) - self.residency.n_free
+        if missing <= 0:
+            return
+        n_weakest = min(missing + len(self._speculative), self.residency.n_resident)
+        weakest = [key for key in self.residency.weakest(n_weakest) if key not in self._speculative]
+        for key in weakest[:missing]:
+            if self._loaded[key] and key not in self._held:
+                self._forget(key)
 
     def speculate(self, key: int) -> bool:
         """Begin to read a key into a free row, behind all reads that are waited for.

@@ -11,6 +11,8 @@ model.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -31,11 +33,12 @@ class GateLookahead:
         self._gates = [layer.mlp.gate for layer in model.model.layers if isinstance(layer.mlp, MoE)]
         self._count = min(NAMED * self.config.num_experts_per_tok, self.config.n_routed_experts)
 
-    def predict(self, moe: int, hidden: Tensor) -> list[tuple[int, list[int]]]:
+    def predict(self, moe: int, hidden: Tensor) -> Iterator[tuple[int, list[int]]]:
         """See `Predictor.predict`; `hidden` [1, H] of any float type."""
         state = hidden.float()
         gates = self._gates[moe + 1 : moe + 1 + LAYERS_AHEAD]
-        return [(ahead, self._likeliest(gate, state)) for ahead, gate in enumerate(gates, 1)]
+        for ahead, gate in enumerate(gates, 1):
+            yield ahead, self._likeliest(gate, state)
 
     def _likeliest(self, gate: Router, state: Tensor) -> list[int]:
         scores = F.linear(state, gate.weight).sigmoid_().add_(gate.e_score_correction_bias)

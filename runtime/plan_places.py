@@ -113,7 +113,7 @@ def gpu_places(config: ModelConfig, plan: GpuPlan) -> Places:
 def cpu_places(config: ModelConfig, plan: MemoryPlan) -> Places:
     """The parts of a plan without a GPU; where experts are missing, some rows are kept free for reads."""
     top_k, rows = config.num_experts_per_tok, plan.rows
-    spare = 0 if plan.experts_fit else min(2 * top_k, rows - top_k)
+    spare = 0 if plan.experts_fit else min(top_k, rows - top_k)
     parts = [
         Part(RAM, "backbone: attention, shared experts, dense layers, head", plan.backbone_bytes),
         Part(RAM, f"cache for {plan.context:,} tokens", plan.kv_bytes),

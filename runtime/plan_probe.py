@@ -90,7 +90,7 @@ def probe_disk(folder: Path, stores: Sequence[Path] = (), threads: int | None = 
     config, top_k = checkpoint.config, checkpoint.config.num_experts_per_tok
     with ExpertStore.open(checkpoint) as store:
         rows = least_rows(config)
-        experts = CpuExperts.load(config, store, cpu.ThreadPool(threads), rows, prefetch=False)
+        experts = CpuExperts.load(config, store, cpu.ThreadPool(threads), rows)
         all_missing, one_missing = _cold_layers(experts)
         experts.cache.abandon()
     # On a busy box the two differ by chance: then each counts at least half of what it took on average.

@@ -175,9 +175,7 @@ def load_on_cpu(checkpoint: Checkpoint, options: LoadOptions) -> tuple[Runner, M
         store = ExpertStore.open(checkpoint, options.stores, verify=options.verify_reads)
         opened.callback(store.close)
         model = load_backbone(checkpoint, None, dtype, options.backbone, options.progress)
-        experts = CpuExperts.load(
-            config, store, pool, plan.rows, recording.statistics, options.prefetch, options.progress
-        )
+        experts = CpuExperts.load(config, store, pool, plan.rows, recording.statistics, options.progress)
         opened.callback(experts.cache.abandon)
         experts.recorder = recording.recorder
         recording.placed_by(experts)

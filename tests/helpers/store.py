@@ -1,4 +1,4 @@
-"""Experts from a real store; and a store whose reads end by chance, to see who trusts a row too early."""
+"""Experts from a real store; a store whose reads end by chance, to see who trusts a row too early."""
 
 import numpy as np
 
@@ -8,6 +8,7 @@ from moebox.offload.checkpoint import Checkpoint
 from moebox.offload.cpu_experts import CpuExperts
 from moebox.offload.ram import RamTier
 from moebox.offload.store import ExpertStore
+from moebox.offload.trial import Trial
 
 GARBAGE = 0xEE
 
@@ -20,6 +21,18 @@ def cpu_experts(checkpoint: Checkpoint, rows: int | None = None, threads: int = 
     return CpuExperts.load(
         config, store, cpu.ThreadPool(threads, pin=False), n_keys if rows is None else rows
     )
+
+
+class AlwaysOn(Trial):
+    """Prefetches at every token, and keeps what it was told last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.on, self.trying = True, False
+
+    def observe(self, seconds, to_read):
+        self.seen = seconds, to_read
+        return False
 
 
 class SlowStore:

@@ -223,7 +223,7 @@ def test_statistics_say_who_is_there_first(whole, pool, tokens):
     statistics = None if tokens is None else Known(tokens)
     calls = []
     experts = CpuExperts.load(
-        CONFIG, SlowStore(whole), pool, 20, statistics, False, lambda *call: calls.append(call)
+        CONFIG, SlowStore(whole), pool, 20, statistics, lambda *call: calls.append(call)
     )
     placement = experts.placement() == TIERS.index("RAM")
     assert placement.sum() == 20 - TOP_K

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from helpers.store import SlowStore
+from helpers.store import AlwaysOn, SlowStore
 from helpers.tiers import EXPERTS, TOP_K, small_config
 from moebox.offload.prefetch import Prefetcher
 from moebox.offload.ram import RamTier
@@ -15,18 +15,6 @@ from moebox.offload.trial import LAST_TOKENS, LEAST_ON, Trial
 
 LAYERS = 4
 HIDDEN = torch.zeros(1, 64)
-
-
-class Always(Trial):
-    """With it, whatever comes."""
-
-    def __init__(self):
-        super().__init__()
-        self.on, self.trying = True, False
-
-    def observe(self, seconds, to_read):
-        self.seen = seconds, to_read
-        return False
 
 
 class Fixed:
@@ -72,7 +60,7 @@ def build(whole, guesses, rows=40, held=32, reserve=TOP_K, chance=0.0, trial=Non
     cache = RamCache(RamTier(whole.config, rows), store, reserve)
     cache.fill(range(held))
     statistics = Recall()
-    prefetcher = Prefetcher(cache, Fixed(guesses), statistics, EXPERTS, trial or Always())
+    prefetcher = Prefetcher(cache, Fixed(guesses), statistics, EXPERTS, trial or AlwaysOn())
     return prefetcher, cache, store, statistics
 
 
@@ -193,7 +181,7 @@ def test_a_token_that_was_broken_off_leaves_no_trace_in_the_counts_of_the_next(w
 
 
 def test_the_trial_is_told_a_token_s_time_and_what_was_not_in_ram(whole):
-    trial = Always()
+    trial = AlwaysOn()
     prefetcher, cache, store, _ = build(whole, {(0, 1): [5, 3, 9, 1]}, trial=trial)
     layer(prefetcher, cache, 0, [0, 1, 2, 3])
     store.finish(keys(1, 5, 3))

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from helpers.store import AlwaysOn
 from helpers.tiers import small_config
 from helpers.tiny_k2 import ASSETS
 from moebox import load
@@ -28,7 +29,7 @@ def random_model(**changes):
 def test_names_what_the_next_routers_would_choose_for_this_state(groups):
     model = random_model(**groups)
     hidden = torch.randn(1, model.config.hidden_size).bfloat16()
-    predictions = GateLookahead(model).predict(1, hidden)
+    predictions = list(GateLookahead(model).predict(1, hidden))
     assert [ahead for ahead, _ in predictions] == [1, 2]
     for ahead, named in predictions:
         gate = model.model.layers[model.config.first_k_dense_replace + 1 + ahead].mlp.gate
@@ -50,7 +51,7 @@ def test_no_layer_beyond_the_last_is_asked():
     model = random_model()
     hidden = torch.randn(1, model.config.hidden_size)
     lookahead = GateLookahead(model)
-    assert [len(lookahead.predict(moe, hidden)) for moe in range(4)] == [2, 2, 1, 0]
+    assert [len(list(lookahead.predict(moe, hidden))) for moe in range(4)] == [2, 2, 1, 0]
 
 
 def test_never_names_more_than_there_are():
@@ -66,10 +67,11 @@ def test_most_picks_of_tiny_k2_are_foreseen(tmp_path):
         config, dtype = model.engine.config, model.engine.dtype
     budget = budget_for_share(config, dtype, "bf16", 1024, 0.5)
     with load(tmp_path / "int4", context=1024, ram=budget) as model:
+        prefetcher = model.engine.runner.model.model.layers[-1].mlp.experts.prefetcher
+        prefetcher.trial = AlwaysOn()
         model.generate(
             [{"role": "user", "content": "A table for four, please."}], max_tokens=20, temperature=0.0
         )
-        prefetcher = model.engine.runner.model.model.layers[-1].mlp.experts.prefetcher
         report = prefetcher.report()
     assert report.recall[1] > report.recall[2] > 0.5
     assert report.used + report.late > report.wrong / 2
