@@ -34,11 +34,15 @@ def energy_text(energy: Sequence[Joules], tokens: float) -> str | None:
     if not tokens or not energy:
         return None
     sources = [
-        f"{SOURCE_NAMES[part.source]} {rate(part.joules / tokens)}"
+        f"{SOURCE_NAMES[part.source]} {_joules(part.joules / tokens)}"
         + (" est." if part.method == "estimated" else "")
         for part in energy
     ]
-    return f"{rate(sum(part.joules for part in energy) / tokens)} J/token ({', '.join(sources)})"
+    return f"{_joules(sum(part.joules for part in energy) / tokens)} J/token ({', '.join(sources)})"
+
+
+def _joules(value: float) -> str:
+    return rate(value) if value >= 0.1 else f"{value:.2g}"
 
 
 def money_text(cost: TokenCost, currency: str) -> str:

@@ -15,6 +15,11 @@ CALL = (
     '{"city": "Paris"}<|tool_call_end|><|tool_calls_section_end|>'
 )
 FOOTER = r"prompt [\d,]+ tok \([\d,]+ cached\) at [\d,.]+ tok/s · answer [\d,]+ tok at [\d,.]+ tok/s · first"
+SOURCE = r"(CPU|DRAM) [\d,.e-]+( est\.)?"
+COST = (
+    rf"[\d,.e-]+ J/token \({SOURCE}(, {SOURCE})?\) · \$[\d.]+/1M tokens, electricity only · "
+    "experts 67 % RAM, 33 % disk"
+)
 
 
 @pytest.fixture
@@ -47,6 +52,7 @@ def test_a_turn_with_its_footer_then_ctrl_d(open_chat):
     terminal.expect_exact("hello [bold]a[i][/bold] ␛[31mred\r\n")
     terminal.expect(FOOTER)
     terminal.expect(r"context [\d,]+/4,096")
+    terminal.expect(COST)
     leave(terminal)
 
 
