@@ -147,13 +147,16 @@ def _per_million(dollars: Any, per_usd: float) -> float | None:
 
 
 def _find(name: str) -> tuple[Provider, ModelInfo] | None:
-    """A model by its own name, or by `provider/name`."""
+    """A model by its own name, or by `provider/name`, whose exact name counts before what resembles it."""
     provider_id, slash, rest = name.partition("/")
     data = _snapshot()
+    provider = next((item for item in data.providers if slash and item.id == provider_id), None)
+    if provider is not None:
+        for model in provider.models:
+            if model.id.lower() == rest:
+                return provider, model
     try:
-        if slash and any(provider.id == provider_id for provider in data.providers):
-            return data.find_provider_model(rest, None, provider_id, None)
-        return data.find_provider_model(name, None, None, None)
+        return data.find_provider_model(name if provider is None else rest, provider, None, None)
     except LookupError:
         return None
 
@@ -173,7 +176,8 @@ def _model_names() -> Iterator[str]:
     providers = _snapshot().providers
     for provider in providers:
         if provider.model_match is not None:
-            yield from (model.id for model in provider.models if provider.model_match.is_match(model.id))
+            says = provider.model_match.is_match
+            yield from (model.id for model in provider.models if says(model.id) and model.is_match(model.id))
     for provider in providers:
         yield from (f"{provider.id}/{model.id}" for model in provider.models)
 

@@ -51,6 +51,12 @@ def test_who_serves_a_model_can_be_said():
     assert price.provider == "OpenRouter"
 
 
+def test_every_name_that_is_suggested_is_known():
+    for name in module._model_names():
+        provider, model = module._find(module._plain(name))
+        assert name in (f"{provider.id}/{model.id}", model.id)
+
+
 def test_a_provider_without_a_price_for_cached_tokens_takes_the_input_price():
     (price,) = api_prices(["moonshotai/kimi-k2"])
     assert price.cached_per_million == price.input_per_million
