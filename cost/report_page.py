@@ -238,12 +238,12 @@ def _break_even(report: Report) -> list[Block]:
 
 def _curves(report: Report, cost: TokenCost) -> Chart:
     """What a million tokens cost by how many are computed a day, both by the logarithm."""
-    work, prices = report.total.work, report.asked.prices
+    work, prices = report.total.work, replace(report.asked.prices, utilisation=None)
     capacity = work.tokens / work.busy_s * DAY_S
     listed = [line.per_million for line in report.hosted]
 
     def own(tokens_per_day: float) -> float:
-        at = cost_of(work, replace(prices, utilisation=min(1.0, tokens_per_day / capacity)))
+        at = cost_of(work.at(min(1.0, tokens_per_day / capacity)), prices)
         return at.total if at else 0.0
 
     low, high = min(capacity * cost.utilisation / 3, capacity / 30), capacity * 1.15
