@@ -146,7 +146,8 @@ class Ledger:
         try:
             yield
         finally:
-            self._connection.execute("ROLLBACK")
+            if self._connection.in_transaction:
+                self._connection.execute("ROLLBACK")
 
     def is_current(self) -> bool:
         """Whether the file that is open is still the one at `path`: it may have been deleted or replaced."""

@@ -67,9 +67,9 @@ CHOSEN = """
 
 def totals_by(connection: sqlite3.Connection, key: Key | None, chosen: Mapping[str, Any]) -> list[Totals]:
     """Sums per `key`, in its order, over the requests that `chosen` (the parameters of `CHOSEN`) selects."""
-    rows = connection.execute(_statement(_KEYS[key]), chosen).fetchall()
-    if key is None and not rows:
-        return [Totals()]
+    # One group for all would have SQLite sort whole rows for nothing.
+    group = "" if key is None else "GROUP BY 1"
+    rows = connection.execute(_statement(_KEYS[key], group), chosen).fetchall()
     return [_totals(row) for row in rows]
 
 
@@ -77,7 +77,7 @@ _SUMMED = ("prompt_tokens", "cached_tokens", "completion_tokens", "queue_s", "pr
 _PLAIN = ("busy_s", "last_s", "key", "requests", *_SUMMED, "first_s")
 
 
-def _statement(key: str) -> str:
+def _statement(key: str, group: str) -> str:
     """Ordered by their start, each request adds to the busy time what lies after the end of all before it."""
     sums = ", ".join(f"SUM({name})" for name in _SUMMED)
     traffic = ", ".join(f"SUM({name})" for name in TRAFFIC_FIELDS)
@@ -93,10 +93,10 @@ def _statement(key: str) -> str:
         ), busy AS (
             SELECT key, SUM(MAX(0.0, to_s - MAX(from_s, COALESCE(before_s, from_s)))) AS busy_s,
                 MAX(to_s) AS last_s
-            FROM ordered GROUP BY key
+            FROM ordered {group}
         ), summed AS (
             SELECT {key} AS key, COUNT(*), {sums}, MIN(begun_s) AS first_s, {traffic}, {energy}
-            FROM requests WHERE {CHOSEN} GROUP BY 1
+            FROM requests WHERE {CHOSEN} {group}
         )
         SELECT busy_s, last_s, summed.* FROM summed JOIN busy ON summed.key IS busy.key ORDER BY summed.key
     """
@@ -108,6 +108,8 @@ def _least_certain(source: str) -> str:
 
 
 def _totals(row: tuple[Any, ...]) -> Totals:
+    if not row[_PLAIN.index("requests")]:
+        return Totals()
     moved = len(_PLAIN) + len(TRAFFIC_FIELDS)
     plain: dict[str, Any] = dict(zip(_PLAIN, row[: len(_PLAIN)], strict=True))
     return Totals(**plain, energy=energy_of(row[moved:]), traffic=Traffic(*row[len(_PLAIN) : moved]))

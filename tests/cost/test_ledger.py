@@ -189,7 +189,7 @@ def reused(tmp_path_factory):
         yield ledger
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 @given(st.lists(requests, max_size=12, unique_by=lambda row: row.id))
 def test_totals_are_the_sums_over_the_rows(reused, rows):
     reused._connection.execute("DELETE FROM requests")
@@ -261,6 +261,16 @@ def test_a_reader_sees_what_is_written_meanwhile(ledger, path):
         assert len(list(reader.requests())) == 1
         with pytest.raises(LedgerError, match="cannot be written"):
             reader.add(usage("2"))
+
+
+def test_in_a_snapshot_nothing_changes(ledger, path):
+    ledger.add(usage("1"))
+    with Ledger.open(path, read_only=True) as reader:
+        with reader.snapshot():
+            assert reader.totals()[0].requests == 1
+            ledger.add(usage("2"))
+            assert reader.totals()[0].requests == len(list(reader.requests())) == 1
+        assert reader.totals()[0].requests == 2
 
 
 def fails(path, *said, read_only=True):
