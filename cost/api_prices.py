@@ -80,18 +80,19 @@ def api_prices(names: Sequence[str], own: Path | None = None, per_usd: float = 1
         PricesError: a name that is not known, with near ones, or a bad file.
     """
     where = own_prices_path() if own is None else own
-    ours = {} if own is None and not where.exists() else read_own(where)
+    ours = read_own(where, missing_ok=own is None)
     return [ours.get(_plain(name)) or _hosted(name, list(ours), per_usd) for name in names]
 
 
-def read_own(path: Path) -> dict[str, ApiPrice]:
+def read_own(path: Path, missing_ok: bool = False) -> dict[str, ApiPrice]:
     """Prices of the user's own file, by name in lower case with `-` for spaces.
 
     Raises:
         PricesError: the file cannot be read, or holds an unknown key or a bad value.
     """
-    changed = date.fromtimestamp(path.stat().st_mtime) if path.exists() else None
-    return {_plain(name): _own(path, name, table, changed) for name, table in read_toml(path).items()}
+    tables = read_toml(path, missing_ok)
+    changed = date.fromtimestamp(path.stat().st_mtime) if tables else None
+    return {_plain(name): _own(path, name, table, changed) for name, table in tables.items()}
 
 
 def _own(path: Path, name: str, table: Any, changed: date | None) -> ApiPrice:

@@ -96,7 +96,7 @@ def load_prices(path: Path | None = None, **overrides: object) -> Prices:
     given: dict[str, Any] = {key: value for key, value in overrides.items() if value is not None}
     _check(given, "options")
     where = prices_path() if path is None else path
-    from_file: dict[str, Any] = {} if path is None and not where.exists() else read_toml(where)
+    from_file = read_toml(where, missing_ok=path is None)
     _check(from_file, str(where))
     try:
         return Prices(**{**from_file, **given})
@@ -104,15 +104,17 @@ def load_prices(path: Path | None = None, **overrides: object) -> Prices:
         raise PricesError(f"{where}: {error.what}" if from_file else error.what, error.fix) from None
 
 
-def read_toml(path: Path) -> dict[str, Any]:
-    """The tables of a file of prices.
+def read_toml(path: Path, missing_ok: bool = False) -> dict[str, Any]:
+    """The tables of a file of prices; nothing where a missing one is no mistake.
 
     Raises:
-        PricesError: it is missing, unreadable, not UTF-8 or not TOML.
+        PricesError: it cannot be read, is not UTF-8 or not TOML.
     """
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
+        if missing_ok and isinstance(error, FileNotFoundError):
+            return {}
         raise PricesError(
             f"{path}: cannot be read: {error.strerror}", "name a file of prices in TOML"
         ) from error
