@@ -14,7 +14,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from moebox.cost.charts import Columns, Lines, Tick
-from moebox.errors import MoeboxError
+from moebox.errors import RequestError
 
 FOLDER = Path(__file__).parent
 Tone = Literal["", "good", "bad"]
@@ -135,12 +135,12 @@ def write_page(page: Page, path: Path) -> None:
     """Write `page` to `path`.
 
     Raises:
-        MoeboxError: it cannot be written.
+        RequestError: it cannot be written.
     """
     try:
         path.write_text(render_page(page), encoding="utf-8")
     except OSError as error:
-        raise MoeboxError(
+        raise RequestError(
             f"{path}: cannot be written: {error.strerror or error}",
             "Name a file in a folder that is writable.",
         ) from None

@@ -148,6 +148,8 @@ def cost(as_json: bool, as_csv: bool, html: Path | None, scenario: str | None, *
     """
     if as_json and as_csv:
         raise click.UsageError("give --json or --csv, one of them")
+    if options["since"] and options["until"] and options["since"] >= options["until"]:
+        raise click.UsageError("--since has to be before --until")
     made = _scenario(scenario, options) if scenario else _ledger(options)
     if html is not None:
         from moebox.cost.page import write_page
