@@ -16,7 +16,7 @@ log = logging.getLogger("moebox")
 
 RETRY_S = 10.0
 KEPT_ROWS = 100_000
-"""So many are kept while they cannot be written (about 150 MB); what comes then is lost, and counted."""
+"""So many are kept while they cannot be written (about 100 MB); what comes then is lost, and counted."""
 
 
 class LedgerWriter:
