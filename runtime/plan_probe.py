@@ -79,7 +79,7 @@ def probe_cpu(config: ModelConfig, ceilings: Ceilings, threads: int | None = Non
 
 
 def probe_disk(folder: Path, stores: Sequence[Path] = (), threads: int | None = None) -> ColdReads:
-    """Compute some layers of a real checkpoint with one and with all of their experts missing; a few seconds.
+    """Compute experts of a real checkpoint that are missing, k at once and one alone; takes a few seconds.
 
     Raises:
         CheckpointError: the experts are not INT4, or cannot be read.
@@ -87,35 +87,54 @@ def probe_disk(folder: Path, stores: Sequence[Path] = (), threads: int | None = 
     """
     checkpoint = Checkpoint.open(folder, stores=stores)
     check_quantized(checkpoint)
-    config, top_k = checkpoint.config, checkpoint.config.num_experts_per_tok
+    config = checkpoint.config
     with ExpertStore.open(checkpoint) as store:
         rows = least_rows(config)
         experts = CpuExperts.load(config, store, cpu.ThreadPool(threads), rows)
-        all_missing, one_missing = _cold_layers(experts)
+        seconds = _cold_layers(experts)
         experts.cache.abandon()
-    # On a busy box the two differ by chance: then each counts at least half of what it took on average.
-    each_s = max((all_missing - one_missing) / max(top_k - 1, 1), all_missing / (2 * top_k))
-    return ColdReads(max(min(one_missing, all_missing) - each_s, 0.0), config.expert_bytes / each_s / GIGA)
+    return cold_reads(config, **seconds)
 
 
-def _cold_layers(experts: CpuExperts) -> tuple[float, float]:
-    """Median seconds of a layer whose experts are all missing, and of one that lacks a single one."""
+def cold_reads(config: ModelConfig, all_s: float, alone_s: float, there_s: float) -> ColdReads:
+    """What explains the time of k missing experts, of a missing one that nothing else is computed beside, and
+    of that one when it is there."""
+    top_k = config.num_experts_per_tok
+    # On a busy box they differ by chance: then each counts at least half of what it took on average.
+    each_s = max((all_s - alone_s) / max(top_k - 1, 1), all_s / (2 * top_k))
+    return ColdReads(max(alone_s - there_s - each_s, 0.0), config.expert_bytes / each_s / GIGA)
+
+
+def _cold_layers(experts: CpuExperts) -> dict[str, float]:
+    """Medians, named as the arguments of `cold_reads`."""
     config, generator = experts.config, np.random.default_rng(0)
-    k, e = config.num_experts_per_tok, config.n_routed_experts
-    hidden, weights = torch.randn(1, config.hidden_size), torch.full((1, k), 1 / k)
-    found: dict[int, list[float]] = {k: [], 1: []}
+    k = config.num_experts_per_tok
+    found: dict[str, list[float]] = {"all_s": [], "alone_s": [], "there_s": []}
     began_s, turns = time.perf_counter(), 0
     while time.perf_counter() - began_s < COLD_S or turns < COLD_LAYERS:
         turns += 1
-        experts.cache.residency.tick += FORGETTING_TOKENS  # or what was met first would stay
-        layer = config.moe_layers[int(generator.integers(len(config.moe_layers)))]
-        picks = generator.permutation(e)[: k + 1]
-        for ids in (picks[:k], picks[-k:]):  # the second call finds all but one of the first one's
-            chosen = torch.from_numpy(ids.copy())[None]
-            _keep_busy(BETWEEN_S)
-            seconds = _seconds(partial(experts.forward, layer, chosen, weights, hidden))
-            found[k if experts.last.cold > 1 else 1].append(seconds)
-    return float(np.median(found[k] or found[1])), float(np.median(found[1] or found[k]))
+        moe = int(generator.integers(len(config.moe_layers)))
+        first = moe * config.n_routed_experts
+        order = generator.permutation(config.n_routed_experts).tolist()
+        missing = sorted(order, key=lambda expert: experts.cache.resident(first + expert))
+        found["all_s"].append(_cold_layer(experts, moe, missing[:k]))
+        found["alone_s"].append(_cold_layer(experts, moe, missing[k : k + 1]))
+        found["there_s"].append(_layer(experts, moe, missing[k : k + 1]))
+    return {name: float(np.median(seconds)) for name, seconds in found.items()}
+
+
+def _cold_layer(experts: CpuExperts, moe: int, ids: list[int]) -> float:
+    """Seconds of a layer with picks that are missing: the next one finds them in RAM."""
+    experts.cache.residency.tick += FORGETTING_TOKENS  # what was met before them makes room
+    return _layer(experts, moe, ids)
+
+
+def _layer(experts: CpuExperts, moe: int, ids: list[int]) -> float:
+    hidden = torch.randn(1, experts.config.hidden_size)
+    chosen, weights = torch.tensor([ids]), torch.full((1, len(ids)), 1 / len(ids))
+    _keep_busy(BETWEEN_S)
+    layer = experts.config.moe_layers[moe]
+    return _seconds(partial(experts.forward, layer, chosen, weights, hidden))
 
 
 class _Probe:

@@ -4,13 +4,15 @@ import math
 
 import pytest
 
+from helpers.runtime import make_checkpoint
 from moebox.errors import CheckpointError
+from moebox.offload.cpu_experts import CpuExperts
 from moebox.offload.floor import Ceilings
 from moebox.quantize.convert import quantize
 from moebox.quantize.synth import synth
 from moebox.runtime import plan_probe
 from moebox.runtime.backbone import planned_bytes
-from moebox.runtime.plan_probe import probe_cpu, probe_disk, small_config
+from moebox.runtime.plan_probe import cold_reads, probe_cpu, probe_disk, small_config
 from moebox.runtime.plan_speed import Chances, Speeds
 from moebox.runtime.runner import default_dtype
 from moebox.runtime.synthetic import shape_config
@@ -78,6 +80,33 @@ def test_reading_from_the_disk_is_measured_on_the_checkpoint_itself(tmp_path):
 
     assert cold.read_s >= 0
     assert 0 < cold.gbps < 1e6
+
+
+def test_what_is_computed_beside_a_read_is_no_part_of_it():
+    """Of a drive that takes 2 ms to answer and 15 ms an expert, beside a CPU that takes 5."""
+    config = shape_config("kimi-k2")
+    cold = cold_reads(config, all_s=0.002 + 8 * 0.015 + 0.005, alone_s=0.002 + 0.015 + 0.005, there_s=0.005)
+
+    assert cold.read_s == pytest.approx(0.002)
+    assert config.expert_bytes / cold.gbps / 1e9 == pytest.approx(0.015)
+    busy = cold_reads(config, all_s=0.1, alone_s=0.2, there_s=0.3)
+    assert busy.read_s == 0
+    assert config.expert_bytes / busy.gbps / 1e9 == pytest.approx(0.1 / 16)
+
+
+@pytest.mark.parametrize("experts", [9, 40])
+def test_the_picks_of_the_probe_are_missing_or_there_as_they_should_be(tmp_path, monkeypatch, experts):
+    monkeypatch.setattr(plan_probe, "COLD_S", 0.0)
+    monkeypatch.setattr(plan_probe, "COLD_LAYERS", 20)
+    folder = make_checkpoint(tmp_path / "model", n_routed_experts=experts)
+    seen, forward = [], CpuExperts.forward
+    monkeypatch.setattr(
+        CpuExperts, "forward", lambda *given: (forward(*given), seen.append(vars(given[0].last).copy()))[0]
+    )
+
+    probe_disk(folder)
+
+    assert [(layer["hits"], layer["cold"]) for layer in seen] == [(0, 4), (0, 1), (1, 0)] * 20
 
 
 def test_a_folder_whose_experts_are_not_int4_cannot_be_measured(tmp_path):
