@@ -182,7 +182,7 @@ def _this_box(options: BoxOptions, config: ModelConfig, folders: Sequence[Path],
     elif disk:
         # Experts of a small model come faster from a host's cache than a drive was measured to read.
         ceilings = replace(ceilings, nvme_gbps=max(ceilings.nvme_gbps, disk.gbps))
-        efficiency = replace(efficiency, nvme=disk.gbps / ceilings.nvme_gbps, read_s=disk.read_s)
+        efficiency = replace(efficiency, nvme=disk.gbps / ceilings.nvme_gbps, read_s=disk.latency_s)
         sources.append(f"disk: experts of this model are read at {disk.gbps:.2f} GB/s, as measured")
     if options.ram_gbps:
         ceilings = replace(ceilings, ram_gbps=options.ram_gbps)

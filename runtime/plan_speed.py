@@ -124,7 +124,7 @@ CPU_BOX = Efficiency(
 class ColdReads:
     """What experts on the disk cost a layer: once where one is missing, and then each, at `gbps`."""
 
-    read_s: float
+    latency_s: float
     gbps: float
 
 

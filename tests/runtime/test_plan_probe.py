@@ -78,7 +78,7 @@ def test_reading_from_the_disk_is_measured_on_the_checkpoint_itself(tmp_path):
 
     cold = probe_disk(tmp_path / "model")
 
-    assert cold.read_s >= 0
+    assert cold.latency_s >= 0
     assert 0 < cold.gbps < 1e6
 
 
@@ -87,10 +87,10 @@ def test_what_is_computed_beside_a_read_is_no_part_of_it():
     config = shape_config("kimi-k2")
     cold = cold_reads(config, all_s=0.002 + 8 * 0.015 + 0.005, alone_s=0.002 + 0.015 + 0.005, there_s=0.005)
 
-    assert cold.read_s == pytest.approx(0.002)
+    assert cold.latency_s == pytest.approx(0.002)
     assert config.expert_bytes / cold.gbps / 1e9 == pytest.approx(0.015)
     busy = cold_reads(config, all_s=0.1, alone_s=0.2, there_s=0.3)
-    assert busy.read_s == 0
+    assert busy.latency_s == 0
     assert config.expert_bytes / busy.gbps / 1e9 == pytest.approx(0.1 / 16)
 
 
