@@ -14,6 +14,8 @@ from typing import Literal
 LABEL_GAP = 9.0
 """Percent of a plot's height that a line's label takes."""
 CURVE_POINTS = 64
+WIDEST_COLUMN = 12.0
+"""Percent of a plot's width: the only day of a report is a column, too, and no wall."""
 
 
 @dataclass(frozen=True)
@@ -120,14 +122,15 @@ def columns(
     values = steps(max((sum(value for _, value, _ in stack) for stack in stacks), default=0.0))
     axis = Axis(0.0, values[-1])
     pitch = 100 / max(1, len(names))
-    gap = min(0.28 * pitch, 1.2)
+    width = min(pitch - min(0.28 * pitch, 1.2), WIDEST_COLUMN)
     marks = []
     for number, stack in enumerate(stacks):
         top = 100.0
         for kind, value, title in stack:
             height = axis(value)
             top -= height
-            marks.append(Mark(number * pitch + gap / 2, top, pitch - gap, height, kind, title))
+            left = (number + 0.5) * pitch - width / 2
+            marks.append(Mark(left, top, width, height, kind, title))
     every = math.ceil(len(names) / most_labels)
     x_ticks = [Tick((at + 0.5) * pitch, names[at]) for at in range(0, len(names), max(1, every))]
     return Columns(marks, x_ticks, axis.ticks(text))
@@ -169,13 +172,11 @@ def sampled(function: Callable[[float], float], low: float, high: float) -> list
 
 
 def steps(highest: float) -> list[float]:
-    """From 0 in three to five round steps to at least `highest`."""
-    if highest <= 0:
-        return [0.0, 1.0]
-    rough = highest / 4
+    """From 0 in three to five round steps to at least `highest`, or to 1 where that is 0."""
+    rough = (highest or 1.0) / 4
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * (1 - 1e-9))
-    return [step * number for number in range(math.ceil(highest / step - 1e-9) + 1)]
+    return [step * number for number in range(math.ceil((highest or 1.0) / step - 1e-9) + 1)]
 
 
 def _log_steps(low: float, high: float) -> list[float]:

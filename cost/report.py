@@ -24,11 +24,10 @@ from moebox.cost.economics import (
 from moebox.cost.ledger import Ledger
 from moebox.cost.prices import Prices
 from moebox.cost.totals import Key, Totals
-from moebox.cost.usage import SOURCES, IdleSpell, Joules, Method
+from moebox.cost.usage import SOURCES, IdleSpell, Joules, add_energy
 
 TOTAL = "total"
 LEAST_RANGE_S = 1.0
-CERTAINTY: tuple[Method, ...] = ("counter", "power", "estimated")
 
 
 @dataclass(frozen=True)
@@ -267,15 +266,12 @@ def empty_report(asked: ReportOptions, path: Path) -> Report:
 
 def sum_idle(spells: Iterable[IdleSpell]) -> IdleSpell:
     """One spell of them all; a source's method is that of its least certain part."""
-    begun_s, seconds, joules, methods = 0.0, 0.0, dict[str, float](), dict[str, int]()
+    begun_s, seconds, energy = 0.0, 0.0, tuple[Joules, ...]()
     for spell in spells:
         begun_s = begun_s or spell.begun_s
         seconds += spell.seconds
-        for part in spell.energy:
-            joules[part.source] = joules.get(part.source, 0.0) + part.joules
-            methods[part.source] = max(methods.get(part.source, 0), CERTAINTY.index(part.method))
-    energy = (Joules(name, joules[name], CERTAINTY[methods[name]]) for name in SOURCES if name in joules)
-    return IdleSpell(begun_s, seconds, tuple(energy))
+        energy = add_energy(energy, spell.energy)
+    return IdleSpell(begun_s, seconds, energy)
 
 
 def _range(asked: ReportOptions, everyone: Totals, now_s: float) -> tuple[float, float]:
