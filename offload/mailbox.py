@@ -34,6 +34,8 @@ class Mailbox:
         part, part_weight: int32 [L, 4] and fp32 [L, 1], an expert that both compute: its row in RAM, or -1,
             and how many of its inner rows the GPU reads from there; published with `hits`.
         sums: fp32 [L, H], the CPU's share.
+        guessed: int32 [L, 16], raised by the GPU behind `guesses`, while it computes the layer before.
+        guesses: int32 [L, k], what the layer will probably pick, the likeliest first; row 0 is not used.
         one: int32 [16], holds 1: what is copied to `uploaded`.
     """
 
@@ -51,6 +53,8 @@ class Mailbox:
     part: Tensor
     part_weight: Tensor
     sums: Tensor
+    guessed: Tensor
+    guesses: Tensor
     one: Tensor
 
     @classmethod
@@ -72,6 +76,8 @@ class Mailbox:
             part=device.pinned((layers, PART_WORDS), torch.int32),
             part_weight=device.pinned((layers, 1), torch.float32),
             sums=device.pinned((layers, hidden_size), torch.float32),
+            guessed=device.pinned(flags, torch.int32),
+            guesses=device.pinned((layers, top_k), torch.int32),
             one=device.pinned((FLAG_WORDS,), torch.int32),
         )
         box.one.fill_(1)

@@ -5,6 +5,9 @@ host's side of that, `DecodeRoads.run_token`, is C++ without the GIL: it looks t
 publishes the slots of those that are resident, queues uploads of some misses, has the CPU compute the others
 where they lie in RAM, and raises the flags that the program waits for. Nothing synchronises.
 
+While the GPU is in the attention of the next layer, host and PCIe have nothing to do. If the GPU has guessed
+what that layer will pick, some of it goes up meanwhile, in pieces, into free slots: see `csrc/ahead.h`.
+
 L MoE layers, E experts each, k chosen per token; a key is `layer * E + expert`. H hidden_size,
 I moe_intermediate_size. A slot or row holds one expert's bytes in the layout of `offload/layout.py`.
 """
@@ -24,6 +27,7 @@ from moebox.errors import DeviceError
 from moebox.kernels.cpu import _export
 
 __all__ = [
+    "AHEAD_FIELDS",
     "FIELDS",
     "HALF_LIFE_TOKENS",
     "Copier",
@@ -47,6 +51,16 @@ schedule_s: flag seen until the uploads were queued and the CPU ran: the host's 
 cpu_s: the CPU's work, without cold experts. upload_s: the copies, by the device's clock (NaN until they are
 known, at the latest when the next token starts). read_s: the first read's begin until the last one's end.
 layer_s: flag seen until the CPU's sum was published.
+early, wasted: what of the uploads was done before the layer was routed, and what was uploaded on wrong
+guesses, in experts.
+"""
+
+AHEAD_FIELDS: tuple[str, ...] = tuple(_kernels.AHEAD_FIELDS)
+"""What `DecodeRoads.ahead` counts.
+
+issued: experts whose upload began on a guess. used, late, wrong: of these, were there when they were picked;
+were picked, and got the rest of their bytes then; were not uploaded after all. wasted_bytes: of wrong ones.
+found, picked: picks that were among the guesses, and all picks that there were guesses for.
 """
 
 
@@ -78,6 +92,9 @@ class DecodeRoads(_kernels.DecodeRoads):
             victim is downloaded before its slot is free.
         cold: reads experts that lie in neither, which then changes `ram` and `ram_rows`, too; only with
             `exclusive`.
+        guessed, guesses: int32 [L, 16], flags in element 0, and int32 [L, n], what a layer will probably
+            pick, the likeliest first: raised and written by the GPU while it computes the layer before, after
+            what it reads from `ram`. None: it never guesses; programs may differ in that.
         pcie_gbps, cpu_gbps: what the roads are taken for at first; live averages follow.
         isa: one of `kernels.cpu.isa_paths()`; the best by default.
 
@@ -116,6 +133,8 @@ class DecodeRoads(_kernels.DecodeRoads):
         top_k: int,
         exclusive: bool = False,
         cold: _kernels.ColdTier | None = None,
+        guessed: Tensor | None = None,
+        guesses: Tensor | None = None,
         pcie_gbps: float = 50.0,
         cpu_gbps: float = 50.0,
         isa: str | None = None,
@@ -136,9 +155,15 @@ class DecodeRoads(_kernels.DecodeRoads):
             (pcie_gbps, cpu_gbps),
             isa,
             cold,
+            None if guessed is None or guesses is None else (_export(guessed), _export(guesses)),
         )
 
-    def run_token(self, ids: Tensor | npt.NDArray[np.int32] | None = None, timeout_s: float = 30.0) -> None:
+    def run_token(
+        self,
+        ids: Tensor | npt.NDArray[np.int32] | None = None,
+        timeout_s: float = 30.0,
+        guesses: Tensor | npt.NDArray[np.int32] | None = None,
+    ) -> None:
         """Serve one token's GPU program, from its first layer's flag to its last; `clear` comes before.
 
         Advances `residency.tick` by one. Whatever happens, every flag is raised in the end, so that the
@@ -147,6 +172,7 @@ class DecodeRoads(_kernels.DecodeRoads):
         Args:
             ids: int32 [L, k], distinct within a row, used instead of the mailbox's: an injected trace.
             timeout_s: for one layer's flag.
+            guesses: int32 [L, n], used instead of the mailbox's from when these are there.
 
         Raises:
             DeviceError: the GPU did not answer in time, or a copy failed.
@@ -154,7 +180,11 @@ class DecodeRoads(_kernels.DecodeRoads):
             RuntimeError: `abort` was called, or an expert id is out of range or given twice.
         """
         with _device_errors():
-            super().run_token(None if ids is None else _export(ids), timeout_s)
+            super().run_token(
+                None if ids is None else _export(ids),
+                timeout_s,
+                None if guesses is None else _export(guesses),
+            )
 
     def clear(self) -> None:
         """Zero all flags: before each launch of the GPU's program, when the last one is over.

@@ -6,7 +6,8 @@ layers. A key is `moe_index * E + expert`, where moe_index counts MoE layers fro
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Protocol
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from moebox.config import ModelConfig
 from moebox.errors import PlanError
 from moebox.kernels import cpu
+from moebox.offload.ahead import Decides, UploadsAhead
 from moebox.offload.cold import ColdTier, least_rows
 from moebox.offload.counts import TIERS
 from moebox.offload.device import Device
@@ -35,7 +37,7 @@ if TYPE_CHECKING:
     from moebox.offload.stats import RouterStatistics
 
 
-_DECODED = ("hits", "uploads", "part", "cpu", "cold")
+_DECODED = ("hits", "uploads", "part", "cpu", "cold", "wasted")
 _COLUMNS = [FIELDS.index(name) for name in _DECODED]
 
 
@@ -61,6 +63,8 @@ class TieredExperts:
         mailbox, roads, prefill: see those modules.
         shape: (H, I).
         routing: replaces the router's choice where set.
+        guesses: int32 [L, k] of each token, decoded with `routing`: replaces the routers' guesses where set.
+        ahead: uploads on a guess, where they may be; see `upload_ahead`.
         nbytes: INT4 bytes of all experts, wherever they lie.
         exclusive: an expert lies in RAM or on the GPU, not in both.
         cold: where the two do not hold the model: reads the others from disk.
@@ -81,6 +85,8 @@ class TieredExperts:
         self.exclusive, self.cold = exclusive, cold
         self.shape = (config.hidden_size, config.moe_intermediate_size)
         self.routing: Routing | None = None
+        self.guesses: Callable[[], Tensor] | None = None
+        self.ahead: UploadsAhead | None = None
         self.nbytes = config.experts_bytes
         self.prefill = PrefillRoads(device, pool, ram, gpu, exclusive, cold)
         self.mailbox = Mailbox.allocate(
@@ -196,6 +202,20 @@ class TieredExperts:
             expert_ids = self.routing.prefill(moe, len(hidden))
         return self.prefill.run(moe, expert_ids, weights, hidden)
 
+    def upload_ahead(self, trial: Decides | None = None) -> None:
+        """Let guesses fill PCIe's idle time while tokens are decoded, while `trial` finds that this pays.
+
+        Does nothing where no expert is ever uploaded.
+        """
+        if 0 < self.gpu.n_cached < self.ram.n_keys:
+            self.ahead = UploadsAhead(self.roads, trial)
+
+    @property
+    def guessing(self) -> bool:
+        """Whether the coming token's program has to guess: an injected trace no router here foresees."""
+        known = self.routing is None or self.guesses is not None
+        return self.ahead is not None and self.ahead.on and known
+
     def begin_token(self) -> None:
         """Take all flags down: before the token program is launched, when the last one is over."""
         self.prefill.settle()
@@ -208,21 +228,27 @@ class TieredExperts:
             CheckpointError: an expert could not be read; the token is lost, nothing else.
         """
         ids = None if self.routing is None else self.routing.decode()
+        guesses = None if ids is None or self.guesses is None else self.guesses()
+        begun_s = time.perf_counter()
         with nullcontext() if self.cold is None else self.cold.reads():
-            self.roads.run_token(ids, timeout_s)
-        self._decoded += self.roads.stats[:, _COLUMNS].sum(axis=0)
+            self.roads.run_token(ids, timeout_s, guesses)
+        seconds = time.perf_counter() - begun_s
+        moved = self.roads.stats[:, _COLUMNS].sum(axis=0)
+        self._decoded += moved
+        if self.ahead is not None and (ids is None or guesses is not None):
+            self.ahead.observe(seconds, round(float(moved[1:5].sum())))
         if self.recorder is not None:
             self.recorder.token((self.mailbox.ids if ids is None else ids).numpy())
 
     def traffic(self) -> Traffic:
         """See `Experts.traffic`. A token that failed is not counted."""
-        hits, uploads, part, cpu, cold = self._decoded.tolist()
+        hits, uploads, part, cpu, cold, wasted = self._decoded.tolist()
         nbytes = self.config.expert_bytes
         decoded = Traffic(
             gpu_hits=round(hits),
             ram_hits=round(uploads + part + cpu),
             disk_hits=round(cold),
-            pcie_bytes=round((uploads + part) * nbytes),
+            pcie_bytes=round((uploads + part + wasted) * nbytes),
             cpu_bytes=round((cpu + cold) * nbytes),
             disk_bytes=0 if self.cold is None else self.cold.store.traffic().nbytes,
         )
@@ -266,6 +292,8 @@ class TieredExperts:
             part_weight=box.part_weight,
             hidden=box.hidden,
             sums=box.sums,
+            guessed=box.guessed,
+            guesses=box.guesses,
             uploaded_address=box.uploaded.data_ptr(),
             uploaded_stride_bytes=box.uploaded.stride(0) * box.uploaded.itemsize,
             one_address=box.one.data_ptr(),

@@ -189,6 +189,8 @@ def shape_rig(
     experts = TieredExperts.build(config, device, pool, ram, share.slots, share.exclusive)
     if filled is None:
         experts.fill_synthetic()
+    if options.prefetch:
+        experts.upload_ahead()
     runner = GpuRunner(model, device, experts, memory, share.chunk_tokens)
     watch = GpuWatch(experts, config, routing)
     model.connect(watch)

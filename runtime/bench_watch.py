@@ -186,8 +186,11 @@ class GpuWatch:
         return _by_layer(self._seen, self._config, ceilings)
 
     def prefetch(self) -> PrefetchReport | None:
-        """See `Watch`."""
-        return None
+        """See `Watch`: uploads on a guess."""
+        experts = self._experts
+        if experts.ahead is None or (self.routing is not None and experts.guesses is None):
+            return None
+        return experts.ahead.report()
 
 
 def _by_layer(seen: Sequence[_Seen], config: ModelConfig, ceilings: Ceilings) -> list[LayerWork]:

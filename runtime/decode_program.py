@@ -18,6 +18,7 @@ from moebox.runtime.attention import Attention
 from moebox.runtime.mlp import MLP, MoE
 from moebox.runtime.model import DecoderLayer, KimiK2
 from moebox.runtime.norm import LATENT_EPS
+from moebox.runtime.router import Router
 
 
 class DecodeProgram:
@@ -36,6 +37,7 @@ class DecodeProgram:
         layers: the cache, bf16 [C, R + P] a layer.
         inputs: int64 [2], pinned: token and position.
         logits: fp32 [vocab_size], pinned.
+        guesses: each MoE layer's router is asked what it will pick one layer before its turn, too.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class DecodeProgram:
         layers: list[Tensor],
         inputs: Tensor,
         logits: Tensor,
+        guesses: bool = False,
     ) -> None:
         config = model.config
         self._model = model
@@ -64,6 +67,8 @@ class DecodeProgram:
         self._expert_shape = (config.hidden_size, config.moe_intermediate_size)
         self._from_hits = torch.empty(config.hidden_size, dtype=torch.float32, device=slab.device)
         self._from_uploads = torch.empty_like(self._from_hits)
+        gates = [layer.mlp.gate for layer in model.model.layers if isinstance(layer.mlp, MoE)]
+        self._next_gates = [*gates[1:], None] if guesses else [None] * len(gates)
 
     @torch.inference_mode()
     def __call__(self) -> None:
@@ -133,10 +138,21 @@ class DecodeProgram:
         self._experts(box.hits[row], box.hit_weights[row], y, self._from_hits)
         part = box.part[row], box.part_weight[row]
         ops.expert_part(self._ram, self._expert_shape, *part, y, self._from_hits)
+        self._guess(row + 1, self._next_gates[row], y)
         ops.wait(box.uploaded[row])
         self._experts(box.uploads[row], box.upload_weights[row], y, self._from_uploads)
         ops.wait(box.summed[row])
         return [*shared, self._from_hits, self._from_uploads, box.sums[row]]
+
+    def _guess(self, row: int, gate: Router | None, y: Tensor) -> None:
+        """Have the next MoE layer's router choose from this one's input, which is nearly its own.
+
+        By then the GPU has read its part from RAM; while it waits for uploads or the CPU this costs nothing.
+        """
+        if gate is not None:
+            ops, box = self._ops, self._box
+            logits = ops.gemv(y, gate.weight, torch.float32)
+            ops.guess(logits, gate.e_score_correction_bias, gate.config, box.guesses[row], box.guessed[row])
 
     def _experts(self, listed: Tensor, weights: Tensor, y: Tensor, out: Tensor) -> None:
         self._ops.experts_one(self._slab, self._expert_shape, listed, weights, y, out)

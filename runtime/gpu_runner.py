@@ -144,7 +144,7 @@ class GpuRunner:
     def decode(self, token: int, cache: DeviceCache) -> Tensor:
         """Run one token through the program, and commit it to the cache: fp32 [vocab_size] on the CPU."""
         self._inputs[0], self._inputs[1] = token, len(cache)  # compiling runs it too
-        launch = self._launch(cache.memory)
+        launch = self._launches(cache.memory)[self.experts.guessing]
         self.experts.begin_token()
         try:
             launch.start()
@@ -174,24 +174,29 @@ class GpuRunner:
         uploads.copy(box.uploaded, box.summed)
         uploads.record().synchronize()
 
-    def _launch(self, memory: CacheMemory) -> Launch:
-        """The program for this memory, compiled at its first token."""
-        if memory.launch is None:
-            box = self.experts.mailbox
-            program = DecodeProgram(
-                self.model,
-                self._device.ops,
-                box,
-                self.experts.gpu.slab,
-                self.experts.ram.slab,
-                self._rotations,
-                memory.layers,
-                self._inputs,
-                self._logits,
-            )
-            box.raise_flags()
-            memory.launch = self._device.compile(program)
-        return memory.launch
+    def _launches(self, memory: CacheMemory) -> dict[bool, Launch]:
+        """The programs for this memory, by whether they guess; compiled at its first token."""
+        wanted = {False} if self.experts.ahead is None else {False, True}
+        for guesses in sorted(wanted - memory.launches.keys()):
+            memory.launches[guesses] = self._compile(memory, guesses)
+        return memory.launches
+
+    def _compile(self, memory: CacheMemory, guesses: bool) -> Launch:
+        box = self.experts.mailbox
+        program = DecodeProgram(
+            self.model,
+            self._device.ops,
+            box,
+            self.experts.gpu.slab,
+            self.experts.ram.slab,
+            self._rotations,
+            memory.layers,
+            self._inputs,
+            self._logits,
+            guesses,
+        )
+        box.raise_flags()
+        return self._device.compile(program)
 
 
 class DeviceCache(KVCache):
@@ -203,14 +208,14 @@ class DeviceCache(KVCache):
 
 
 class CacheMemory:
-    """Device memory for the cache of `capacity` tokens, and the decode program made for it."""
+    """Device memory for the cache of `capacity` tokens, and the decode programs made for it."""
 
     def __init__(self, model: KimiK2, device: Device, capacity: int) -> None:
         config = model.config
         shape = (capacity, config.kv_lora_rank + config.qk_rope_head_dim)
         self.capacity = capacity
         self.layers = [device.empty(shape, torch.bfloat16) for _ in range(config.num_hidden_layers)]
-        self.launch: Launch | None = None
+        self.launches: dict[bool, Launch] = {}
 
 
 def load_on_gpu(name: str, checkpoint: Checkpoint, options: LoadOptions) -> tuple[GpuRunner, GpuPlan]:
@@ -251,6 +256,8 @@ def _load_planned(checkpoint: Checkpoint, device: Device, plan: GpuPlan, options
         ram = RamTier(config, plan.ram_rows, device, options.progress)
         experts = TieredExperts.build(config, device, pool, ram, plan.slots, plan.exclusive, store)
         experts.load(store, recording.statistics, options.progress)
+        if options.prefetch:
+            experts.upload_ahead()
         experts.recorder = recording.recorder
         recording.placed_by(experts)
         chunk_tokens = plan.chunk_tokens

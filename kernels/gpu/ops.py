@@ -147,6 +147,14 @@ class Ops(Protocol):
     ) -> None:
         """`route` for one token's `logits` fp32 [E], then `post`; the box takes ids as int32."""
 
+    def guess(self, logits: Tensor, bias: Tensor, spec: RouterSpec, box_ids: Tensor, flag: Tensor) -> None:
+        """Choose as `route` does from one token's `logits` fp32 [E], and post the ids alone.
+
+        Args:
+            box_ids: int32 [k] in pinned memory.
+            flag: int32, raised behind them, and behind all operations before.
+        """
+
     def experts_one(
         self,
         slab: Tensor,

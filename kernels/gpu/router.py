@@ -134,6 +134,27 @@ def _route_and_post(
     raise_flag(flag)
 
 
+@triton.jit
+def _guess(
+    logits,
+    bias,
+    box_ids,
+    flag,
+    MEMBERS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    KEPT: tl.constexpr,
+    TOP_K: tl.constexpr,
+    NORM: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    start_next(OVERLAP)
+    after_previous(OVERLAP)
+    ids, _ = _choose(logits, bias, 1.0, MEMBERS, GROUPS, KEPT, TOP_K, NORM)
+    place = tl.arange(0, triton.next_power_of_2(TOP_K))
+    tl.store(box_ids + place, ids, mask=place < TOP_K)
+    raise_flag(flag)
+
+
 def _settings(n_experts: int, spec: RouterSpec) -> dict[str, int | bool]:
     return launch_options() | {
         "MEMBERS": n_experts // spec.n_group,
@@ -172,3 +193,8 @@ def route_and_post(
     _route_and_post[(1,)](
         logits, bias, hidden, *boxes, scale, width, **settings, BLOCK=COPY_BLOCK, num_warps=4
     )
+
+
+def guess(logits: Tensor, bias: Tensor, spec: RouterSpec, box_ids: Tensor, flag: Tensor) -> None:
+    """See `Ops.guess`."""
+    _guess[(1,)](logits, bias, box_ids, flag, **_settings(logits.shape[0], spec), num_warps=1)

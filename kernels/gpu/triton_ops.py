@@ -6,7 +6,7 @@ from moebox.kernels.gpu.attention import absorb, latents, mla_decode, value_up
 from moebox.kernels.gpu.dense import combine_norm, gemv, silu_mul
 from moebox.kernels.gpu.experts import experts_many, experts_one
 from moebox.kernels.gpu.part import expert_part
-from moebox.kernels.gpu.router import route, route_and_post
+from moebox.kernels.gpu.router import guess, route, route_and_post
 from moebox.kernels.gpu.signals import post, wait
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "experts_many",
     "experts_one",
     "gemv",
+    "guess",
     "latents",
     "mla_decode",
     "post",

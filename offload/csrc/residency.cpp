@@ -87,11 +87,21 @@ std::int32_t Residency::place(std::int32_t key) {
   std::ranges::pop_heap(free_, std::greater{});
   const std::int32_t slot = free_.back();
   free_.pop_back();
+  fill(key, slot);
+  return slot;
+}
+
+void Residency::place(std::int32_t key, std::int32_t slot) {
+  free_.erase(std::ranges::find(free_, slot));
+  std::ranges::make_heap(free_, std::greater{});
+  fill(key, slot);
+}
+
+void Residency::fill(std::int32_t key, std::int32_t slot) {
   slot_of_[key] = slot;
   key_in_[slot] = key;
   held_[slot] = 0;
   push(slot);
-  return slot;
 }
 
 void Residency::release(std::int32_t key) {

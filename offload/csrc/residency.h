@@ -34,6 +34,8 @@ class Residency {
   void set_tick(std::int64_t tick) { tick_ = tick; }
   const std::vector<std::int32_t>& slots() const { return key_in_; }
   const std::vector<std::int32_t>& table() const { return slot_of_; }
+  // In no order.
+  std::span<const std::int32_t> free() const { return free_; }
 
   std::int32_t slot(std::int32_t key) const { return slot_of_[key]; }
   // The key's layer is the one being computed.
@@ -52,6 +54,8 @@ class Residency {
 
   // The key gets the lowest free slot; -1 if there is none. It must not be resident.
   std::int32_t place(std::int32_t key);
+  // The key gets this slot, which must be free.
+  void place(std::int32_t key, std::int32_t slot);
   // The key must be resident.
   void release(std::int32_t key);
 
@@ -67,6 +71,7 @@ class Residency {
 
   double age() const { return static_cast<double>(tick_) / half_life_; }
   std::size_t layer_of(std::int32_t key) const { return static_cast<std::size_t>(key) / n_experts_; }
+  void fill(std::int32_t key, std::int32_t slot);
   Heap& heap_of(std::int32_t slot) { return heaps_[layer_of(key_in_[slot])]; }
   void set_level(std::int32_t key, double level);
   double rank(std::size_t layer) const;

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <ranges>
 #include <stdexcept>
 #include <string>
 #include <thread>
@@ -72,31 +73,39 @@ void LiveRate::add(double bytes, double seconds) {
   seconds_ = seconds_ * kKeep + std::clamp(seconds, expected / kOutlier, expected * kOutlier);
 }
 
-std::size_t split(std::size_t misses, std::size_t most, double pcie_gbps, double cpu_gbps) {
-  const auto longer = [&](std::size_t q) { return std::max(q / pcie_gbps, (misses - q) / cpu_gbps); };
+double Misses::left(std::size_t uploads) const {
+  double left = static_cast<double>(uploads);
+  for (std::size_t i = 0; i < std::min(uploads, early.size()); ++i) left -= early[i];
+  return left;
+}
+
+std::size_t split(const Misses& misses, double pcie_gbps, double cpu_gbps) {
+  const auto longer = [&](std::size_t q) {
+    return std::max(misses.left(q) / pcie_gbps, (misses.n - q) / cpu_gbps);
+  };
   std::size_t best = 0;
-  for (std::size_t q = 1; q <= std::min(misses, most); ++q)
+  for (std::size_t q = 1; q <= std::min(misses.n, misses.most); ++q)
     if (longer(q) < longer(best)) best = q;
   return best;
 }
 
-Share divide(std::size_t misses, std::size_t most, std::size_t inner, double pcie_gbps, double cpu_gbps) {
-  const auto seconds = [&](double uploaded, double part) {
-    return std::max((uploaded + part / kPartRate) / pcie_gbps, (misses - uploaded - part) / cpu_gbps);
+Share divide(const Misses& misses, std::size_t inner, double pcie_gbps, double cpu_gbps) {
+  const auto seconds = [&](std::size_t uploads, double part) {
+    return std::max((misses.left(uploads) + part / kPartRate) / pcie_gbps,
+                    (misses.n - uploads - part) / cpu_gbps);
   };
-  Share best{split(misses, most, pcie_gbps, cpu_gbps), 0};
-  double shortest = seconds(static_cast<double>(best.uploads), 0) * kWorthDividing;
-  for (std::size_t q = 0; q <= most && q < misses; ++q) {
-    const auto uploaded = static_cast<double>(q);
+  Share best{split(misses, pcie_gbps, cpu_gbps), 0};
+  double shortest = seconds(best.uploads, 0) * kWorthDividing;
+  for (std::size_t q = 0; q <= misses.most && q < misses.n; ++q) {
     // where both roads would take as long
     const double even =
-        ((misses - uploaded) * pcie_gbps - uploaded * cpu_gbps) / (cpu_gbps / kPartRate + pcie_gbps);
+        ((misses.n - q) * pcie_gbps - misses.left(q) * cpu_gbps) / (cpu_gbps / kPartRate + pcie_gbps);
     if (even <= 0) break;
     const auto rows = static_cast<std::size_t>(even * static_cast<double>(inner) / kGroup + 0.5) * kGroup;
     if (rows < std::max(inner / kSmallestPart, kGroup) || rows + inner / kSmallestPart > inner ||
         rows >= inner)
       continue;
-    const double length = seconds(uploaded, static_cast<double>(rows) / static_cast<double>(inner));
+    const double length = seconds(q, static_cast<double>(rows) / static_cast<double>(inner));
     if (length >= shortest) continue;
     shortest = length;
     best = {q, rows};
@@ -106,16 +115,18 @@ Share divide(std::size_t misses, std::size_t most, std::size_t inner, double pci
 
 DecodeRoads::DecodeRoads(ThreadPool& pool, Residency& residency, Copier& copier, const RoadShape& shape,
                          const Mailbox& mailbox, const Stores& stores, bool exclusive, ColdTier* cold,
-                         const ExpertKernels& kernels)
+                         const ExpertKernels& kernels, const Guesses& guesses)
     : pool_(pool),
       residency_(residency),
       copier_(copier),
       shape_(shape),
       box_(mailbox),
+      guesses_(guesses),
       stores_(stores),
       kernels_(kernels),
       cold_tier_(cold),
       turnover_(residency, copier, stores, exclusive, cold),
+      ahead_(residency, copier, stores),
       stats_(shape.layers) {
   if (!cold_tier_) return;
   if (!exclusive) throw std::invalid_argument("cold: only where experts are in RAM or on the GPU, not both");
@@ -127,14 +138,16 @@ void DecodeRoads::clear() {
   copier_.attach();
   for (std::int32_t* flags : {box_.routed, box_.listed, box_.summed})
     std::memset(flags, 0, shape_.layers * kFlagWords * sizeof(std::int32_t));
+  if (guesses_.flags) std::memset(guesses_.flags, 0, shape_.layers * kFlagWords * sizeof(std::int32_t));
   for (std::size_t layer = 0; layer < shape_.layers; ++layer) box_.part[layer * kPartWords] = -1;
   copier_.clear(box_.uploaded, shape_.layers * box_.uploaded_stride);
 }
 
-void DecodeRoads::run_token(const std::int32_t* trace, double timeout_s) {
+void DecodeRoads::run_token(const std::int32_t* trace, const std::int32_t* guesses, double timeout_s) {
   Hands hands(pool_);
   std::size_t layer = 0;
   abort_ = false;
+  guessed_ids_ = guesses ? guesses : guesses_.ids;
   try {
     copier_.attach();
     learn_upload_times();
@@ -169,6 +182,7 @@ void DecodeRoads::run_layer(Hands& hands, std::size_t layer, const std::int32_t*
   raise(box_.summed + layer * kFlagWords);
   stats.layer_s = Seconds(Clock::now() - seen).count();
   stats.wait_s = Seconds(seen - start).count();
+  upload_ahead(layer + 1);
   residency_.foresee(keys_);
   if (cold_tier_) cold_tier_->foresee(keys_);
   learn_upload_times();
@@ -183,6 +197,7 @@ void DecodeRoads::wait_routed(std::size_t layer, double timeout_s) {
       if (load(flag)) return;
       pause_cpu();
     }
+    upload_ahead(layer);
     if (abort_) throw std::runtime_error("the token was aborted at layer " + std::to_string(layer));
     const auto now = Clock::now();
     if (now - start > kPatience) std::this_thread::yield();
@@ -194,6 +209,20 @@ void DecodeRoads::wait_routed(std::size_t layer, double timeout_s) {
       throw DeviceFailure("the GPU did not route MoE layer " + std::to_string(layer) + " within " +
                           std::to_string(timeout_s) + " s");
   }
+}
+
+// While the host has nothing else to do. The GPU guesses a layer behind what it read over PCIe for the one
+// before, whose uploads come first anyway.
+void DecodeRoads::upload_ahead(std::size_t layer) {
+  if (layer >= shape_.layers || !guesses_.flags) return;
+  if (!ahead_.guessed() && load(guesses_.flags + layer * kFlagWords)) {
+    guessed_.clear();
+    for (const std::int32_t id : std::span(guessed_ids_ + layer * guesses_.n, guesses_.n))
+      if (id >= 0 && static_cast<std::size_t>(id) < shape_.n_experts)
+        guessed_.push_back(static_cast<std::int32_t>(layer * shape_.n_experts + id));
+    ahead_.guess(guessed_);
+  }
+  ahead_.feed();
 }
 
 // Sorts the layer's experts into hits, cold ones and, for the time being in cpu_, other misses.
@@ -218,24 +247,46 @@ void DecodeRoads::look_up(std::size_t layer, const std::int32_t* ids) {
     if (cold_tier_) cold_tier_->use(key);
     if (cold_tier_ && slot < 0 && !cold) cold_tier_->keep(key);
   }
+  ahead_.compare(keys_);
 }
 
-// The misses used most go to the GPU, which keeps them. Without any slots the CPU has all of them.
+// The misses used most go to the GPU, which keeps them, but before these those whose upload has begun.
+// Without any slots the CPU has all of them.
 void DecodeRoads::decide() {
-  const bool may_divide = residency_.n_slots() > 0 && takes_parts(kernels_);
-  const Share share = may_divide
-                          ? divide(cpu_.size(), residency_.n_free(), shape_.inner, pcie.gbps(), cpu.gbps())
-                          : Share{split(cpu_.size(), residency_.n_free(), pcie.gbps(), cpu.gbps()), 0};
-  part_rows_ = share.part_rows;
-  const std::size_t n = share.uploads;
+  const auto weaker = [this](const Pick& a, const Pick& b) { return residency_.weaker(a.key, b.key); };
+  early_.clear();
+  if (ahead_.begun()) {
+    std::ranges::sort(cpu_, weaker);
+    std::ranges::stable_sort(cpu_, {}, [this](const Pick& pick) { return ahead_.bytes(pick.key); });
+    for (const Pick& pick : cpu_ | std::views::reverse)
+      early_.push_back(static_cast<double>(ahead_.bytes(pick.key)) /
+                       static_cast<double>(stores_.expert_bytes));
+  }
+  const auto [n, part_rows] = share();
+  part_rows_ = part_rows;
   if (n == 0) return;
-  std::ranges::sort(cpu_, [this](const Pick& a, const Pick& b) { return residency_.weaker(a.key, b.key); });
+  if (!ahead_.begun()) std::ranges::sort(cpu_, weaker);
   for (std::size_t i = 0; i < n; ++i) {
     Pick& pick = uploads_.emplace_back(cpu_.back());
     cpu_.pop_back();
-    pick.slot = residency_.place(pick.key);
+    pick.slot = ahead_.slot(pick.key);
+    if (pick.slot >= 0) {
+      residency_.place(pick.key, pick.slot);
+      ahead_.take(pick.key);
+    } else {
+      pick.slot = residency_.place(pick.key);
+    }
     turnover_.arrives(pick.key);
   }
+  // As if nothing had been early: sums hang on the order.
+  std::ranges::sort(uploads_, [&](const Pick& a, const Pick& b) { return weaker(b, a); });
+}
+
+Share DecodeRoads::share() const {
+  const Misses misses{cpu_.size(), residency_.n_free(), early_};
+  if (residency_.n_slots() > 0 && takes_parts(kernels_))
+    return divide(misses, shape_.inner, pcie.gbps(), cpu.gbps());
+  return {split(misses, pcie.gbps(), cpu.gbps()), 0};
 }
 
 void DecodeRoads::publish_lists(std::size_t layer) {
@@ -251,15 +302,23 @@ void DecodeRoads::publish_lists(std::size_t layer) {
 
 void DecodeRoads::queue_uploads(std::size_t layer) {
   if (!uploads_.empty()) {
+    const auto expert_bytes = static_cast<double>(stores_.expert_bytes);
     const Copier::Mark begin = copier_.mark(Copier::Way::up);
-    for (const Pick& pick : uploads_)
-      copier_.upload(stores_.slot(pick.slot), stores_.row(stores_.rows[pick.key]), stores_.expert_bytes);
+    double left = 0;
+    for (const Pick& pick : uploads_) {
+      const std::size_t early = ahead_.bytes(pick.key);
+      left += static_cast<double>(stores_.expert_bytes - early);
+      if (early < stores_.expert_bytes)
+        copier_.upload(stores_.slot(pick.slot) + early, stores_.row(stores_.rows[pick.key]) + early,
+                       stores_.expert_bytes - early);
+    }
+    stats_[layer].early = static_cast<double>(uploads_.size()) - left / expert_bytes;
     // The GPU reads its part over the same wires meanwhile.
-    const double bytes =
-        (static_cast<double>(uploads_.size()) + part()) * static_cast<double>(stores_.expert_bytes);
-    timings_.push_back({layer, bytes, begin, copier_.mark(Copier::Way::up)});
+    timings_.push_back(
+        {layer, left > 0 ? left + part() * expert_bytes : 0, begin, copier_.mark(Copier::Way::up)});
     stats_[layer].upload_s = std::numeric_limits<double>::quiet_NaN();
   }
+  stats_[layer].wasted = static_cast<double>(ahead_.forget()) / static_cast<double>(stores_.expert_bytes);
   copier_.signal(box_.uploaded + layer * box_.uploaded_stride, box_.one);
   turnover_.begin_downloads();
 }
@@ -329,7 +388,7 @@ void DecodeRoads::learn_upload_times() {
     const Timing& timing = timings_.front();
     const double seconds = copier_.seconds(timing.begin, timing.end);
     stats_[timing.layer].upload_s = seconds;
-    pcie.add(timing.bytes, seconds);
+    if (timing.bytes > 0) pcie.add(timing.bytes, seconds);
     copier_.drop(timing.begin);
     copier_.drop(timing.end);
     timings_.pop_front();
@@ -374,6 +433,7 @@ void DecodeRoads::recover() {
     copier_.drop(timing.end);
   }
   timings_.clear();
+  ahead_.recover();
   if (cold_tier_) cold_tier_->cancel();
   turnover_.undo();
 }

@@ -9,8 +9,10 @@
 #include <deque>
 #include <limits>
 #include <optional>
+#include <span>
 #include <vector>
 
+#include "ahead.h"
 #include "cold.h"
 #include "copier.h"
 #include "experts_one.h"
@@ -40,6 +42,13 @@ struct Mailbox {
   std::uintptr_t one;
 };
 
+// What the GPU guesses of a layer while it computes the one before, in pinned memory: nothing of the first.
+struct Guesses {
+  std::int32_t* flags = nullptr;      // [L, 16]; null: the GPU guesses nothing
+  const std::int32_t* ids = nullptr;  // [L, n], the likeliest first
+  std::size_t n = 0;
+};
+
 struct RoadShape {
   std::size_t layers, n_experts, top_k, hidden, inner;
 };
@@ -57,10 +66,11 @@ class LiveRate {
 };
 
 struct LayerStats {
-  static constexpr std::array kFields = {"hits",     "uploads",    "part",  "cpu",      "cold",   "wait_s",
-                                         "listed_s", "schedule_s", "cpu_s", "upload_s", "read_s", "layer_s"};
+  static constexpr std::array kFields = {"hits",   "uploads",  "part",       "cpu",   "cold",
+                                         "wait_s", "listed_s", "schedule_s", "cpu_s", "upload_s",
+                                         "read_s", "layer_s",  "early",      "wasted"};
   double hits = 0, uploads = 0, part = 0, cpu = 0, cold = 0, wait_s = 0, listed_s = 0, schedule_s = 0,
-         cpu_s = 0, upload_s = 0, read_s = 0, layer_s = 0;
+         cpu_s = 0, upload_s = 0, read_s = 0, layer_s = 0, early = 0, wasted = 0;
 };
 static_assert(sizeof(LayerStats) == LayerStats::kFields.size() * sizeof(double));
 
@@ -70,26 +80,37 @@ struct Share {
   std::size_t uploads = 0, part_rows = 0;
 };
 
-// At most `most` uploads, so that the longer of the two roads is shortest.
-std::size_t split(std::size_t misses, std::size_t most, double pcie_gbps, double cpu_gbps);
+// What a layer has to share out: of the first uploads some has been `early`, from 0 to 1 of an expert each.
+struct Misses {
+  std::size_t n, most;  // experts; how many may be uploaded
+  std::span<const double> early;
+
+  // What has to pass to the GPU yet for so many uploads.
+  double left(std::size_t uploads) const;
+};
+
+// So many uploads that the longer of the two roads is shortest.
+std::size_t split(const Misses& misses, double pcie_gbps, double cpu_gbps);
 
 // The same, dividing an expert of `inner` rows where that is clearly shorter.
-Share divide(std::size_t misses, std::size_t most, std::size_t inner, double pcie_gbps, double cpu_gbps);
+Share divide(const Misses& misses, std::size_t inner, double pcie_gbps, double cpu_gbps);
 
 class DecodeRoads {
  public:
   DecodeRoads(ThreadPool& pool, Residency& residency, Copier& copier, const RoadShape& shape,
               const Mailbox& mailbox, const Stores& stores, bool exclusive, ColdTier* cold,
-              const ExpertKernels& kernels);
+              const ExpertKernels& kernels, const Guesses& guesses);
 
-  // `trace`: expert ids [L, k] to use instead of the mailbox's, or null.
-  void run_token(const std::int32_t* trace, double timeout_s);
+  // `trace`: expert ids [L, k] to use instead of the mailbox's, or null; `guesses`: the same of its guesses.
+  void run_token(const std::int32_t* trace, const std::int32_t* guesses, double timeout_s);
   void clear();
   void abort() { abort_ = true; }
   void settle();
 
   const RoadShape& shape() const { return shape_; }
+  std::size_t n_guesses() const { return guesses_.n; }
   const std::vector<LayerStats>& stats() const { return stats_; }
+  AheadUploads& ahead() { return ahead_; }
   LiveRate pcie{50}, cpu{50};
 
  private:
@@ -114,8 +135,10 @@ class DecodeRoads {
 
   void run_layer(Hands& hands, std::size_t layer, const std::int32_t* ids, double timeout_s);
   void wait_routed(std::size_t layer, double timeout_s);
+  void upload_ahead(std::size_t layer);
   void look_up(std::size_t layer, const std::int32_t* ids);
   void decide();
+  Share share() const;
   void publish_lists(std::size_t layer);
   double part() const { return static_cast<double>(part_rows_) / static_cast<double>(shape_.inner); }
   void queue_uploads(std::size_t layer);
@@ -132,10 +155,12 @@ class DecodeRoads {
   Copier& copier_;
   const RoadShape shape_;
   const Mailbox box_;
+  const Guesses guesses_;
   const Stores stores_;
   const ExpertKernels& kernels_;
   ColdTier* const cold_tier_;  // null where every expert is in memory
   Turnover turnover_;
+  AheadUploads ahead_;
   std::atomic<bool> abort_{false};
 
   std::vector<LayerStats> stats_;  // by layer
@@ -144,6 +169,9 @@ class DecodeRoads {
   std::vector<Pick> hits_, uploads_, cpu_, cold_;
   std::size_t part_rows_ = 0;  // of the last one in cpu_, that the GPU computes
   std::vector<std::int32_t> keys_, hit_keys_;
+  const std::int32_t* guessed_ids_ = nullptr;  // the token's, [L, n]
+  std::vector<std::int32_t> guessed_;
+  std::vector<double> early_;
   std::vector<ExpertWeights> experts_;
   std::vector<float> weights_;
   Clock::time_point read_since_;

@@ -162,27 +162,30 @@ class Roads {
         Arrays arrays, std::pair<std::uintptr_t, std::size_t> slab,
         std::tuple<std::uintptr_t, std::size_t, std::uintptr_t> flags,
         std::pair<std::size_t, std::size_t> experts, bool exclusive, std::pair<double, double> gbps,
-        const std::optional<std::string>& isa, ColdTier* cold)
-      : arrays_(std::move(arrays)) {
+        const std::optional<std::string>& isa, ColdTier* cold, std::optional<std::pair<Array, Array>> guesses)
+      : arrays_(std::move(arrays)), guesses_(std::move(guesses)) {
     const RoadShape road = checked_shape(shape, experts, residency);
     const auto& [uploaded, uploaded_stride, one] = flags;
     if (uploaded_stride < sizeof(std::int32_t))
       bad("uploaded_stride_bytes: " + std::to_string(uploaded_stride) + " given, at least 4 needed");
     roads_.emplace(pool, residency, copier, road, mailbox(uploaded, uploaded_stride, one),
                    stores(road, slab, residency), exclusive, cold,
-                   MOEBOX_TABLE(kExpertKernels, choose_isa(isa)));
+                   MOEBOX_TABLE(kExpertKernels, choose_isa(isa)), checked_guesses(road.layers));
     set(roads_->pcie, "pcie_gbps", gbps.first);
     set(roads_->cpu, "cpu_gbps", gbps.second);
   }
 
   DecodeRoads& get() { return *roads_; }
 
-  void run_token(const std::optional<Array>& ids, double timeout_s) {
+  void run_token(const std::optional<Array>& ids, double timeout_s, const std::optional<Array>& guesses) {
     std::optional<std::size_t> L = roads_->shape().layers, k = roads_->shape().top_k;
+    std::optional<std::size_t> n = roads_->n_guesses();
     if (ids) check(*ids, "ids", {Type::int32}, {{"L", L}, {"k", k}});
+    if (guesses) check(*guesses, "guesses", {Type::int32}, {{"L", L}, {"n", n}});
     if (!(timeout_s > 0)) bad("timeout_s: " + std::to_string(timeout_s) + " given, more than 0 needed");
     const nb::gil_scoped_release unlocked;
-    roads_->run_token(ids ? data<const std::int32_t>(*ids) : nullptr, timeout_s);
+    roads_->run_token(ids ? data<const std::int32_t>(*ids) : nullptr,
+                      guesses ? data<const std::int32_t>(*guesses) : nullptr, timeout_s);
   }
 
   static void set(LiveRate& rate, const char* name, double gbps) {
@@ -198,7 +201,21 @@ class Roads {
     return to_numpy(std::vector<double>(begin, begin + stats.size() * fields), stats.size(), fields);
   }
 
+  nb::ndarray<nb::numpy, std::int64_t> ahead() {
+    const auto* begin = reinterpret_cast<const std::int64_t*>(&roads_->ahead().counts());
+    const std::size_t fields = AheadUploads::Counts::kFields.size();
+    return to_numpy(std::vector<std::int64_t>(begin, begin + fields), fields);
+  }
+
  private:
+  Guesses checked_guesses(std::size_t layers) const {
+    if (!guesses_) return {};
+    std::optional<std::size_t> L = layers, n, words = kFlagWords;
+    check(guesses_->first, "guessed", {Type::int32}, {{"L", L}, {"16", words}});
+    check(guesses_->second, "guesses", {Type::int32}, {{"L", L}, {"n", n}});
+    return {data<std::int32_t>(guesses_->first), data<const std::int32_t>(guesses_->second), *n};
+  }
+
   RoadShape checked_shape(std::pair<std::size_t, std::size_t> shape,
                           std::pair<std::size_t, std::size_t> experts, const Residency& residency) {
     const auto [hidden, inner] = shape;
@@ -275,6 +292,7 @@ class Roads {
   }
 
   Arrays arrays_;
+  std::optional<std::pair<Array, Array>> guesses_;
   std::optional<DecodeRoads> roads_;
 };
 
@@ -304,16 +322,19 @@ void register_cold(nb::module_& m) {
 void register_decode(nb::module_& m) {
   m.attr("ROAD_FIELDS") =
       nb::cast(std::vector<std::string>(LayerStats::kFields.begin(), LayerStats::kFields.end()));
+  const auto& ahead_fields = AheadUploads::Counts::kFields;
+  m.attr("AHEAD_FIELDS") = nb::cast(std::vector<std::string>(ahead_fields.begin(), ahead_fields.end()));
   using Sizes = std::pair<std::size_t, std::size_t>;
   nb::class_<Roads>(m, "DecodeRoads")
-      .def(nb::init<ThreadPool&, Residency&, Copier&, Sizes, Roads::Arrays,
-                    std::pair<std::uintptr_t, std::size_t>,
-                    std::tuple<std::uintptr_t, std::size_t, std::uintptr_t>, Sizes, bool,
-                    std::pair<double, double>, const std::optional<std::string>&, ColdTier*>(),
-           "pool"_a, "residency"_a, "copier"_a, "shape"_a, "arrays"_a, "slab"_a, "flags"_a, "experts"_a,
-           "exclusive"_a, "gbps"_a, "isa"_a.none(), "cold"_a.none(), nb::keep_alive<1, 2>(),
-           nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>(), nb::keep_alive<1, 13>())
-      .def("run_token", &Roads::run_token, "ids"_a.none(), "timeout_s"_a)
+      .def(
+          nb::init<
+              ThreadPool&, Residency&, Copier&, Sizes, Roads::Arrays, std::pair<std::uintptr_t, std::size_t>,
+              std::tuple<std::uintptr_t, std::size_t, std::uintptr_t>, Sizes, bool, std::pair<double, double>,
+              const std::optional<std::string>&, ColdTier*, std::optional<std::pair<Array, Array>>>(),
+          "pool"_a, "residency"_a, "copier"_a, "shape"_a, "arrays"_a, "slab"_a, "flags"_a, "experts"_a,
+          "exclusive"_a, "gbps"_a, "isa"_a.none(), "cold"_a.none(), "guesses"_a.none() = nb::none(),
+          nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>(), nb::keep_alive<1, 13>())
+      .def("run_token", &Roads::run_token, "ids"_a.none(), "timeout_s"_a, "guesses"_a.none() = nb::none())
       .def(
           "clear", [](Roads& r) { r.get().clear(); }, Unlocked())
       .def("abort", [](Roads& r) { r.get().abort(); })
@@ -325,6 +346,13 @@ void register_decode(nb::module_& m) {
       .def_prop_rw(
           "cpu_gbps", [](Roads& r) { return r.get().cpu.gbps(); },
           [](Roads& r, double gbps) { Roads::set(r.get().cpu, "cpu_gbps", gbps); })
+      .def_prop_rw(
+          "piece_bytes", [](Roads& r) { return r.get().ahead().piece_bytes; },
+          [](Roads& r, std::size_t bytes) {
+            if (bytes == 0) bad("piece_bytes: 0 given, more than 0 needed");
+            r.get().ahead().piece_bytes = bytes;
+          })
+      .def_prop_ro("ahead", &Roads::ahead, nb::rv_policy::move)
       .def_prop_ro("stats", &Roads::stats, nb::rv_policy::move);
 }
 

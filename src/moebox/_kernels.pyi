@@ -190,6 +190,7 @@ class CudaCopier(Copier):
     def __init__(self, upload_stream: int, download_stream: int) -> None: ...
 
 ROAD_FIELDS: list[str]
+AHEAD_FIELDS: list[str]
 
 class DeviceFailure(RuntimeError):
     """What `offload.roads` turns into `DeviceError`."""
@@ -229,10 +230,11 @@ class DecodeRoads:
         gbps: tuple[float, float],
         isa: str | None,
         cold: ColdTier | None,
+        guesses: tuple[Any, Any] | None = None,
     ) -> None: ...
     def clear(self) -> None:
         """Zero all flags: before each launch of the GPU's program, when the last one is over."""
-    def run_token(self, ids: Any, timeout_s: float) -> None: ...
+    def run_token(self, ids: Any, timeout_s: float, guesses: Any = None) -> None: ...
     def abort(self) -> None:
         """From another thread or a signal handler: end the token that runs, if one does.
 
@@ -250,6 +252,11 @@ class DecodeRoads:
     @property
     def stats(self) -> npt.NDArray[np.float64]:
         """float64 [L, len(FIELDS)] of the last token; a copy."""
+    piece_bytes: int
+    """Of the pieces that experts go up in on a guess; may be set."""
+    @property
+    def ahead(self) -> npt.NDArray[np.int64]:
+        """int64 [len(AHEAD_FIELDS)], of all tokens so far; a copy."""
 
 class ReadFailure(RuntimeError):
     """A read that failed; `args` are (message, kind, path, offset, errno).

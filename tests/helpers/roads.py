@@ -40,6 +40,8 @@ class Spec:
     cpu_gbps: float = 50.0
     threads: int = 2
     isa: str | None = None
+    recall: float | None = None
+    """share of a layer's picks that the GPU guesses before; None: it guesses nothing"""
 
     @property
     def keys(self) -> int:
@@ -62,12 +64,14 @@ class Mailbox:
         self.part_weight = torch.zeros(layers, 1)
         self.hidden = torch.zeros(layers, spec.hidden, dtype=torch.bfloat16)
         self.sums = torch.full((layers, spec.hidden), 7.0)
+        self.guessed = torch.zeros(layers, FLAG_WORDS, dtype=torch.int32)
+        self.guesses = torch.zeros(layers, k, dtype=torch.int32)
         self.one = torch.ones(FLAG_WORDS, dtype=torch.int32)
 
     def arrays(self) -> dict[str, Tensor]:
         """`DecodeRoads`' arguments."""
         names = "routed listed summed ids weights hits hit_weights uploads upload_weights part"
-        names += " part_weight hidden sums"
+        names += " part_weight hidden sums guessed guesses"
         return {name: getattr(self, name) for name in names.split()}
 
 
@@ -227,11 +231,18 @@ class Gpu(threading.Thread):
         hits = self._read(layer, box.hits[layer], box.hit_weights[layer], slots)
         wait(box.uploaded[layer])
         part = self._read_part(layer)
+        self._guess(layer + 1)
         uploads = self._read(layer, box.uploads[layer], box.upload_weights[layer], slots)
         wait(box.summed[layer])
         total = box.sums[layer].clone()
         ids = self.ids[layer].tolist()
         self.layers.append(Layer(ids, weights, hits, uploads, slots, part, hidden, total))
+
+    def _guess(self, layer: int) -> None:
+        spec, box = self.rig.spec, self.rig.box
+        if spec.recall is not None and layer < spec.layers:
+            box.guesses[layer] = torch.from_numpy(guess(spec, self.ids[layer], self.random))
+            box.guessed[layer, 0] = 1
 
     def _read(self, layer: int, listed: Tensor, weights: Tensor, slots: dict[int, int]) -> dict[int, float]:
         """Look at the slots of a list, for some time: the same expert's bytes at both ends of it."""
@@ -265,6 +276,13 @@ class Gpu(threading.Thread):
     def _idle(self) -> None:
         if self.rig.spec.max_delay_us:
             time.sleep(self.random.random() * self.rig.spec.max_delay_us * 1e-6)
+
+
+def guess(spec: Spec, picks: np.ndarray, chance: random.Random) -> np.ndarray:
+    """Each pick with the chance of `spec.recall`, else another expert: int32 [k], distinct."""
+    others = chance.sample([e for e in range(spec.n_experts) if e not in picks], spec.n_experts - spec.top_k)
+    named = [int(e) if chance.random() < spec.recall or not others else others.pop() for e in picks]
+    return np.array(named, np.int32)
 
 
 def wait(flag: Tensor, limit_s: float = 60.0) -> None:

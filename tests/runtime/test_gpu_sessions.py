@@ -153,8 +153,8 @@ def test_an_error_of_the_device_ends_the_token(engine, monkeypatch, expected):
     session.prefill(TOKENS[:15])
     roads = engine.runner.experts.roads
 
-    def fail(ids, timeout_s):
-        type(roads).run_token(roads, ids, timeout_s)
+    def fail(*token):
+        type(roads).run_token(roads, *token)
         raise DeviceError("a copy failed")
 
     monkeypatch.setattr(roads, "run_token", fail)

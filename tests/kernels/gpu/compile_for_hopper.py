@@ -28,6 +28,7 @@ def compile_all(capacity: int) -> None:
     signals.post(ids, weights, hidden, ids, weights, hidden, flag)
     router.route(torch.zeros(3, 64), torch.zeros(64), SPEC)
     router.route_and_post(torch.zeros(64), torch.zeros(64), SPEC, hidden, ids, weights, hidden, flag)
+    router.guess(torch.zeros(64), torch.zeros(64), SPEC, ids, flag)
     dense.combine_norm(x, [x, hidden, x, x], x, 1e-5)
     dense.gemv(hidden, torch.zeros(2000, 256, dtype=bf16))
     dense.silu_mul(hidden)

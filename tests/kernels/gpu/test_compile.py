@@ -22,7 +22,7 @@ def test_kernels_compile_for_hopper_and_wait_for_their_predecessors():
     )
     assert result.returncode == 0, result.stderr
     accesses = json.loads(result.stdout)
-    assert len(accesses) == 15
+    assert len(accesses) == 16
     for name, order in accesses.items():
         before = order[: order.index("griddepcontrol.wait")]
         if name == "_absorb":  # two branches, each with its own wait; the first one reads nothing ahead

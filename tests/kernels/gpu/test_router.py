@@ -92,3 +92,19 @@ def test_route_and_post(case, width, device):
     assert torch.equal(box[2][0], hidden.cpu())
     assert flags[0].tolist() == [1] + [0] * 15
     assert all(torch.equal(array[1], old) for array, old in zip((*box, flags), before, strict=True))
+
+
+def test_guess(case, device):
+    """The ids that the router would choose, and the flag; nothing beside them."""
+    spec, logits, bias = case
+    ids = torch.full((3, spec.num_experts_per_tok), -1, dtype=torch.int32)
+    flags = torch.zeros(3, 16, dtype=torch.int32)
+    if device.type == "cuda":
+        ids, flags = ids.pin_memory(), flags.pin_memory()
+    router.guess(logits[1], bias, spec, ids[1], flags[1])
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    expected, _ = reference.route(logits[1:2], bias, spec)
+    assert torch.equal(ids[1].long(), expected[0].cpu())
+    assert (ids[[0, 2]] == -1).all()
+    assert flags.sum() == flags[1, 0] == 1
