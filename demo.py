@@ -36,8 +36,10 @@ def run_demo(out: Console, log: Console) -> None:
     folder = quantize_once(ASSETS / MODEL, log)
     script = json.loads((ASSETS / "demo.json").read_text(encoding="utf-8"))
     from moebox.runtime.api import load
+    from moebox.runtime.chat import Totals
+    from moebox.runtime.cost_text import cost_line
 
-    model = load(folder)
+    model = load(folder, ledger=False)  # what a demonstration costs is nobody's bill
     messages, tools = script["messages"], script["tools"]
     show(out, "you", messages[-1]["content"])
     call, first = answer(out, model, messages, tools)
@@ -50,7 +52,12 @@ def run_demo(out: Console, log: Console) -> None:
         {"role": "tool", "tool_call_id": call.id, "name": call.name, "content": result},
     ]
     _, second = answer(out, model, messages, tools)
-    out.print(Text(speed_line(model, [first, second]), style="dim"))
+    totals, prices = Totals(), model.accounts.prices
+    for stats in (first, second):
+        totals.add(stats)
+    cost = cost_line(totals, totals.cost(prices), prices.currency)
+    for line in (speed_line(model, [first, second]), cost or ""):
+        out.print(Text(line, style="dim"))
 
 
 def quantize_once(source: Path, log: Console) -> Path:

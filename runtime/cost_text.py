@@ -4,23 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Protocol
 
 from moebox.cost.economics import TokenCost
 from moebox.cost.figures import money, rate, share
 from moebox.cost.usage import Joules, Traffic
-from moebox.runtime.pieces import Stats
 
 _COST_PARTS = ("electricity", "hardware", "other", "total", "utilisation")
 SOURCE_NAMES = {"gpu": "GPU", "cpu": "CPU", "dram": "DRAM"}
 
 
-def cost_line(stats: Stats) -> str | None:
-    """Joules and money a token, and hits by tier, of one answer; None where nothing was computed."""
-    hits = hits_text(stats.traffic)
+class Used(Protocol):
+    """What one answer used, or several: `Stats`, or the sum of some."""
+
+    @property
+    def energy(self) -> tuple[Joules, ...]: ...
+    @property
+    def computed_tokens(self) -> int: ...
+    @property
+    def traffic(self) -> Traffic: ...
+
+
+def cost_line(used: Used, cost: TokenCost | None, currency: str) -> str | None:
+    """Joules and money a token, and hits by tier; None where nothing was computed."""
+    hits = hits_text(used.traffic)
     parts = [
-        energy_text(stats.energy, stats.computed_tokens),
-        None if stats.cost is None else money_text(stats.cost, stats.currency),
+        energy_text(used.energy, used.computed_tokens),
+        None if cost is None else money_text(cost, currency),
         None if hits is None else f"experts {hits}",
     ]
     return " · ".join(part for part in parts if part) or None
