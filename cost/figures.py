@@ -5,19 +5,21 @@ from __future__ import annotations
 import math
 
 SYMBOLS = {"USD": "$", "EUR": "€", "GBP": "£", "JPY": "¥"}
-MILLION = 1e6
+LEAST_MONEY = 0.0001
 
 
 def money(value: float, currency: str = "USD") -> str:
-    """`$25,000`, `$12.30`, `$0.0042`: whole from a thousand on, three digits below one."""
+    """`$25,000`, `$12.30`, `$0.0042`: whole from a thousand on, three digits below ten cents."""
     symbol = SYMBOLS.get(currency, f"{currency} ")
     size = abs(value)
+    if 0 < size < LEAST_MONEY:
+        return f"<{symbol}{LEAST_MONEY}"
     if size >= 1000 or (size >= 100 and size == round(size)):
         text = f"{size:,.0f}"
     elif size >= 1 or size == 0:
         text = f"{size:,.2f}"
     else:
-        text = f"{size:.{min(9, 2 - math.floor(math.log10(size)))}f}"
+        text = f"{size:.{2 - math.floor(math.log10(size))}f}"
         text = text.rstrip("0") if size < 0.1 else f"{size:.2f}"
     return f"{'-' if value < 0 else ''}{symbol}{text}"
 

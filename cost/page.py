@@ -96,9 +96,14 @@ class Block:
 
 @dataclass(frozen=True)
 class Section:
-    """Blocks that stand side by side where there is room."""
+    """Columns of blocks, side by side where there is room."""
 
-    blocks: Sequence[Block]
+    columns: Sequence[Sequence[Block]]
+
+    @property
+    def blocks(self) -> list[Block]:
+        """All of them, column by column."""
+        return [block for column in self.columns for block in column]
 
 
 @dataclass(frozen=True)

@@ -46,12 +46,11 @@ def report_page(report: Report) -> Page:
     if report.empty:
         return _empty_page(report)
     sections = [
-        Section([_tokens_by_day(report), _money_by_day(report)]),
-        Section([_parts(report), *_hosted_bars(report)]),
-        *([Section([block]) for block in _break_even(report)]),
-        Section([_lines(report)]),
-        Section([_energy(report), *_places(report)]),
-        Section([_assumptions(report)]),
+        Section([[_tokens_by_day(report)], [_money_by_day(report)]]),
+        _beside([_parts(report), _energy(report)], _hosted_bars(report)),
+        *(Section([[block]]) for block in _break_even(report)),
+        Section([[_lines(report)]]),
+        _beside([_assumptions(report)], _places(report)),
     ]
     return Page(
         f"moebox cost: {dates(report)}",
@@ -63,6 +62,10 @@ def report_page(report: Report) -> Page:
         sections,
         _footer(report),
     )
+
+
+def _beside(left: list[Block], right: list[Block]) -> Section:
+    return Section([left, right] if right else [left])
 
 
 class _Bucket(NamedTuple):
@@ -193,9 +196,10 @@ def _hosted_bars(report: Report) -> list[Block]:
     if cost is None or not report.hosted:
         return []
     full = cost.at_full_utilisation.total
+    only = "" if owned(report) else ", electricity only"
     rows = [
-        (cost.total, "own", "This box", "as it was used", report.total.money),
-        (full, "full", "This box", "at full utilisation", full * work.tokens / MILLION),
+        (cost.total, "own", "This box", f"as it was used{only}", report.total.money),
+        (full, "full", "This box", f"at full utilisation{only}", full * work.tokens / MILLION),
         *(
             (line.per_million, "api", line.price.name, _list_price(report, line), line.money)
             for line in report.hosted
@@ -209,7 +213,10 @@ def _hosted_bars(report: Report) -> list[Block]:
         for value, kind, name, note, whole in sorted(rows, key=lambda row: row[0])
     ]
     keys = [("own", "owning"), ("full", "owning, busy all the time"), ("api", "hosted")]
-    text = "The same prompts and answers, per million tokens that the box computed."
+    text = (
+        "The same prompts and answers, per million tokens that the box computed; how good their answers are "
+        "is not part of it."
+    )
     foot = list_prices(report)
     return [Block("bars", "Owning beside hosted models", text, "hosted", keys, bars=bars_of(bars), foot=foot)]
 
@@ -251,9 +258,8 @@ def _curves(report: Report, cost: TokenCost) -> Chart:
         low /= 2
     least = min(value for value in (own(capacity), *listed) if value > 0)
     series = [
-        Series("api", f"{line.price.name} {money(report, value)}", [(low, value), (high, value)])
-        for line, value in zip(report.hosted, listed, strict=True)
-        if value > 0
+        Series("api", f"{names} {money(report, value)}", [(low, value), (high, value)])
+        for value, names in _by_price(report).items()
     ]
     return Chart(
         Axis(low, high, log=True),
@@ -263,6 +269,16 @@ def _curves(report: Report, cost: TokenCost) -> Chart:
         [*series, Series("own", "", sampled(own, low, capacity))],
         _spots(report, cost, capacity),
     )
+
+
+def _by_price(report: Report) -> dict[float, str]:
+    """Names of hosted models, one entry for those of one price; free ones have no place on such an axis."""
+    found: dict[float, str] = {}
+    for line in report.hosted:
+        value = line.per_million
+        if value > 0:
+            found[value] = f"{found[value]}, {line.price.name}" if value in found else line.price.name
+    return found
 
 
 def _spots(report: Report, cost: TokenCost, capacity: float) -> list[Spot]:
@@ -321,13 +337,20 @@ def _tiles(report: Report) -> list[Tile]:
             figures.count(sums.requests),
             f"{figures.count(sums.cached_tokens)} tokens from the cache",
         ),
-        Tile("Energy per token", joules, "in part estimated" if total.estimated else "as measured"),
+        Tile("Energy per token", joules, _how_measured(total)),
         Tile(
             "Tokens a second",
             "—" if speed is None else figures.rate(speed),
             "in an answer" if reading is None else f"in an answer; {figures.rate(reading)} of a prompt",
         ),
     ]
+
+
+def _how_measured(total: Line) -> str:
+    methods = {part.method for part in total.totals.energy}
+    if "estimated" not in methods:
+        return "as measured" if methods else "not recorded"
+    return "estimated" if len(methods) == 1 else "in part estimated"
 
 
 def _lines(report: Report) -> Block:

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from moebox.cost import figures
 from moebox.cost.economics import Parts
-from moebox.cost.report import Line, Report
+from moebox.cost.report import Hosted, Line, Report
 from moebox.cost.report_words import (
     EMPTY,
     METHOD_NAMES,
@@ -134,16 +134,21 @@ def _energy(report: Report) -> Table:
 
 
 def _hosted(report: Report) -> Table:
-    table = table_of("", "1M tokens", "in all", "tokens a day", "paid off after", "", texts=(0, 5))
+    """Without a hardware's price there is nothing that could be paid off."""
+    even = ("tokens a day", "paid off after", "") if any(found.even for found in report.hosted) else ()
+    table = table_of("", "1M tokens", "in all", *even, texts=(0, 5))
     for found in report.hosted:
-        cells = ["", "", "no hardware price given"]
-        if found.even is not None:
-            need, months = found.even.tokens_per_day, found.even.months
-            cells = [
-                "never" if need is None else figures.count(need),
-                "never" if months is None else figures.months(months),
-                verdict_of(found.even),
-            ]
         amounts = (money(report, found.per_million), money(report, found.money))
-        table.add_row(Text(found.price.name), *amounts, *cells)
+        table.add_row(Text(found.price.name), *amounts, *_even(found))
     return table
+
+
+def _even(found: Hosted) -> tuple[str, ...]:
+    if found.even is None:
+        return ()
+    need, months = found.even.tokens_per_day, found.even.months
+    return (
+        "never" if need is None else figures.count(need),
+        "never" if months is None else figures.months(months),
+        verdict_of(found.even),
+    )

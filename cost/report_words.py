@@ -40,7 +40,7 @@ def headline(report: Report) -> list[tuple[str, bool]]:
         return [("Nothing was computed in this range.", False)]
     begin = "A million tokens cost " if owned(report) else "The electricity for a million tokens cost "
     text = [(begin, False), (money(report, cost.total), True), (" on this box", False)]
-    if not hosted:
+    if not hosted or not owned(report):
         return [*text, (".", False)]
     ends = (hosted[0],) if hosted[0] is hosted[-1] else (hosted[0], hosted[-1])
     named = " to ".join(f"{money(report, line.per_million)} ({line.price.name})" for line in ends)
@@ -96,9 +96,8 @@ def _estimates(report: Report) -> str:
     prices, energy = report.asked.prices, report.total.totals.energy
     names = " and ".join(SOURCE_NAMES[part.source] for part in energy if part.method == "estimated")
     return (
-        f"Joules of {names} are estimated, not measured; today's file of prices states "
-        f"{prices.idle_watts:g} W idle, {prices.watts_per_core:g} W for a busy core, {prices.dram_watts:g} W "
-        "of memory."
+        f"Joules of {names} are estimated, not measured: by stated watts, now {prices.idle_watts:g} W idle, "
+        f"{prices.watts_per_core:g} W for a busy core and {prices.dram_watts:g} W of memory."
     )
 
 

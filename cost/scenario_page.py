@@ -37,10 +37,10 @@ def scenario_page(report: ScenarioReport) -> Page:
         ],
         scenario_notes(report),
         [
-            Section([_curves(report)]),
-            Section([_speeds(report)]),
-            Section([_hosted(report)]),
-            Section([_developers(report)]),
+            Section([[_curves(report)]]),
+            Section([[_speeds(report)]]),
+            Section([[_hosted(report)]]),
+            Section([[_developers(report)]]),
         ],
         [
             f"Made by moebox {__version__}: moebox cost --scenario {scenario.name}",
