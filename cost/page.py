@@ -5,18 +5,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from moebox.cost.charts import Columns, Lines, Tick
 from moebox.errors import RequestError
 
 FOLDER = Path(__file__).parent
+OPTION = re.compile(r"(?<!\S)(--[a-z][a-z-]+)")
 Tone = Literal["", "good", "bad"]
 
 
@@ -130,7 +132,12 @@ def render_page(page: Page) -> str:
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"num": _number, "pct": lambda value: f"{_number(value)}%", "widest": _widest}
+    environment.filters |= {
+        "num": _number,
+        "pct": lambda value: f"{_number(value)}%",
+        "widest": _widest,
+        "prose": _prose,
+    }
     template = environment.from_string((FOLDER / "page.html").read_text(encoding="utf-8"))
     css = (FOLDER / "page.css").read_text(encoding="utf-8").strip()
     return template.render(page=page, css=Markup(css))
@@ -168,6 +175,11 @@ def bars_of(rows: Sequence[tuple[Bar, Sequence[tuple[str, float, str]]]]) -> lis
 
 def _number(value: float) -> str:
     return f"{value:.2f}".rstrip("0").rstrip(".")
+
+
+def _prose(text: str) -> Markup:
+    """`text`, escaped, whose options are not broken at their hyphens."""
+    return Markup(OPTION.sub(r'<span class="option">\1</span>', str(escape(text))))
 
 
 def _widest(ticks: Sequence[Tick]) -> str:
