@@ -404,6 +404,7 @@ def test_bench_says_what_was_read_ahead(quick, tmp_path, monkeypatch):
     folder = make_checkpoint(tmp_path / "model", n_routed_experts=32)
     monkeypatch.setattr("moebox.runtime.bench._prompt_ids", lambda options, config, count: list(range(count)))
     monkeypatch.setattr(ExpertStore, "measure_depth", lambda store: {"a drive": DriveSpeed({4: 2.5}, True)})
+    monkeypatch.setattr("moebox.offload.trial.FIRST_SHARE", 1e6)  # so few tokens have no time for trials
     ram = budget_for_share(load_config(folder), torch.float32, "bf16", 64, 0.25)
     options = BenchOptions(folder, prompt_tokens=(20,), decode_tokens=6, device="cpu", context=64, ram=ram)
 

@@ -2,12 +2,15 @@
 
 import json
 import threading
+import time
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from helpers.chat import FakeSession, fake_model, run_program
 from helpers.gpu import DEVICES, need
+from moebox.cli import main_group
 from moebox.cost.ledger import Ledger
 from moebox.cost.usage import Joules, Traffic
 from moebox.errors import BusyError, MoeboxError, PricesError, RequestError
@@ -44,6 +47,14 @@ def requests(model):
     model.accounts.writer.flush()
     with Ledger.open(model.accounts.writer.path, read_only=True) as ledger:
         return list(ledger.requests())
+
+
+def written(path):
+    """User and model of all rows that are there."""
+    if not path.exists():
+        return []
+    with Ledger.open(path) as ledger:
+        return [(row.user, row.model) for row in ledger.requests()]
 
 
 def test_an_answer_is_a_row_with_the_figures_of_its_stats(model):
@@ -196,3 +207,15 @@ def test_real_tiers_are_counted(folder, ledger_path, device):
     assert (row.model, row.user) == ("int4", "ada")
     with Ledger.open(ledger_path, read_only=True) as ledger:
         assert list(ledger.idle())
+
+
+def test_the_commands_options(folder, ledger_path):
+    command = ["run", str(folder), "hi", "--device", "cpu", "--context", "256", "--max-tokens", "2"]
+    for options in (["--user", "bob", "--no-ledger"], ["--user", "ada"]):
+        done = CliRunner().invoke(main_group, command + options, standalone_mode=False)
+        assert done.exception is None
+    # The command leaves the rows to its own thread and the end of the program.
+    until_s = time.monotonic() + 10
+    while not (rows := written(ledger_path)) and time.monotonic() < until_s:
+        time.sleep(0.01)
+    assert rows == [("ada", "int4")]
