@@ -1,8 +1,9 @@
 """Whether a model fits a GPU and the RAM beside it: decided from the config, before anything is loaded.
 
 VRAM = backbone + cache for the context + workspace of a prefill chunk + staging for uploads + reserve; what
-is left holds experts. RAM holds all experts; where it cannot, RAM and VRAM together hold each expert once;
-where that is not enough either, the others are read from disk as they are needed.
+is left holds experts. RAM holds all experts beside what is learned of the router; where it cannot, RAM and
+VRAM together hold each expert once; where that is not enough either, the others are read from disk as they
+are needed.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from moebox.offload.gpu import STAGING_SLOTS
 from moebox.offload.ram import row_stride
 from moebox.runtime.backbone import planned_bytes
 from moebox.runtime.kv_cache import bytes_per_token
-from moebox.runtime.memory import SMALLEST_CONTEXT, SYSTEM_SHARE, check_context, gib
+from moebox.runtime.memory import SMALLEST_CONTEXT, SYSTEM_SHARE, check_context, gib, learned_bytes
 from moebox.runtime.processor import EXPANDED_BYTES
 
 CHUNK_TOKENS = 8192
@@ -38,8 +39,9 @@ RESERVE_BYTES = 768 << 20
 class GpuPlan:
     """What a load takes of VRAM and RAM, in bytes, tokens and experts.
 
-    `slots` experts fit the GPU beside everything else, `ram_rows` the RAM; `exclusive` where an expert lies
-    in one of the two only; `cold` experts lie on disk only.
+    `slots` experts fit the GPU beside everything else, `ram_rows` the RAM, some of which are passed through:
+    `hot` and `warm` ones stay there, `cold` ones lie on disk only. `exclusive` where an expert lies in one
+    place only; else the hot ones are among the warm ones.
     """
 
     context: int
@@ -51,7 +53,10 @@ class GpuPlan:
     slots: int
     ram_rows: int
     exclusive: bool
+    hot: int = 0
+    warm: int = 0
     cold: int = 0
+    learned_bytes: int = 0
 
     @property
     def unquantized_backbone_bytes(self) -> int:
@@ -165,15 +170,39 @@ def workspace_bytes(config: ModelConfig, chunk: int, context: int) -> int:
 
 
 def _share_experts(config: ModelConfig, plan: GpuPlan, slots: int, ram_room: int) -> GpuPlan:
-    keys, row_bytes, top_k = n_keys(config), row_stride(config), config.num_experts_per_tok
-    rows = min(ram_room // row_bytes, keys)
-    near = rows + max(slots - top_k, 0)  # the others are passed through
-    cold = keys - near + spare_rows(rows, top_k) if rows < keys and near < keys else 0
-    least = least_rows(top_k)
-    if cold and rows < least:
+    keys, top_k = n_keys(config), config.num_experts_per_tok
+    hot = min(max(slots - top_k, 0), keys)  # the others are passed through
+    rows, learned = _rows(config, ram_room, residencies=1)
+    if rows + hot >= keys:
+        warm = keys if rows == keys else keys - hot
+    else:
+        rows, learned = _rows(config, ram_room, residencies=2)  # of slots and of rows
+        _check_cold_rows(config, rows, learned)
+        warm = rows - spare_rows(rows, top_k)
+    return replace(
+        plan,
+        slots=slots,
+        ram_rows=rows,
+        exclusive=rows < keys,
+        hot=hot,
+        warm=warm,
+        cold=keys - hot - warm if rows < keys else 0,
+        learned_bytes=learned,
+    )
+
+
+def _rows(config: ModelConfig, ram_room: int, residencies: int) -> tuple[int, int]:
+    """Experts that RAM holds beside what is learned of the router, and the bytes of that."""
+    learned = learned_bytes(config, residencies)
+    return min(max(ram_room - learned, 0) // row_stride(config), n_keys(config)), learned
+
+
+def _check_cold_rows(config: ModelConfig, rows: int, learned: int) -> None:
+    row_bytes, least = row_stride(config), least_rows(config.num_experts_per_tok)
+    if rows < least:
         raise PlanError(
-            f"RAM holds {gib(rows * row_bytes)} of experts; to read others from disk, room for {least} is "
-            f"needed, {gib(least * row_bytes)}: {gib((least - rows) * row_bytes)} are missing",
+            f"RAM holds {gib(rows * row_bytes)} of experts beside {gib(learned)} of router statistics; to "
+            f"read others from disk, room for {least} is needed, {gib(least * row_bytes)}: "
+            f"{gib((least - rows) * row_bytes)} are missing",
             "Give more --ram.",
         )
-    return replace(plan, slots=slots, ram_rows=rows, exclusive=rows < keys, cold=cold)

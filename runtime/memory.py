@@ -14,6 +14,7 @@ import torch
 
 from moebox.config import ModelConfig
 from moebox.errors import PlanError
+from moebox.offload.counts import RECENT_TOKENS
 from moebox.offload.cpu_experts import PART_TOKENS
 from moebox.offload.hardware import available_ram_bytes
 from moebox.offload.ram import row_stride
@@ -51,6 +52,7 @@ class MemoryPlan:
         kv_bytes: cache of one that fills it.
         chunk_tokens: of a prompt, that go through the model together.
         workspace_bytes: values of a chunk on its way, at most.
+        learned_bytes: what is known of the router.
         rows: experts that RAM holds.
         n_keys: experts there are.
         row_bytes: of one.
@@ -63,6 +65,7 @@ class MemoryPlan:
     kv_bytes: int
     chunk_tokens: int
     workspace_bytes: int
+    learned_bytes: int
     rows: int
     n_keys: int
     row_bytes: int
@@ -81,7 +84,8 @@ class MemoryPlan:
     @property
     def planned_bytes(self) -> int:
         """All that the model takes: what a budget must hold."""
-        return self.backbone_bytes + self.kv_bytes + self.workspace_bytes + self.experts_bytes
+        parts = (self.backbone_bytes, self.kv_bytes, self.workspace_bytes, self.learned_bytes)
+        return sum(parts) + self.experts_bytes
 
 
 def plan_memory(
@@ -150,6 +154,7 @@ def _plan(config: ModelConfig, dtype: torch.dtype, backbone: str, context: int, 
         kv_bytes=context * bytes_per_token(config, dtype),
         chunk_tokens=chunk,
         workspace_bytes=workspace_bytes(config, chunk, context),
+        learned_bytes=learned_bytes(config, int(rows < _n_keys(config))),
         rows=rows,
         n_keys=_n_keys(config),
         row_bytes=row_stride(config),
@@ -205,12 +210,21 @@ def workspace_bytes(config: ModelConfig, chunk: int, context: int) -> int:
     return chunk * _between_layers(config) + part * (4 * hidden + widest) + attention + kernel
 
 
+def learned_bytes(config: ModelConfig, residencies: int) -> int:
+    """RAM for what is learned of the router: known and new statistics (`offload/counts.py`), and what each of
+    so many residencies foresees (`csrc/foresight.h`)."""
+    layers, experts = len(config.moe_layers), config.n_routed_experts
+    uses, pairs = 16 * layers * experts, 4 * (layers - 1) * experts**2
+    recent = 2 * RECENT_TOKENS * layers * config.num_experts_per_tok
+    return 2 * (uses + pairs + recent) + residencies * 12 * layers * experts**2
+
+
 def describe(plan: MemoryPlan) -> str:
     """The parts of a plan in words."""
     return (
         f"backbone {gib(plan.backbone_bytes)} + cache {gib(plan.kv_bytes)} for {plan.context} tokens + "
-        f"workspace {gib(plan.workspace_bytes)} + {plan.rows} of {plan.n_keys} experts "
-        f"{gib(plan.experts_bytes)}"
+        f"workspace {gib(plan.workspace_bytes)} + router statistics {gib(plan.learned_bytes)} + "
+        f"{plan.rows} of {plan.n_keys} experts {gib(plan.experts_bytes)}"
     )
 
 

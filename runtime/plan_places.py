@@ -15,6 +15,7 @@ from moebox.runtime.plan_box import Box
 
 GPU, RAM, DISK = "GPU", "RAM", "disk"
 SPARE_ROWS = "rows for experts that are being read"
+LEARNED = "router statistics"
 
 
 @dataclass(frozen=True)
@@ -84,28 +85,26 @@ def place(config: ModelConfig, box: Box, context: int | None, backbone: str, dty
 def gpu_places(config: ModelConfig, plan: GpuPlan) -> Places:
     """The parts of a plan with a GPU; slots that are kept free for what passes through hold no expert."""
     keys, stride, rows = n_keys(config), row_stride(config), plan.ram_rows
-    lasting = min(max(plan.slots - config.num_experts_per_tok, 0), keys)
-    near = keys - plan.cold
-    warm = min(near - lasting, rows) if plan.exclusive else rows
-    passing_bytes = (plan.slots - lasting) * stride
+    passing_bytes = (plan.slots - plan.hot) * stride
     parts = [
         Part(GPU, "backbone: attention, shared experts, dense layers, head", plan.backbone_bytes),
         Part(GPU, f"cache for {plan.context:,} tokens", plan.kv_bytes),
         Part(GPU, f"workspace of prompts, {plan.chunk_tokens:,} tokens at once", plan.workspace_bytes),
         Part(GPU, "staging of uploads", plan.staging_bytes + passing_bytes),
         Part(GPU, "reserve: kernels, graphs, libraries", RESERVE_BYTES),
-        Part(GPU, "hot experts", lasting * stride, lasting),
-        Part(RAM, "warm experts" if plan.exclusive else "all experts", warm * stride, warm),
+        Part(GPU, "hot experts", plan.hot * stride, plan.hot),
+        Part(RAM, LEARNED, plan.learned_bytes),
+        Part(RAM, "warm experts" if plan.exclusive else "all experts", plan.warm * stride, plan.warm),
     ]
-    if warm < rows:
-        parts.append(Part(RAM, SPARE_ROWS, (rows - warm) * stride))
+    if plan.warm < rows:
+        parts.append(Part(RAM, SPARE_ROWS, (rows - plan.warm) * stride))
     return Places(
-        (*parts, *_cold(config, keys - near)),
+        (*parts, *_cold(config, plan.cold)),
         plan.context,
         plan.chunk_tokens,
         keys,
-        lasting,
-        near,
+        plan.hot,
+        keys - plan.cold,
         plan.backbone_bytes,
     )
 
@@ -118,6 +117,7 @@ def cpu_places(config: ModelConfig, plan: MemoryPlan) -> Places:
         Part(RAM, "backbone: attention, shared experts, dense layers, head", plan.backbone_bytes),
         Part(RAM, f"cache for {plan.context:,} tokens", plan.kv_bytes),
         Part(RAM, f"workspace of prompts, {plan.chunk_tokens:,} tokens at once", plan.workspace_bytes),
+        Part(RAM, LEARNED, plan.learned_bytes),
         Part(RAM, "warm experts" if spare else "all experts", (rows - spare) * plan.row_bytes, rows - spare),
     ]
     if spare:

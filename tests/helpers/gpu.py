@@ -12,6 +12,7 @@ from moebox.config import ModelConfig
 from moebox.offload.device import open_device
 from moebox.offload.ram import row_stride
 from moebox.runtime.gpu_memory import least_vram_bytes, n_keys
+from moebox.runtime.memory import learned_bytes
 
 DEVICES = ["stand-in", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -37,7 +38,7 @@ class Placement:
         slots = self.slots or int(self.gpu * keys)
         return {
             "vram": least_vram_bytes(config, context) + slots * stride,
-            "ram": int(self.ram * keys) * stride,
+            "ram": int(self.ram * keys) * stride + learned_bytes(config, 2 if self.ram < 1 else 1),
         }
 
 

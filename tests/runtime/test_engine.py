@@ -170,7 +170,7 @@ def test_session_context_is_bounded(engine):
         ({"backbone": "fp4"}, PlanError, "'fp4' is unknown"),
         ({"context": 5000}, PlanError, "5000 tokens.*4096"),
         ({"context": 0}, PlanError, "context of 0"),
-        ({"ram": 1 << 20, "dtype": torch.bfloat16}, PlanError, r"needs 26\.8 MiB.*8 of 16 exp.* is 1\.0 MiB"),
+        ({"ram": 1 << 20, "dtype": torch.bfloat16}, PlanError, r"needs 27\.0 MiB.*8 of 16 exp.* is 1\.0 MiB"),
         ({"ram": 1 << 60}, PlanError, "only .* free"),
         ({"threads": 0}, PlanError, "threads = 0"),
     ],

@@ -1,11 +1,17 @@
 """The plan of VRAM and RAM: what it gives to experts, and what it refuses, with the numbers."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 
 from moebox.config import parse_config
 from moebox.errors import PlanError
 from moebox.offload.gpu import STAGING_SLOTS
+from moebox.offload.identity import ModelIdentity
 from moebox.offload.ram import row_stride
+from moebox.offload.stats import RouterStatistics
+from moebox.offload.trace import synthetic_trace
 from moebox.quantize.synth_shapes import synth_config
 from moebox.runtime.gpu_memory import (
     CHUNK_TOKENS,
@@ -17,6 +23,7 @@ from moebox.runtime.gpu_memory import (
     plan_gpu_memory,
     workspace_bytes,
 )
+from moebox.runtime.memory import learned_bytes
 
 GIB = 1 << 30
 K2 = parse_config(synth_config("kimi-k2", format="int4"))
@@ -72,7 +79,7 @@ def test_all_experts_fit_the_gpu():
 
 
 def test_ram_and_vram_hold_the_model_together():
-    made = plan(TINY, ram=5 * row_stride(TINY), context=100)
+    made = plan(TINY, ram=5 * row_stride(TINY) + learned_bytes(TINY, 1), context=100)
     assert made.exclusive
     assert made.ram_rows == 5
     assert made.slots == 20
@@ -90,7 +97,7 @@ def test_ram_and_vram_hold_the_model_together():
         ({"vram": 20 * GIB, "context": 4096}, r"the VRAM budget is 20"),
         (
             {"ram": GIB // 2, "context": 4096},
-            r"RAM holds 496\.1 MiB of experts; .* room for 24 is needed, 567\.0 MiB: 70\.9 MiB are missing",
+            r"RAM holds 212\.6 MiB of experts beside .* room for 24 is needed, 567\.0 MiB: 354\.4 MiB are",
         ),
         ({"context": 1 << 20}, r"context of 1048576 tokens"),
     ],
@@ -103,11 +110,11 @@ def test_refusals(options, message):
 def test_missing_bytes_add_up():
     """What is said to be missing is what makes it fit."""
     vram, row = least_vram_bytes(TINY, 100), row_stride(TINY)
-    least = 3 * TINY.num_experts_per_tok
+    least, learned = 3 * TINY.num_experts_per_tok, learned_bytes(TINY, 2)
     with pytest.raises(PlanError) as raised:
-        plan(TINY, vram=vram, ram=(least - 2) * row, context=100)
+        plan(TINY, vram=vram, ram=(least - 2) * row + learned, context=100)
     assert f"{2 * row / 2**20:.1f} MiB are missing" in str(raised.value)
-    assert plan(TINY, vram=vram, ram=least * row, context=100).cold
+    assert plan(TINY, vram=vram, ram=least * row + learned, context=100).cold
 
 
 def test_what_fits_neither_is_read_from_disk():
@@ -115,7 +122,31 @@ def test_what_fits_neither_is_read_from_disk():
     made = plan(ram=300 * GIB, context=4096)
     spare = K2.num_experts_per_tok + 16
     assert made.exclusive
-    assert made.ram_rows == 300 * GIB // row_stride(K2)
+    assert made.ram_rows == (300 * GIB - made.learned_bytes) // row_stride(K2)
     assert made.cold == n_keys(K2) - (made.ram_rows - spare) - (made.slots - K2.num_experts_per_tok)
+    assert (made.hot, made.warm) == (made.slots - K2.num_experts_per_tok, made.ram_rows - spare)
     together = plan(ram=530 * GIB, context=4096)
     assert (together.exclusive, together.cold) == (True, 0)
+    assert together.hot + together.warm == n_keys(K2)
+
+
+def test_what_is_learned_of_the_router_has_its_place():
+    """Foresight is three fp32 tables of 60 x 384 x 384, statistics two of 59 and the last 4,096 tokens."""
+    assert learned_bytes(K2, 0) == 2 * (4 * 59 * 384**2 + 16 * 60 * 384 + 2 * 4096 * 60 * 8)
+    assert learned_bytes(K2, 1) - learned_bytes(K2, 0) == 3 * 4 * 60 * 384**2
+    assert plan(context=4096).learned_bytes == learned_bytes(K2, 1)
+    assert plan(ram=300 * GIB, context=4096).learned_bytes == learned_bytes(K2, 2)
+
+
+def test_statistics_take_what_was_planned():
+    """What a run has counted, and what earlier ones have, held at the same time."""
+    shape = (12, 64, 8)
+    config = replace(TINY, num_hidden_layers=13, n_routed_experts=64, num_experts_per_tok=8)
+    statistics = RouterStatistics(ModelIdentity("a model", "digest", *shape), Path("unused"))
+    ids = synthetic_trace(5000, *shape).ids
+    statistics.add(ids, prefill=False)
+    seen = statistics.counts()
+    nbytes = sum(getattr(seen, name).nbytes for name in ("uses", "last_use", "pairs", "recent"))
+
+    assert len(config.moe_layers) == 12
+    assert learned_bytes(config, 0) == pytest.approx(2 * nbytes, rel=0.02)

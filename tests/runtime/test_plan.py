@@ -19,7 +19,7 @@ from moebox.quantize.synth import synth
 from moebox.runtime import plan_box, plan_probe
 from moebox.runtime.engine import Engine
 from moebox.runtime.gpu_memory import n_keys
-from moebox.runtime.memory import budget_for_share
+from moebox.runtime.memory import budget_for_share, learned_bytes
 from moebox.runtime.plan import PlanOptions, loaded_line, make_plan
 from moebox.runtime.plan_box import BoxOptions, find_box
 from moebox.runtime.plan_hits import find_curve
@@ -71,7 +71,7 @@ def test_every_byte_of_an_80_gb_card_has_its_place():
     assert 0 <= free < K2.expert_bytes
     assert plan.places.near_experts == n_keys(K2)
     assert taken(plan, DISK) == 0
-    assert taken(plan, RAM) == K2.experts_bytes
+    assert taken(plan, RAM) == K2.experts_bytes + learned_bytes(K2, 1)
     assert plan.chances.disk == 0
     assert plan.chances.gpu + plan.chances.ram == pytest.approx(1)
 
