@@ -48,6 +48,10 @@ class Foresight(Protocol):
         """Their reads are queued; `hidden` [1, H] is what the layer's router saw."""
         ...
 
+    def end_layer(self, moe: int) -> None:
+        """It is computed; rows are free again."""
+        ...
+
     def end_token(self) -> None:
         """The last layer is computed."""
         ...
@@ -237,8 +241,10 @@ class _Work:
             self._add(0, len(keys))
         cache.done(keys)
         cache.trim()
-        if self.prefetcher is not None and self.moe == len(cache.ram.config.moe_layers) - 1:
-            self.prefetcher.end_token()
+        if self.prefetcher is not None:
+            self.prefetcher.end_layer(self.moe)
+            if self.moe == len(cache.ram.config.moe_layers) - 1:
+                self.prefetcher.end_token()
         return self.out
 
     def _sum_in_order(self, cold: list[int]) -> None:

@@ -88,8 +88,9 @@ class PrefetchReport:
 class Prefetcher:
     """Speculative reads while tokens are decoded; see the module.
 
-    For each layer of a token, in order, `begin_layer` comes before its reads are demanded and `submitted`
-    after that; `end_token` when the last layer is computed. A token that was broken off may leave that out.
+    For each layer of a token, in order, `begin_layer` comes before its reads are demanded, `submitted` after
+    that, and `end_layer` when it is computed; `end_token` after the last. A token that was broken off may
+    leave the latter out.
 
     Attributes:
         trial: decides whether prefetching pays; may be exchanged between tokens.
@@ -144,6 +145,11 @@ class Prefetcher:
                 return
             self._predicted[moe + ahead].append((ahead, named[: len(picks)]))
             self._speculate(moe + ahead, named, len(picks))
+
+    def end_layer(self, moe: int) -> None:
+        """MoE layer `moe` is computed, and rows are free again: what there was no room for is read now."""
+        for _, named in self._predicted.get(moe + 1, [])[-1:]:
+            self._read((moe + 1) * self._n_experts + expert for expert in named)
 
     def end_token(self) -> None:
         """The token's last layer is computed."""
@@ -206,7 +212,10 @@ class Prefetcher:
         end = first + self._n_experts
         if self._reading:
             self._drop(key for key in self._reading if first <= key < end and key not in keys)
-        for key in keys[:count]:
+        self._read(keys[:count])
+
+    def _read(self, keys: Iterable[int]) -> None:
+        for key in keys:
             if self._cache.speculate(key):
                 self._reading[key] = None
                 self._done.issued += 1

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -158,27 +159,39 @@ class Trial:
 
     def _fit(self) -> bool:
         """Measure the change of the last tokens; returns whether there are enough of both kinds."""
-        log_s, to_read, on = np.array(self._tokens).T
-        if not 0 < on.sum() < len(on) or len(on) < LEAST_FIT:
+        n_on = sum(on for _, _, on in self._tokens)
+        if len(self._tokens) < LEAST_FIT or n_on in (0, len(self._tokens)):
             return False
-        numbers = np.arange(len(on)) / len(on)
-        terms = np.stack([on, np.ones_like(on), to_read - to_read.mean(), numbers - numbers.mean()], axis=1)
-        inverse = np.linalg.inv(terms.T @ terms + np.diag([0.0, *[TINY] * 3]))
-        solve = inverse @ terms.T
-        factors, kept_s = solve @ log_s, log_s
-        # Few are with it, and one of them that was slow for another reason moves their mean too far.
-        changes = np.sort((log_s - terms @ factors)[on > 0])
-        factors[0] += changes[len(changes) // 2]
-        for _ in range(CLIPS):
-            usual = terms @ factors
-            rest = log_s - usual
-            limit = OUTLIERS * DEVIATION * float(np.sort(np.abs(rest))[len(on) // 2])
-            kept_s = usual + np.clip(rest, -limit, limit)
-            factors = solve @ kept_s
-        rest = kept_s - terms @ factors
-        variance = float(rest @ rest) / (len(on) - terms.shape[1])
-        self.change, self.error = math.expm1(float(factors[0])), math.sqrt(variance * inverse[0, 0])
+        change, self.error = fit_change(self._tokens)
+        self.change = math.expm1(change)
         return True
+
+
+def fit_change(tokens: Sequence[tuple[float, int, bool]]) -> tuple[float, float]:
+    """What a thing changes of the logarithm of a token's time, and the standard error of that.
+
+    Args:
+        tokens: logarithm of the time, experts to be read, and whether it was on; one after the other, at
+            least `LEAST_FIT` of them, and some of each kind.
+    """
+    log_s, to_read, on = np.array(tokens).T
+    numbers = np.arange(len(on)) / len(on)
+    terms = np.stack([on, np.ones_like(on), to_read - to_read.mean(), numbers - numbers.mean()], axis=1)
+    inverse = np.linalg.inv(terms.T @ terms + np.diag([0.0, *[TINY] * 3]))
+    solve = inverse @ terms.T
+    factors, kept_s = solve @ log_s, log_s
+    # Few are with it, and one of them that was slow for another reason moves their mean too far.
+    changes = np.sort((log_s - terms @ factors)[on > 0])
+    factors[0] += changes[len(changes) // 2]
+    for _ in range(CLIPS):
+        usual = terms @ factors
+        rest = log_s - usual
+        limit = OUTLIERS * DEVIATION * float(np.sort(np.abs(rest))[len(on) // 2])
+        kept_s = usual + np.clip(rest, -limit, limit)
+        factors = solve @ kept_s
+    rest = kept_s - terms @ factors
+    variance = float(rest @ rest) / (len(on) - terms.shape[1])
+    return float(factors[0]), math.sqrt(variance * inverse[0, 0])
 
 
 def budget_s(time_s: float) -> float:

@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from helpers.store import SlowStore
+from helpers.store import AlwaysOn, SlowStore
 from helpers.tiers import EXPERTS, FIRST, LAYERS, TOP_K, small_config
 from moebox.errors import CheckpointError
 from moebox.kernels import cpu
 from moebox.offload.counts import TIERS
 from moebox.offload.cpu_experts import CpuExperts
+from moebox.offload.prefetch import Prefetcher
 from moebox.offload.ram import RamTier
 from moebox.offload.ram_cache import RamCache
 
@@ -155,6 +156,9 @@ class Foresight:
         for key in self.next:
             self.cache.speculate(key)
 
+    def end_layer(self, moe):
+        assert self.cache.n_spare + len(self.next) >= self.cache.reserve
+
     def end_token(self):
         self.calls.append(("end",))
 
@@ -241,3 +245,39 @@ def test_all_in_ram_has_no_reserve(whole, pool):
     assert (experts.placement() == TIERS.index("RAM")).all()
     experts.forward(FIRST, *chunk(20, torch.Generator().manual_seed(7)))
     assert store.reads == []
+
+
+class Oracle:
+    """Names what will be picked, and some others."""
+
+    def __init__(self, rng):
+        self.rng, self.picks = rng, []
+
+    def predict(self, moe, hidden):
+        for ahead, picks in enumerate(self.picks[moe + 1 : moe + 3], 1):
+            others = self.rng.choice(EXPERTS, TOP_K)
+            yield ahead, list(dict.fromkeys([*picks[1:], *others.tolist()]))
+
+
+@pytest.mark.parametrize("rows", [2 * TOP_K, 20, 40, 60])
+def test_a_guess_changes_who_is_read_early_and_not_who_stays(pool, rows):
+    """As many hits with prefetching as without: layer by layer the same experts are in RAM."""
+    config = small_config(num_hidden_layers=FIRST + 4)
+    whole = RamTier(config)
+    whole.fill_synthetic()
+    rng, generator = np.random.default_rng(rows), torch.Generator().manual_seed(rows)
+    oracle = Oracle(rng)
+    plain, guessing = (CpuExperts.load(config, SlowStore(whole, seed=1), pool, rows) for _ in range(2))
+    guessing.prefetcher = Prefetcher(guessing.cache, oracle, None, EXPERTS, AlwaysOn())
+    for _ in range(40):
+        given = [chunk(1, generator) for _ in range(4)]
+        oracle.picks = [ids[0].tolist() for ids, _, _ in given]
+        for moe in range(4):
+            outs = [experts.forward(FIRST + moe, *given[moe]) for experts in (plain, guessing)]
+            assert torch.equal(*outs)
+            placed = [experts.placement() for experts in (plain, guessing)]
+            assert (placed[0] == placed[1]).all()
+    report = guessing.prefetcher.report()
+    assert report.used + report.late > 100
+    assert plain.cache.counts.hits == guessing.cache.counts.hits
+    assert plain.cache.counts.reads == guessing.cache.counts.reads + guessing.cache.counts.foreseen

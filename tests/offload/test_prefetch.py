@@ -75,6 +75,7 @@ def layer(prefetcher, cache, moe, picks):
         cache.wait(key)
     cache.done(keys)
     cache.trim()
+    prefetcher.end_layer(moe)
 
 
 def keys(moe, *experts):
@@ -98,8 +99,9 @@ def test_an_expert_in_ram_is_not_read(whole):
 def test_nobody_is_evicted_for_a_guess(whole):
     prefetcher, cache, store, _ = build(whole, {(0, 1): [0, 1, 2, 3]}, rows=33)
     layer(prefetcher, cache, 0, [0, 1, 2, 3])
-    assert store.reads == keys(1, 0)
+    assert store.reads == keys(1, 0, 1, 2, 3)  # one row was free, the others when the layer had made room
     assert all(cache.resident(key) for key in range(29))
+    assert cache.n_spare == 0
 
 
 def test_counts_what_was_in_time_late_and_wrong(whole):
