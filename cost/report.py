@@ -230,7 +230,9 @@ def make_report(ledger: Ledger, asked: ReportOptions, now_s: float | None = None
     since_s, until_s = asked.since_s, asked.until_s
     with ledger.snapshot():
         (everyone,) = ledger.totals(since_s, until_s)
-        (chosen,) = ledger.totals(since_s, until_s, asked.model, asked.user)
+        chosen = everyone
+        if asked.model is not None or asked.user is not None:
+            (chosen,) = ledger.totals(since_s, until_s, asked.model, asked.user)
         days = ledger.totals(since_s, until_s, asked.model, asked.user, by="day")
         groups = days
         if asked.by != "day":
