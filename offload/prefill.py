@@ -30,18 +30,16 @@ from moebox.offload.cold import ColdAdmissions, ColdTier, LayerReads
 from moebox.offload.device import Device, Event
 from moebox.offload.early import CERTAIN, GROUP, EarlyGroup, EarlyUploads, Ring
 from moebox.offload.gpu import GpuTier
+from moebox.offload.hardware import gpu_identity
 from moebox.offload.pairs import recent_use, sort_pairs
 from moebox.offload.ram import RamTier
 from moebox.offload.record import RoutingRecorder
-from moebox.offload.split import RoadCosts, cpu_share, two_roads_s
+from moebox.offload.split import cpu_share, first_costs, two_roads_s
 from moebox.offload.staging import LayerRecord, Staging
 from moebox.offload.traffic import Traffic
 
 BATCH_S = 6e-3
 """What the CPU takes at once: long against the cost of a look, short against a layer."""
-CPU_GBPS_PER_THREAD = 4.0
-CPU_GFLOPS_PER_THREAD = 200.0
-"""What the CPU is taken for before it has computed anything."""
 AHEAD = 1.2
 AHEAD_S = 1e-3
 """Uploads are queued for `AHEAD` times the CPU's next batch and `AHEAD_S` more."""
@@ -73,12 +71,9 @@ class PrefillRoads:
         self.shape = (config.hidden_size, config.moe_intermediate_size)
         self.n_experts = config.n_routed_experts
         self.top_k = config.num_experts_per_tok
-        self.costs = RoadCosts(
-            config.expert_bytes,
-            6.0 * config.hidden_size * config.moe_intermediate_size,
-            cpu_gbps=CPU_GBPS_PER_THREAD * pool.threads,
-            cpu_gflops=CPU_GFLOPS_PER_THREAD * pool.threads,
-        )
+        flops = 6.0 * config.hidden_size * config.moe_intermediate_size
+        identity = gpu_identity(device.torch_device)
+        self.costs = first_costs(config.expert_bytes, flops, pool.threads, identity)
         self.records: deque[LayerRecord] = deque(maxlen=1024)
         self.cpu_thread = ThreadPoolExecutor(1, "moebox-prefill")
         self.ring = Ring(gpu)

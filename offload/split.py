@@ -11,11 +11,17 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from moebox.kernels import cpu
+from moebox.offload.profile import MachineProfile
+
 Counts = npt.NDArray[np.int64]
 Seconds = npt.NDArray[np.float64]
 
 LEARNING_RATE = 0.5
 LARGEST_STEP = 4.0
+CPU_GBPS_PER_THREAD = 4.0
+CPU_GFLOPS_PER_THREAD = 200.0
+"""What the CPU of a machine that was never measured is taken for before it has computed anything."""
 
 
 @dataclass
@@ -71,6 +77,27 @@ class RoadCosts:
 def _step(ratio: float, share: float) -> float:
     ratio = min(max(ratio, 1 / LARGEST_STEP), LARGEST_STEP)
     return float(ratio ** (LEARNING_RATE * share))
+
+
+def first_costs(expert_bytes: int, token_flops: float, threads: int, gpu: str) -> RoadCosts:
+    """What the roads are taken for before anything went that way: the machine's profile, or a guess.
+
+    Args:
+        expert_bytes, token_flops: see `RoadCosts`.
+        threads: that compute; the profile has the figures of all that are allowed.
+        gpu: its identity in the profile.
+    """
+    known = MachineProfile.load().ceilings(gpu=gpu)
+    if known is None:
+        cpu_gbps, cpu_gflops = CPU_GBPS_PER_THREAD * threads, CPU_GFLOPS_PER_THREAD * threads
+        return RoadCosts(expert_bytes, token_flops, cpu_gbps=cpu_gbps, cpu_gflops=cpu_gflops)
+    return RoadCosts(
+        expert_bytes,
+        token_flops,
+        pcie_gbps=known.pcie_beside_gbps or known.pcie_gbps or RoadCosts.pcie_gbps,
+        cpu_gbps=known.ram_beside_gbps or known.ram_gbps,
+        cpu_gflops=known.cpu_tflops * 1e3 * min(threads / cpu.allowed_cpus(), 1.0) or RoadCosts.cpu_gflops,
+    )
 
 
 def cpu_share(costs: RoadCosts, counts: Counts, ahead_s: float, tail_s: float, batch_s: float) -> int:

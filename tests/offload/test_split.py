@@ -7,7 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moebox.offload.split import RoadCosts, cpu_share, two_roads_s
+from moebox.kernels import cpu
+from moebox.offload.hardware import cpu_identity
+from moebox.offload.profile import MachineProfile
+from moebox.offload.split import RoadCosts, cpu_share, first_costs, two_roads_s
 
 COUNTS = st.lists(st.integers(1, 200), min_size=1, max_size=7).map(lambda counts: np.array(counts, np.int64))
 
@@ -65,3 +68,25 @@ def test_one_outlier_does_not_decide():
     costs.learn_cpu(np.array([1, 1]), 10.0)
     assert costs.cpu_gbps >= 45.0 / 2
     assert costs.cpu_gflops == pytest.approx(2000.0)
+
+
+def test_first_costs_are_the_machines_where_it_was_measured(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    threads = cpu.allowed_cpus()
+    guessed = first_costs(100, 6.0, threads, "a GPU")
+    profile = MachineProfile()
+    profile.put("cpu", cpu_identity(), {"ram_gbps": 132.0, "cpu_tflops": 5.4})
+    profile.save()
+    without_gpu = first_costs(100, 6.0, threads, "a GPU")
+    profile.put("gpu", "a GPU", {"pcie_gbps": 55.0, "pcie_beside_gbps": 48.0, "ram_beside_gbps": 90.0})
+    profile.save()
+    measured = first_costs(100, 6.0, threads, "a GPU")
+    other = first_costs(100, 6.0, threads, "another GPU")
+
+    assert (guessed.cpu_gbps, guessed.cpu_gflops) == (4.0 * threads, 200.0 * threads)
+    assert (without_gpu.cpu_gbps, without_gpu.pcie_gbps) == (132.0, guessed.pcie_gbps)
+    assert (measured.pcie_gbps, measured.cpu_gbps) == (48.0, 90.0)
+    assert measured.cpu_gflops == pytest.approx(5400)
+    assert other == without_gpu
+    if threads > 1:
+        assert first_costs(100, 6.0, 1, "a GPU").cpu_gflops == pytest.approx(5400 / threads)
