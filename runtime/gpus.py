@@ -2,6 +2,7 @@
 
 A preset's bandwidths are the vendor's; what a program gets of them was measured on one H200
 (docs/benchmarks.md) and taken over for the others: 4.27 of 4.8 TB/s, 55 of 64 GB/s, 798 of 989 TFLOP/s.
+docs/gpus.md says which figures were found again elsewhere.
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
 """GPU presets: names, what of a data sheet a plan counts on, and the next one to buy."""
 
+from pathlib import Path
+
 import pytest
 
 from moebox.errors import PlanError
@@ -40,3 +42,22 @@ def test_the_next_larger_one_is_larger_and_no_slower():
             assert other.memory_bytes > preset.memory_bytes
             assert other.hbm_gbps >= preset.hbm_gbps
     assert next_larger(PRESETS["b200-180gb"]) is None
+
+
+def test_the_table_of_the_documentation_has_all_of_them():
+    lines = (Path(__file__).parents[2] / "docs" / "gpus.md").read_text("utf-8").splitlines()
+    rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("| ")][2:]
+
+    figures = {
+        name: (title, *(float(cell.replace(",", "")) for cell in cells)) for name, title, *cells, _ in rows
+    }
+    assert figures == {
+        name: (
+            preset.title,
+            preset.memory_bytes / (1 << 20),
+            preset.hbm_gbps,
+            preset.pcie_gbps,
+            preset.bf16_tflops,
+        )
+        for name, preset in PRESETS.items()
+    }
