@@ -132,12 +132,10 @@ def render_page(page: Page) -> str:
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {
-        "num": _number,
-        "pct": lambda value: f"{_number(value)}%",
-        "widest": _widest,
-        "prose": _prose,
-    }
+    environment.filters["num"] = _number
+    environment.filters["pct"] = lambda value: f"{_number(value)}%"
+    environment.filters["widest"] = _widest
+    environment.filters["prose"] = _prose
     template = environment.from_string((FOLDER / "page.html").read_text(encoding="utf-8"))
     css = (FOLDER / "page.css").read_text(encoding="utf-8").strip()
     return template.render(page=page, css=Markup(css))

@@ -17,6 +17,7 @@ from moebox.cost.report import Hosted, Line, Report
 from moebox.cost.report_words import (
     EMPTY,
     METHOD_NAMES,
+    NOTHING,
     PART_NAMES,
     SOURCE_NAMES,
     dates,
@@ -43,12 +44,13 @@ ALMOST_FULL = 0.6
 
 def report_page(report: Report) -> Page:
     """What stands on the page of `report`."""
-    if report.empty:
+    cost = report.total.cost
+    if cost is None:
         return _empty_page(report)
     sections = [
         Section([[_tokens_by_day(report)], [_money_by_day(report)]]),
-        _beside([_parts(report), _energy(report)], _hosted_bars(report)),
-        *(Section([[block]]) for block in _break_even(report)),
+        _beside([_parts(report, cost), _energy(report)], _hosted_bars(report, cost)),
+        *(Section([[block]]) for block in _break_even(report, cost)),
         Section([[_lines(report)]]),
         _beside([_assumptions(report)], _places(report)),
     ]
@@ -57,7 +59,7 @@ def report_page(report: Report) -> Page:
         _over(report),
         headline(report),
         verdict(report),
-        _tiles(report),
+        _tiles(report, cost),
         notes(report),
         sections,
         _footer(report),
@@ -157,10 +159,9 @@ def _part(line: Line, kind: str) -> float:
     return 0.0 if line.cost is None else float(getattr(line.cost, kind))
 
 
-def _parts(report: Report) -> Block:
+def _parts(report: Report, cost: TokenCost) -> Block:
     """A million tokens by part, as it was and without a pause."""
-    cost, kinds = report.total.cost, paid_kinds(report)
-    assert cost is not None
+    kinds = paid_kinds(report)
     busy = f"busy {figures.share(cost.utilisation)} of the time"
     rows = [
         _parts_bar(report, "As it was used", busy, cost, kinds),
@@ -190,16 +191,15 @@ def _parts_bar(
     return Bar(name, (), money(report, parts.total), note, detail), titles
 
 
-def _hosted_bars(report: Report) -> list[Block]:
+def _hosted_bars(report: Report, cost: TokenCost) -> list[Block]:
     """The same work at list prices, with the box between them, the cheapest first."""
-    cost, work = report.total.cost, report.total.work
-    if cost is None or not report.hosted:
+    if not report.hosted:
         return []
     full = cost.at_full_utilisation.total
-    only = "" if owned(report) else ", electricity only"
+    only = "" if owned(report) else ", without its hardware"
     rows = [
         (cost.total, "own", "This box", f"as it was used{only}", report.total.money),
-        (full, "full", "This box", f"at full utilisation{only}", full * work.tokens / MILLION),
+        (full, "full", "This box", f"at full utilisation{only}", full * report.total.work.tokens / MILLION),
         *(
             (line.per_million, "api", line.price.name, _list_price(report, line), line.money)
             for line in report.hosted
@@ -228,10 +228,9 @@ def _list_price(report: Report, line: Hosted) -> str:
     return f"{price.provider}: {fresh} in, {cached} cached, {answer} out"
 
 
-def _break_even(report: Report) -> list[Block]:
+def _break_even(report: Report, cost: TokenCost) -> list[Block]:
     """Nothing where no hardware's price is known, or nothing to compare with."""
-    cost = report.total.cost
-    if cost is None or not any(line.even for line in report.hosted):
+    if not any(line.even for line in report.hosted):
         return []
     text = (
         "The more tokens a day share the box, the less each costs. Owning wins where the solid line is below "
@@ -318,10 +317,8 @@ def _even_row(report: Report, line: Hosted, even: BreakEven) -> Row:
     return Row(cells, tones={2: enough, 3: enough, 4: "good" if even.within_life else "bad"})
 
 
-def _tiles(report: Report) -> list[Tile]:
-    total, cost = report.total, report.total.cost
-    assert cost is not None
-    sums = total.totals
+def _tiles(report: Report, cost: TokenCost) -> list[Tile]:
+    total, sums = report.total, report.total.totals
     full = money(report, cost.at_full_utilisation.total)
     fresh = sums.prompt_tokens - sums.cached_tokens
     answers = f"{figures.count(sums.completion_tokens)} in answers, {figures.count(fresh)} in prompts"
@@ -468,7 +465,8 @@ def _footer(report: Report) -> list[str]:
     return [
         f"Made by moebox {__version__} on {day_text(datetime.now())} from {report.ledger}, which holds no "
         "prompts and no answers.",
-        "This page has no script and loads nothing.",
+        "Tokens are those that the box computed: of prompts what was not cached, and of answers. This "
+        "page has no script and loads nothing.",
     ]
 
 
@@ -476,7 +474,7 @@ def _empty_page(report: Report) -> Page:
     return Page(
         "moebox cost",
         _over(report),
-        [(EMPTY, False)],
+        [(EMPTY if report.empty else NOTHING, False)],
         how_to_fill(report),
         footer=_footer(report),
     )

@@ -37,14 +37,19 @@ def headline(report: Report) -> list[tuple[str, bool]]:
     """What a token costs, and what it costs elsewhere: pieces of a sentence, each with whether it matters."""
     cost, hosted = report.total.cost, report.hosted
     if cost is None:
-        return [("Nothing was computed in this range.", False)]
-    begin = "A million tokens cost " if owned(report) else "The electricity for a million tokens cost "
+        return [(NOTHING, False)]
+    begin = "A million tokens cost " if owned(report) else f"{_paid(report)} for a million tokens cost "
     text = [(begin, False), (money(report, cost.total), True), (" on this box", False)]
     if not hosted or not owned(report):
         return [*text, (".", False)]
     ends = (hosted[0],) if hosted[0] is hosted[-1] else (hosted[0], hosted[-1])
     named = " to ".join(f"{money(report, line.per_million)} ({line.price.name})" for line in ends)
     return [*text, (f"; the same work at list prices {named}.", False)]
+
+
+def _paid(report: Report) -> str:
+    """What there is to pay where no hardware's price is known."""
+    return "The electricity and other costs" if report.asked.prices.other_per_month else "The electricity"
 
 
 def verdict(report: Report) -> str:
@@ -102,9 +107,8 @@ def _estimates(report: Report) -> str:
 
 
 def owned(report: Report) -> bool:
-    """Whether the costs hold more than electricity."""
-    prices = report.asked.prices
-    return prices.hardware_price is not None
+    """Whether the costs hold the hardware."""
+    return report.asked.prices.hardware_price is not None
 
 
 def paid_kinds(report: Report) -> list[str]:
@@ -153,6 +157,7 @@ def short_day(day: date) -> str:
     return f"{day.day} {day:%b}"
 
 
+NOTHING = "Nothing was computed in this range."
 EMPTY = "The ledger holds no requests of this range."
 
 

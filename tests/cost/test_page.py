@@ -1,10 +1,13 @@
 """The page in a real browser: a mark for each figure, silence, no network, text that can be read."""
 
+import io
 import json
 import shutil
+from dataclasses import replace
 from datetime import datetime, timedelta
 
 import pytest
+from rich.console import Console
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
@@ -15,6 +18,7 @@ from moebox.cost.page import render_page, write_page
 from moebox.cost.prices import Prices
 from moebox.cost.report import ReportOptions, empty_report, make_report
 from moebox.cost.report_page import report_page
+from moebox.cost.report_text import render_report
 from moebox.cost.scenario import find_scenario, run_scenario
 from moebox.cost.scenario_page import scenario_page
 from moebox.cost.usage import IdleSpell, Joules, Traffic, Usage
@@ -237,3 +241,33 @@ def test_an_empty_ledger_says_how_to_fill_it(tmp_path):
 def test_a_page_that_cannot_be_written(report, tmp_path):
     with pytest.raises(MoeboxError, match=r"nowhere/report\.html: cannot be written"):
         write_page(report_page(report), tmp_path / "nowhere" / "report.html")
+
+
+def test_requests_that_computed_nothing(tmp_path):
+    cancelled = replace(
+        usage(0, 0, "k2"), prompt_tokens=0, cached_tokens=0, completion_tokens=0, prefill_s=0.0
+    )
+    with Ledger.open(tmp_path / "l") as ledger:
+        ledger.add(replace(cancelled, decode_s=0.0))
+        report = make_report(ledger, ReportOptions(Prices(hardware_price=25_000), api=HOSTED))
+    assert "Nothing was computed" in render_page(report_page(report))
+    render_report(report, Console(file=(shown := io.StringIO()), width=120))
+    assert "Nothing was computed" in shown.getvalue()
+
+
+@pytest.mark.parametrize(
+    "prices",
+    [
+        Prices(hardware_price=0.0),
+        Prices(hardware_price=25_000, utilisation=1.0),
+        Prices(hardware_price=25_000, utilisation=0.001),
+        Prices(other_per_month=100.0),
+        Prices(electricity_per_kwh=0.0),
+        Prices(hardware_price=10.0, residual=10.0, currency="EUR", per_usd=0.9),
+    ],
+)
+def test_pages_of_odd_prices(tmp_path, prices):
+    free = ApiPrice("Free", "Nobody", 0.0, 0.0, 0.0, "2026-11-10", "test")
+    for api in ((free,), (free, *HOSTED)):
+        text = render_page(report_page(made_report(tmp_path, days=2, prices=prices, api=api)))
+        assert "nan" not in text and "inf" not in text.replace("info", "")
