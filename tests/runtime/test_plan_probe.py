@@ -1,19 +1,25 @@
 """What a plan measures of this box: a small model of the same widths, and layers that miss experts."""
 
 import math
+import time
+from dataclasses import replace
 
 import pytest
 
 from helpers.runtime import make_checkpoint
+from moebox.config import load_config
 from moebox.errors import CheckpointError
+from moebox.kernels import cpu
+from moebox.offload.checkpoint import Checkpoint
 from moebox.offload.cpu_experts import CpuExperts
 from moebox.offload.floor import Ceilings
+from moebox.offload.store import ExpertStore
 from moebox.quantize.convert import quantize
 from moebox.quantize.synth import synth
 from moebox.runtime import plan_probe
 from moebox.runtime.backbone import planned_bytes
 from moebox.runtime.plan_probe import cold_reads, probe_cpu, probe_disk, small_config
-from moebox.runtime.plan_speed import Chances, Speeds
+from moebox.runtime.plan_speed import CPU_BOX, Chances, Speeds
 from moebox.runtime.runner import default_dtype
 from moebox.runtime.synthetic import shape_config
 
@@ -107,6 +113,59 @@ def test_the_picks_of_the_probe_are_missing_or_there_as_they_should_be(tmp_path,
     probe_disk(folder)
 
     assert [(layer["hits"], layer["cold"]) for layer in seen] == [(0, 4), (0, 1), (1, 0)] * 20
+
+
+READ_S, COMPUTE_S = 0.015, 0.005
+
+
+@pytest.fixture
+def slow_box(tmp_path, monkeypatch):
+    """A checkpoint whose experts take `READ_S` to read, one by one, and `COMPUTE_S` to compute."""
+    monkeypatch.setattr(plan_probe, "COLD_S", 0.0)
+    synth(
+        tmp_path / "source", "tiny", config_overrides={"n_routed_experts": 32, "moe_intermediate_size": 1280}
+    )
+    quantize(tmp_path / "source", tmp_path / "model")
+    compute, open_store = cpu.experts_forward, ExpertStore.open
+
+    def slow_open(checkpoint):
+        store = open_store(checkpoint, depth=1)
+        store.reader.inject("", "delay", round(READ_S * 1e6))
+        return store
+
+    def slow_compute(pool, experts, *arguments):
+        time.sleep(COMPUTE_S * len(experts))
+        compute(pool, experts, *arguments)
+
+    monkeypatch.setattr(ExpertStore, "open", slow_open)
+    monkeypatch.setattr(cpu, "experts_forward", slow_compute)
+    return tmp_path / "model"
+
+
+def test_a_layer_takes_what_the_plan_says_however_many_experts_are_missing(slow_box):
+    config, checkpoint = load_config(slow_box), Checkpoint.open(slow_box)
+    k, nbytes = config.num_experts_per_tok, config.expert_bytes
+    found = probe_disk(slow_box)
+    ceilings = Ceilings(ram_gbps=nbytes / COMPUTE_S / 1e9, nvme_gbps=found.gbps)
+    reached = replace(CPU_BOX, experts=1.0, nvme=1.0, read_s=found.latency_s)
+    speeds = Speeds(config, ceilings, reached)
+
+    with ExpertStore.open(checkpoint) as store:
+        experts = CpuExperts.load(config, store, cpu.ThreadPool(1), 16)
+        for missing in range(k + 1):
+            seconds = [_layer_with(experts, missing) for _ in range(5)]
+            _, planned_s = speeds._layer_with(missing, k - missing, Chances(0, 0.5, 0.5))
+            assert planned_s == pytest.approx(sorted(seconds)[2], rel=0.2), missing
+
+
+def _layer_with(experts, missing: int) -> float:
+    """Seconds of a layer of which so many picks are on the disk."""
+    resident = [experts.cache.resident(key) for key in range(experts.config.n_routed_experts)]
+    order = sorted(range(len(resident)), key=lambda key: resident[key])
+    ids = order[:missing] + order[len(order) - experts.config.num_experts_per_tok + missing :]
+    seconds = plan_probe._layer(experts, 0, ids)
+    assert experts.last.cold == missing
+    return seconds
 
 
 def test_a_folder_whose_experts_are_not_int4_cannot_be_measured(tmp_path):
