@@ -6,9 +6,10 @@
 For tiny-k2 and a random K2-shaped model (both made in `--dir`, and removed) or for `--model`s:
 
 - All experts in RAM, then with `--ram` for a share of them: every logit must be the same, bit for bit.
-  Contenders take turns in each round: moebox with and without prefetch, accelerate's disk offload, and shards
-  that are mapped. All decode the same tokens with the same kernels, attention and router, start with the same
-  share of experts in memory, and may keep as many.
+  Contenders take turns in each round: moebox with and without prefetch, these two token by token,
+  accelerate's disk offload, and shards that are mapped. All decode the same tokens with the same kernels,
+  attention and router, start with the same share of experts in memory, and may keep as many.
+- Prefetching at every other token of one run: what it would change if its trial did not decide.
 - The NVMe road: each token picks only experts that are not in RAM; bytes a second, beside as many reads of
   one expert's size with O_DIRECT by plain threads, in turns.
 
@@ -20,6 +21,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import mmap
 import os
 import random
@@ -27,6 +29,7 @@ import shutil
 import statistics
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -43,7 +46,9 @@ from moebox.kernels import cpu
 from moebox.offload.checkpoint import Checkpoint
 from moebox.offload.cpu_experts import CpuExperts
 from moebox.offload.experts import find_experts
+from moebox.offload.prefetch import Prefetcher
 from moebox.offload.store import ExpertStore
+from moebox.offload.trial import Trial, fit_change
 from moebox.quantize.convert import quantize
 from moebox.quantize.synth import synth
 from moebox.runtime.engine import Engine
@@ -82,12 +87,14 @@ class Reference:
 
 @dataclass(frozen=True)
 class Decoded:
-    """A contender's turn: seconds of each token, whether all logits were right, and what its drive gave."""
+    """A contender's turn: seconds of each token, whether all logits were right, what its drive gave, and the
+    share of its time that trials of prefetching have cost."""
 
     seconds: list[float]
     identical: bool
     hit_rate: float
     load_s: float
+    trial_cost: float = 0.0
 
 
 def main() -> None:
@@ -102,7 +109,7 @@ def main() -> None:
         "--experts", type=int, default=84, help="of each of its MoE layers; 2 x 84 are 4.2 GB"
     )
     parser.add_argument("--share", type=float, default=0.5, help="part of the experts that RAM holds")
-    parser.add_argument("--tokens", type=int, default=24, help="moebox decodes in each turn")
+    parser.add_argument("--tokens", type=int, default=128, help="moebox decodes in each turn")
     parser.add_argument("--baseline-tokens", type=int, default=6, help="of these, what the others decode")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", action="store_true", help="print the JSON line only")
@@ -141,18 +148,16 @@ def measure(path: Path, options: argparse.Namespace) -> dict[str, Any]:
     """All figures of one model."""
     reference, share = decode_in_ram(path, options.tokens), options.share
     first = reference.first(options.baseline_tokens)
-    contenders: dict[str, Callable[[], Decoded]] = {
-        "prefetch": lambda: decode_moebox(path, reference, share, prefetch=True),
-        "no_prefetch": lambda: decode_moebox(path, reference, share, prefetch=False),
-        "accelerate": lambda: decode_baseline(path, first, share, AcceleratedExperts),
-        "mmap": lambda: decode_baseline(path, first, share, MappedExperts),
-    }
-    turns: dict[str, list[Decoded]] = {name: [] for name in contenders}
+    turns: dict[str, list[Decoded]] = defaultdict(list)
     for _ in range(options.rounds):
-        for name, decode in contenders.items():
-            turns[name].append(decode())
+        turn = decode_moebox(path, reference, share)
+        turn["accelerate"] = decode_baseline(path, first, share, AcceleratedExperts)
+        turn["mmap"] = decode_baseline(path, first, share, MappedExperts)
+        for name, decoded in turn.items():
+            turns[name].append(decoded)
     figures = compare(turns, options.baseline_tokens)
     figures |= {"share": share, "in_ram_token_ms": 1e3 * statistics.mean(reference.seconds)}
+    figures["guesses"] = measure_guesses(path, reference, share)
     figures |= measure_road(path, options.rounds)
     return figures
 
@@ -169,20 +174,36 @@ def compare(turns: dict[str, list[Decoded]], n_first: int) -> dict[str, Any]:
         "first_token_ms": first_ms,
         "hit_rate": {name: turns[name][0].hit_rate for name in ("prefetch", "no_prefetch")},
         "load_s": statistics.median(turn.load_s for turn in turns["prefetch"]),
-        "prefetch_gain": ms["no_prefetch"] / ms["prefetch"],
+        "prefetch_change": paired_change(turns),
+        "trial_cost": max(turn.trial_cost for turn in turns["prefetch"]),
         "over_accelerate": ms["accelerate"] / first_ms,
         "over_mmap": ms["mmap"] / first_ms,
     }
 
 
+def paired_change(turns: dict[str, list[Decoded]]) -> dict[str, float]:
+    """What prefetch changes of a token's time, its trials included: of all tokens and of each round's later
+    half, means of the logarithms token by token; standard error of the former."""
+    pairs = [
+        np.log(np.divide(on.seconds, off.seconds))
+        for on, off in zip(turns["prefetch"], turns["no_prefetch"], strict=True)
+    ]
+    every, later = np.concatenate(pairs), np.concatenate([pair[len(pair) // 2 :] for pair in pairs])
+    return {
+        "all": float(np.expm1(every.mean())),
+        "later_half": float(np.expm1(later.mean())),
+        "error": float(every.std(ddof=1) / len(every) ** 0.5),
+    }
+
+
 def decode_in_ram(path: Path, n_tokens: int) -> Reference:
-    """Greedy tokens after a prompt, with all experts in RAM."""
+    """Sampled tokens after a prompt, with all experts in RAM: greedy ones of random weights go in circles."""
     with opened(path, 1.0, prefetch=False) as engine:
         prompt = np.random.default_rng(0).integers(0, engine.config.vocab_size, 16).tolist()
-        session = engine.session()
+        session, generator = engine.session(), torch.Generator().manual_seed(0)
         logits, tokens, seconds = [session.prefill(prompt)], [], []
         for _ in range(n_tokens):
-            tokens.append(int(logits[-1].argmax()))
+            tokens.append(int(torch.multinomial(logits[-1].softmax(-1), 1, generator=generator)))
             began_s = time.perf_counter()
             logits.append(session.decode(tokens[-1]))
             seconds.append(time.perf_counter() - began_s)
@@ -204,16 +225,64 @@ def opened(path: Path, share: float, *, prefetch: bool) -> Iterator[Engine]:
         engine.close()
 
 
-def decode_moebox(path: Path, reference: Reference, share: float, *, prefetch: bool) -> Decoded:
-    """As `moebox run --ram` does it."""
+def decode_moebox(path: Path, reference: Reference, share: float) -> dict[str, Decoded]:
+    """As `moebox run --ram` does it, with prefetch and without: two engines, in turns token by token, so that
+    both see the same machine."""
     began_s = time.perf_counter()
-    with opened(path, share, prefetch=prefetch) as engine:
-        load_s = time.perf_counter() - began_s
-        experts = experts_of(engine)
-        seconds, identical = replay(engine, reference)
-        counts = experts.cache.counts
-        demands = counts.hits + counts.foreseen + counts.reads
-        return Decoded(seconds, identical, counts.hits / demands, load_s)
+    with opened(path, share, prefetch=True) as guessing, opened(path, share, prefetch=False) as plain:
+        load_s = (time.perf_counter() - began_s) / 2
+        both = [Replay(engine, reference) for engine in (guessing, plain)]
+        for token in reference.tokens:
+            for one in both:
+                one.step(token)
+            both.reverse()
+        replays = {one.engine: one for one in both}
+        return {
+            name: decoded(replays[engine], load_s)
+            for name, engine in (("prefetch", guessing), ("no_prefetch", plain))
+        }
+
+
+def decoded(replay: Replay, load_s: float) -> Decoded:
+    """What a replay of moebox's gave."""
+    experts = experts_of(replay.engine)
+    counts, guesses = experts.cache.counts, experts.prefetcher
+    hit_rate = counts.hits / (counts.hits + counts.foreseen + counts.reads)
+    trial_cost = guesses.trial.cost_s / sum(replay.seconds) if isinstance(guesses, Prefetcher) else 0.0
+    return Decoded(replay.seconds, replay.identical, hit_rate, load_s, trial_cost)
+
+
+class InTurns(Trial):
+    """On, off, off, on: what prefetching changes if nobody decides whether it pays."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.on = True
+        self.tokens: list[tuple[float, int, bool]] = []
+
+    def observe(self, seconds: float, to_read: int) -> bool:
+        """See `Trial`."""
+        self.tokens.append((math.log(seconds), to_read, self.on))
+        self.on = not (len(self.tokens) ^ len(self.tokens) >> 1) & 1
+        return False
+
+
+def measure_guesses(path: Path, reference: Reference, share: float) -> dict[str, Any]:
+    """Prefetching at every other token of one run: what it changes of a token's time, and what it reads."""
+    with opened(path, share, prefetch=True) as engine:
+        prefetcher = experts_of(engine).prefetcher
+        assert isinstance(prefetcher, Prefetcher)
+        prefetcher.trial = trial = InTurns()
+        Replay(engine, reference).run()
+        change, error = fit_change(trial.tokens)
+        report = prefetcher.report()
+    return {
+        "change": math.expm1(change),
+        "error": error,
+        "recall": report.recall,
+        "needed": (report.used + report.late) / max(report.issued, 1),
+        **{name: getattr(report, name) for name in ("issued", "used", "late", "wrong", "wasted_bytes")},
+    }
 
 
 def decode_baseline(path: Path, reference: Reference, share: float, kind: type[Baseline]) -> Decoded:
@@ -227,9 +296,9 @@ def decode_baseline(path: Path, reference: Reference, share: float, kind: type[B
         baseline.warm(range(0, n_keys, max(1, n_keys // limit)))
         engine.runner.model.connect(baseline)
         load_s = time.perf_counter() - began_s
-        seconds, identical = replay(engine, reference, lambda: baseline.cache.seconds)
+        replay = Replay(engine, reference, lambda: baseline.cache.seconds).run()
         baseline.cache.drop_all()
-    return Decoded(seconds, identical, 0.0, load_s)
+    return Decoded(replay.seconds, replay.identical, 0.0, load_s)
 
 
 def experts_of(engine: Engine) -> CpuExperts:
@@ -239,17 +308,33 @@ def experts_of(engine: Engine) -> CpuExperts:
     return experts
 
 
-def replay(
-    engine: Engine, reference: Reference, apart_s: Callable[[], float] = lambda: 0.0
-) -> tuple[list[float], bool]:
-    """Seconds of each decoded token but for those that `apart_s` counts, and whether all logits are right."""
-    session = engine.session()
-    logits, seconds = [session.prefill(reference.prompt)], []
-    for token in reference.tokens:
-        began_s, apart_before_s = time.perf_counter(), apart_s()
-        logits.append(session.decode(token))
-        seconds.append(time.perf_counter() - began_s - (apart_s() - apart_before_s))
-    return seconds, all(map(torch.equal, logits, reference.logits))
+class Replay:
+    """An engine that decodes the reference's tokens.
+
+    Attributes:
+        seconds: of each token but for those that `apart_s` counts.
+        identical: whether all logits are right so far.
+    """
+
+    def __init__(
+        self, engine: Engine, reference: Reference, apart_s: Callable[[], float] = lambda: 0.0
+    ) -> None:
+        self.engine, self.seconds = engine, list[float]()
+        self._session, self._reference, self._apart_s = engine.session(), reference, apart_s
+        self.identical = torch.equal(self._session.prefill(reference.prompt), reference.logits[0])
+
+    def step(self, token: int) -> None:
+        """Decode one token."""
+        began_s, apart_before_s = time.perf_counter(), self._apart_s()
+        logits = self._session.decode(token)
+        self.seconds.append(time.perf_counter() - began_s - (self._apart_s() - apart_before_s))
+        self.identical &= torch.equal(logits, self._reference.logits[len(self.seconds)])
+
+    def run(self) -> Replay:
+        """Decode all of them."""
+        for token in self._reference.tokens:
+            self.step(token)
+        return self
 
 
 def measure_road(path: Path, rounds: int) -> dict[str, Any]:
@@ -336,10 +421,16 @@ def describe(name: str, figures: dict[str, Any]) -> None:
         f"  ms a token: all in RAM {figures['in_ram_token_ms']:.1f}, "
         + ", ".join(f"{contender} {value:.1f}" for contender, value in ms.items())
     )
+    guesses, change = figures["guesses"], figures["prefetch_change"]
     print(
-        f"  prefetch gains {figures['prefetch_gain']:.3f}x; "
-        f"over accelerate {figures['over_accelerate']:.2f}x, over mmap {figures['over_mmap']:.2f}x"
+        f"  guessing at every other token: {guesses['change']:+.1%} of a token's time (standard error "
+        f"{guesses['error']:.1%}), {guesses['needed']:.0%} of {guesses['issued']} reads needed"
     )
+    print(
+        f"  prefetch: {change['all']:+.1%} of a token's time (standard error {change['error']:.1%}), "
+        f"{change['later_half']:+.1%} in the later half; its trials cost {figures['trial_cost']:.2%}"
+    )
+    print(f"  over accelerate {figures['over_accelerate']:.2f}x, over mmap {figures['over_mmap']:.2f}x")
     print(
         f"  every pick on the drive: {figures['road_gbps']:.2f} GB/s, plain O_DIRECT reads "
         f"{figures['drive_gbps']:.2f} GB/s: {figures['road_share']:.0%}"
