@@ -1,5 +1,5 @@
-"""Whether something pays, found out live, at a price that is known before: most tokens go the way that is
-known to be good, a few the other way, and these may cost no more than a share of the time that has passed.
+"""Whether something pays, found out live and at a limited price: tokens go the way that is known to be good,
+a few of them the other way, and these may cost no more than a share of the time that has passed.
 
 A token's time depends mostly on how many of its experts must be read, and is noisy besides. So the logarithm
 of the time is fitted, by least squares, as a constant, a part that grows with the number of experts to be
@@ -84,7 +84,7 @@ class Trial:
     def why_off(self) -> str:
         """What the trial that was lost has found."""
         return (
-            f"tokens take {self.change or 0:+.1%} with it (standard error {self.error:.1%}); "
+            f"no clear gain, tokens take {self.change or 0:+.1%} with it (standard error {self.error:.1%}); "
             "it is tried again from time to time"
         )
 
