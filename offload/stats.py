@@ -1,7 +1,7 @@
 """Router statistics: what a model's router did, kept in the user's data folder from run to run.
 
-They seed the tiers at start, guess what the next layer picks, and draw the heat map of `moebox stats`. They
-decide speed only, never answers, so nothing that goes wrong with their file stops a run.
+They seed the tiers at start and draw the heat map of `moebox stats`. They decide speed only, never answers,
+so nothing that goes wrong with their file stops a run.
 
 Shapes: T tokens, L MoE layers, E n_routed_experts, k num_experts_per_tok; a key is `layer * E + expert`.
 """
@@ -36,13 +36,9 @@ from moebox.offload.trace import RoutingTrace
 
 log = logging.getLogger("moebox")
 
-_TINY = 1e-12
-
 STATISTICS_FILE = "statistics.npz"
 SAVE_EVERY_S = 300.0
 
-EVIDENCE = 0.7
-"""Of what each pick of the layer before says: they say partly the same."""
 SEED_SHARE = 0.25
 """Of the score that an expert has on average: what is used now soon counts more than what usually is."""
 
@@ -125,24 +121,6 @@ class RouterStatistics:
         scores = SEED_SHARE * per_token / (1 - 0.5 ** (1 / SCORE_HALF_LIFE_TOKENS))
         seeds: Floats = scores.astype(np.float32).ravel()
         return seeds
-
-    def likely(self, moe: int, ids: npt.NDArray[np.integer]) -> Floats:
-        """fp32 [E]: the chance of each expert of MoE layer `moe` >= 1 for a token that picked `ids` before.
-
-        Naive Bayes: an expert's share of its layer's uses, times how much more often than that it followed
-        each of `ids`, to the power of `EVIDENCE`. On tiny-k2's dialogues the k likeliest are 54 % of what is
-        picked, those by mean frequency 50 %, by use alone 14 %.
-        """
-        uses = self.uses(moe).astype(np.float32)
-        usual = uses / max(float(uses.sum()), _TINY)
-        rows: Floats = self._known.pairs[moe - 1][ids] * np.float32(self._seen.discount * self._seen.unit)
-        rows = (rows + self._seen.pairs[moe - 1][ids]) / np.float32(self._seen.unit)
-        doubt = self.identity.n_experts  # so many uses as usual are taken as seen with each of `ids`
-        often = (rows + doubt * usual) / (rows.sum(1, keepdims=True) + doubt)
-        evidence = np.log((often + _TINY) / (usual + _TINY)).sum(0)
-        weights = usual * np.exp(EVIDENCE * evidence)
-        chances: Floats = weights * np.float32(self.identity.top_k / max(float(weights.sum()), _TINY))
-        return np.minimum(chances, np.float32(1))
 
     def note_recall(self, ahead: int, found: int, picked: int) -> None:
         """Of `picked` experts, a prediction `ahead` (1 or 2) layers before had named `found`."""

@@ -101,7 +101,6 @@ def test_nothing_seen_says_nothing(fresh, tmp_path):
     assert fresh.recall(1) is None
     assert fresh.order() == list(range(LAYERS * EXPERTS))
     assert not fresh.seed_scores().any()
-    assert not fresh.likely(1, np.array([0, 1])).any()
     assert fresh.save()
     assert not list(tmp_path.iterdir())
 
@@ -118,37 +117,6 @@ def test_order_is_by_use_and_scores_are_those_of_a_long_run(fresh):
     assert scores[0, 5] == pytest.approx(SEED_SHARE * in_a_long_run, rel=1e-3)
     assert scores[0, 1] == pytest.approx(0.75 * scores[0, 5], rel=1e-2)
     assert scores.sum(1) == pytest.approx(np.full(LAYERS, TOP_K * scores[0, 5]), rel=1e-3)
-
-
-def test_chances_follow_the_previous_layers_picks(fresh, tmp_path):
-    fresh.add(constant(40, (0, 1), (2, 3), (4, 5)), prefill=False)
-    fresh.save()
-    fresh.add(constant(20, (6, 7), (2, 4), (4, 5)), prefill=False)
-
-    together, mixed, unseen = (fresh.likely(1, np.array(ids)) for ids in ((0, 1), (6, 1), (2, 3)))
-
-    assert together[[2, 3]].min() > 0.9
-    assert together[[0, 1, 4, 5, 6, 7]].max() < 0.05
-    assert mixed[2] > mixed[4] > 0.1
-    np.testing.assert_allclose(unseen, [0, 0, 1, 2 / 3, 1 / 3, 0, 0, 0], rtol=1e-2, atol=1e-6)
-
-
-def test_what_followed_before_is_found_again(fresh):
-    rng = np.random.default_rng(3)
-    follower = rng.permutation(EXPERTS)
-    first = np.stack([rng.choice(EXPERTS, TOP_K, replace=False) for _ in range(400)])
-    ids = np.stack([first, follower[first], follower[follower[first]]], axis=1).astype(np.int32)
-    fresh.add(ids[:300], prefill=False)
-    fresh.save()
-    fresh.add(ids[300:350], prefill=True)
-
-    found = [
-        np.isin(token[moe], np.argsort(-fresh.likely(moe, token[moe - 1]))[:TOP_K]).mean()
-        for token in ids[350:]
-        for moe in (1, 2)
-    ]
-
-    assert np.mean(found) > 0.95
 
 
 def test_a_second_run_goes_on_where_the_first_ended(fresh, tmp_path):
