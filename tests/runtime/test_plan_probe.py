@@ -1,19 +1,15 @@
 """What a plan measures of this box: a small model of the same widths, and layers that miss experts."""
 
 import math
-import time
 from dataclasses import replace
 
 import pytest
 
 from helpers.runtime import make_checkpoint
-from moebox.config import load_config
 from moebox.errors import CheckpointError
 from moebox.kernels import cpu
-from moebox.offload.checkpoint import Checkpoint
 from moebox.offload.cpu_experts import CpuExperts
 from moebox.offload.floor import Ceilings
-from moebox.offload.store import ExpertStore
 from moebox.quantize.convert import quantize
 from moebox.quantize.synth import synth
 from moebox.runtime import plan_probe
@@ -115,53 +111,59 @@ def test_the_picks_of_the_probe_are_missing_or_there_as_they_should_be(tmp_path,
     assert [(layer["hits"], layer["cold"]) for layer in seen] == [(0, 4), (0, 1), (1, 0)] * 20
 
 
-READ_S, COMPUTE_S = 0.03, 0.01
+class ClockedDrive:
+    """A store of a drive that reads one expert after the other, each in `read_s`, by a clock of its own."""
+
+    def __init__(self, read_s: float) -> None:
+        self.read_s, self.now_s, self._free_s = read_s, 0.0, 0.0
+        self._ends: dict[int, float] = {}
+
+    def in_order(self, keys):
+        return list(keys)
+
+    def read(self, key, row):
+        """Before the clock begins."""
+
+    def submit(self, key, row, *, prefetch=False):
+        self._free_s = max(self._free_s, self.now_s) + self.read_s
+        self._ends[key] = self._free_s
+        return key
+
+    def ready(self, ticket):
+        return self._ends[ticket] <= self.now_s
+
+    def wait(self, ticket):
+        self.now_s = max(self.now_s, self._ends.pop(ticket))
 
 
-@pytest.fixture
-def slow_box(tmp_path, monkeypatch):
-    """A checkpoint whose experts take `READ_S` to read, one by one, and `COMPUTE_S` to compute."""
-    sizes = {"n_routed_experts": 32, "moe_intermediate_size": 1280}
-    synth(tmp_path / "source", "tiny", config_overrides=sizes)
-    quantize(tmp_path / "source", tmp_path / "model")
-    compute, open_store = cpu.experts_forward, ExpertStore.open
-
-    def slow_open(checkpoint):
-        store = open_store(checkpoint, depth=1)
-        store.reader.inject("", "delay", round(READ_S * 1e6))
-        return store
-
-    def slow_compute(pool, experts, *arguments):
-        time.sleep(COMPUTE_S * len(experts))
-        compute(pool, experts, *arguments)
-
-    monkeypatch.setattr(ExpertStore, "open", slow_open)
-    monkeypatch.setattr(cpu, "experts_forward", slow_compute)
-    return tmp_path / "model"
-
-
-def test_a_layer_takes_what_the_plan_says_however_many_experts_are_missing(slow_box):
-    config, checkpoint = load_config(slow_box), Checkpoint.open(slow_box)
+@pytest.mark.parametrize("read_s", [0.002, 0.005, 0.015, 0.1])
+def test_a_layer_takes_what_the_plan_says_however_many_experts_are_missing(monkeypatch, read_s):
+    config, compute_s = replace(shape_config("tiny"), n_routed_experts=32), 0.005
     k, nbytes = config.num_experts_per_tok, config.expert_bytes
-    ceilings = Ceilings(ram_gbps=nbytes / COMPUTE_S / 1e9, nvme_gbps=nbytes / READ_S / 1e9)
+    ceilings = Ceilings(ram_gbps=nbytes / compute_s / 1e9, nvme_gbps=nbytes / read_s / 1e9)
     speeds = Speeds(config, ceilings, replace(CPU_BOX, experts=1.0, nvme=1.0, read_s=0.0))
+    drive = ClockedDrive(read_s)
 
-    with ExpertStore.open(checkpoint) as store:
-        experts = CpuExperts.load(config, store, cpu.ThreadPool(1), 16)
-        for missing in range(k + 1):
-            _, planned_s = speeds._layer_with(missing, k - missing, Chances(0, 0.5, 0.5))
-            fastest_s = min(_layer_with(experts, missing) for _ in range(5))
-            assert planned_s == pytest.approx(fastest_s, rel=0.2), missing
+    def compute(pool, experts, *_):
+        drive.now_s += compute_s * len(experts)
+
+    monkeypatch.setattr(cpu, "experts_forward", compute)
+    experts = CpuExperts.load(config, drive, cpu.ThreadPool(1), 16)
+
+    for missing in [*range(k + 1), *range(k, -1, -1)]:
+        _, planned_s = speeds._layer_with(missing, k - missing, Chances(0, 0.5, 0.5))
+        assert planned_s == pytest.approx(_layer_with(experts, drive, missing), rel=0.2), missing
 
 
-def _layer_with(experts, missing: int) -> float:
+def _layer_with(experts, drive: ClockedDrive, missing: int) -> float:
     """Seconds of a layer of which so many picks are on the disk."""
     resident = [experts.cache.resident(key) for key in range(experts.config.n_routed_experts)]
     order = sorted(range(len(resident)), key=lambda key: resident[key])
     ids = order[:missing] + order[len(order) - experts.config.num_experts_per_tok + missing :]
-    seconds = plan_probe._layer(experts, 0, ids)
+    began_s = drive.now_s
+    plan_probe._layer(experts, 0, ids)
     assert experts.last.cold == missing
-    return seconds
+    return drive.now_s - began_s
 
 
 def test_a_folder_whose_experts_are_not_int4_cannot_be_measured(tmp_path):
