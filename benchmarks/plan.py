@@ -222,8 +222,8 @@ def predict(plan: Plan, cached_tokens: int, prompt_tokens: int) -> Found:
 
 
 def measured(report: BenchReport) -> Found:
-    """What the bench says, at full depth. Means over tokens, as the plan's: where few experts are missing, most
-    tokens are faster than that."""
+    """What the bench says, at full depth: means over tokens, as the plan's. Where few experts are missing,
+    most tokens are faster than their mean."""
     token, gpu = report.decode, report.ceilings.has_gpu
     assert token is not None
     layer_ms = statistics.mean(layer.seconds - layer.wait_s for layer in token.layers) * 1e3
