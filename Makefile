@@ -1,9 +1,9 @@
 # demo: install and show the main job.  test: install and pass lint, types and tests.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
-NATIVE := CMakeLists.txt $(wildcard kernels/csrc/* offload/csrc/*)
-SOURCES := $(wildcard kernels/csrc/*.cpp kernels/csrc/*.h offload/csrc/*.cpp offload/csrc/*.h)
-PARTS := cli.py demo.py quantize runtime offload kernels cost src examples benchmarks tests docs
+SOURCES := $(shell find kernels/csrc offload/csrc -name "*.cpp" -o -name "*.h")
+NATIVE := CMakeLists.txt $(SOURCES)
+PARTS := cli.py quantize runtime instruments offload kernels cost src examples benchmarks tests docs
 
 .PHONY: demo test lint format docs bench clean
 

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from moebox import __version__
-from moebox.cli_cost import cost
-from moebox.cli_options import (
+from moebox.commands.cost import cost
+from moebox.commands.options import (
     LOADING,
     SAMPLING,
     ByteSize,
@@ -119,7 +119,7 @@ def inspect(folder: Path, verify: bool, add_checksums: bool, stores: tuple[Path,
       moebox inspect out/tiny-k2
       moebox inspect /nvme/k2 --verify --store /nvme2/k2
     """
-    from moebox.quantize import inspect as inspection
+    from moebox.quantize.check import inspect as inspection
 
     with _progress() as show:
         report = inspection.inspect(
@@ -145,7 +145,7 @@ def run(
       moebox run out/tiny-k2 "Find me a Thai restaurant in San Jose." --tools tools.json
       git diff | moebox run /nvme/k2 - --system "Review this change." --json
     """
-    from moebox.runtime import run as one_shot
+    from moebox.runtime.terminal import run as one_shot
 
     options = one_shot.RunOptions(prompt, system, tools, thinking, as_json, _sampling(rest))
     return one_shot.main(_load(rest), options)
@@ -165,7 +165,7 @@ def chat(system: str | None, tools: Path | None, thinking: bool, load: Path | No
       moebox chat out/tiny-k2 --tools tools.json
       moebox chat /nvme/k2 --context 65536 --backbone int8
     """
-    from moebox.runtime import chat as terminal_chat
+    from moebox.runtime.terminal import chat as terminal_chat
 
     options = terminal_chat.ChatOptions(system, tools, thinking, load=load, sampling=_sampling(rest))
     return terminal_chat.main(_load(rest), options)
@@ -201,7 +201,7 @@ def synth(
       moebox synth /nvme/two-layers --layers 2
       moebox synth /tmp/small --shape tiny --format int4
     """
-    from moebox.quantize.synth import synth as write_synthetic
+    from moebox.quantize.synth.write import synth as write_synthetic
 
     result = write_synthetic(dst, shape, layers=layers, experts=experts, format=weights, seed=seed)
     _report(result.to_dict(), as_json, lambda: click.echo(result.render()))
@@ -210,7 +210,7 @@ def synth(
 @main_group.command()
 def demo() -> None:
     """Quantize the bundled tiny-k2 and ask it a question that needs a tool; offline, under a minute."""
-    from moebox.demo import run_demo
+    from moebox.commands.demo import run_demo
 
     run_demo(_console(), _console(stderr=True))
 
@@ -258,9 +258,9 @@ def bench(as_json: bool, **options: Any) -> None:
       moebox bench out/tiny-k2 --device cpu --prompt-tokens 64 --decode-tokens 32
       moebox bench /nvme/k2 --device cpu --ram 300GiB --context 8192
     """
-    from moebox.runtime.bench import bench as run_bench
-    from moebox.runtime.bench_rigs import BenchOptions
-    from moebox.runtime.bench_text import render_bench
+    from moebox.instruments.bench.bench import bench as run_bench
+    from moebox.instruments.bench.rigs import BenchOptions
+    from moebox.instruments.bench.text import render_bench
 
     if (options["model"] is None) == (options["shape"] is None):
         raise click.UsageError("give a checkpoint's folder or --shape, one of them")
@@ -292,8 +292,8 @@ def doctor(model: Path | None, stores: tuple[Path, ...], deep: bool, as_json: bo
       moebox doctor /nvme/k2 --deep
       moebox doctor /nvme/k2 --json | jq '.checks[] | select(.status != "pass")'
     """
-    from moebox.runtime.doctor import DoctorOptions, examine
-    from moebox.runtime.doctor_text import render_doctor
+    from moebox.instruments.doctor.doctor import DoctorOptions, examine
+    from moebox.instruments.doctor.text import render_doctor
 
     with _console(stderr=True).status("looking at the machine") as status:
         report = examine(DoctorOptions(model, stores, deep), status.update)
@@ -339,9 +339,9 @@ def plan(model: str | None, as_json: bool, **options: Any) -> None:
       moebox plan moonshotai/Kimi-K2-Thinking --gpu rtx-5090-32gb --ram 768GiB
       moebox plan /nvme/k2 --ram 200GiB --json
     """
-    from moebox.runtime.plan import PlanOptions, make_plan
-    from moebox.runtime.plan_box import BoxOptions
-    from moebox.runtime.plan_text import render_plan
+    from moebox.instruments.plan.box import BoxOptions
+    from moebox.instruments.plan.plan import PlanOptions, make_plan
+    from moebox.instruments.plan.text import render_plan
 
     if (model is None) == (options["shape"] is None):
         raise click.UsageError("give a checkpoint's folder, a hub id or --shape, one of them")
@@ -386,15 +386,15 @@ def stats(
       moebox stats /nvme/k2 --png k2.png --json
       moebox stats --replay routing.npz --budget 5%,10%,20% --policy decayed,lru,belady
     """
-    from moebox.runtime import stats_report
-    from moebox.runtime.stats_text import render_stats
+    from moebox.instruments.stats import report as stats_report
+    from moebox.instruments.stats.text import render_stats
 
     if options["model"] is None and (png or options["merge"] or options["reset"] or not options["replay"]):
         raise click.UsageError("give a checkpoint's folder; only --replay goes without")
     asked = stats_report.StatsOptions(**options, budgets=budget, policies=policy)
     result = stats_report.report_stats(asked)
     if png is not None and isinstance(result, stats_report.StatsReport):
-        from moebox.runtime.stats_image import write_png
+        from moebox.instruments.stats.image import write_png
 
         write_png(result, png)
     _report(result.to_dict(), as_json, lambda: render_stats(result, _console()))
@@ -409,8 +409,8 @@ def _sampling(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _load(options: dict[str, Any]) -> Model:
+    from moebox.instruments.plan.plan import loaded_line
     from moebox.runtime.api import load
-    from moebox.runtime.plan import loaded_line
 
     with _LoadProgress(_console(stderr=True)) as show:
         model = load(options["model"], progress=show, **{name: options[name] for name in LOADING})

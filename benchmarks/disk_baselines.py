@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from moebox.config import ModelConfig
 from moebox.kernels import cpu
-from moebox.offload.checkpoint import Checkpoint, TensorInfo, map_bytes, open_tensor
+from moebox.offload.checkpoint.safetensors import Checkpoint, TensorInfo, map_bytes, open_tensor
 from moebox.offload.experts import find_experts, group_by_expert
 from moebox.quantize.files import drop_cache, drop_mapped
 

@@ -28,8 +28,8 @@ from typing import Any
 
 import torch
 
-from moebox.cost.energy import EnergyMeter
-from moebox.cost.gpu_energy import open_gpu
+from moebox.cost.energy.gpu_energy import open_gpu
+from moebox.cost.energy.meter import EnergyMeter
 from moebox.cost.usage import Joules
 
 SIZE = 8192

@@ -21,7 +21,8 @@ import torch
 from gpu_timing import eager_ms, graph_ms
 from torch import Tensor
 
-from moebox.kernels.gpu import attention, dense, overlap, router, signals, triton_ops
+from moebox.kernels.gpu.triton import attention, dense, overlap, router, signals
+from moebox.kernels.gpu.triton import ops as triton_ops
 
 HIDDEN, QUERY, RANK, ROPE, HEADS, NOPE, V, INNER, EXPERTS, TOP_K = (
     7168,

@@ -21,8 +21,8 @@ import torch
 from gpu_timing import eager_ms, graph_ms
 from torch import Tensor
 
-from moebox.kernels.gpu import experts
 from moebox.kernels.gpu.slots import GROUP, SlotLayout, slot_layout
+from moebox.kernels.gpu.triton import experts
 
 HIDDEN, INNER, TOP_K, EXPERTS = 7168, 2048, 8, 64
 FLOPS_PER_PAIR = 3 * 2 * HIDDEN * INNER

@@ -21,9 +21,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from moebox.cost.ledger import Ledger
+from moebox.cost.ledger.ledger import Ledger
+from moebox.cost.ledger.writer import LedgerWriter
 from moebox.cost.usage import Joules, Traffic, Usage
-from moebox.cost.writer import LedgerWriter
 
 BAR_MS = 1.0
 PUTS = 5000

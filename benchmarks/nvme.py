@@ -41,18 +41,18 @@ import numpy as np
 import torch
 from disk_baselines import AcceleratedExperts, Baseline, MappedExperts
 
-from moebox.demo import ASSETS, MODEL
+from moebox.commands.demo import ASSETS, MODEL
 from moebox.kernels import cpu
-from moebox.offload.checkpoint import Checkpoint
+from moebox.offload.checkpoint.safetensors import Checkpoint
 from moebox.offload.cpu_experts import CpuExperts
+from moebox.offload.disk.store import ExpertStore
 from moebox.offload.experts import find_experts
-from moebox.offload.prefetch import Prefetcher
-from moebox.offload.store import ExpertStore
-from moebox.offload.trial import Trial, fit_change
+from moebox.offload.prefetch.ab_trial import Trial, fit_change
+from moebox.offload.prefetch.prefetch import Prefetcher
 from moebox.quantize.convert import quantize
-from moebox.quantize.synth import synth
-from moebox.runtime.engine import Engine
-from moebox.runtime.memory import budget_for_share
+from moebox.quantize.synth.write import synth
+from moebox.runtime.engine.cpu_plan import budget_for_share
+from moebox.runtime.engine.engine import Engine
 
 CONTEXT = 512
 READ_WAYS = tuple(itertools.product((1, 2, 4, 8), (1 << 20, 1 << 30)))

@@ -32,22 +32,22 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from moebox.cli_options import ByteSize
+from moebox.commands.demo import ASSETS, MODEL
+from moebox.commands.options import ByteSize
 from moebox.config import ModelConfig, load_config
-from moebox.demo import ASSETS, MODEL
-from moebox.offload.device import open_device
-from moebox.offload.ram import RamTier
+from moebox.instruments.bench.bench import bench
+from moebox.instruments.bench.report import BenchReport
+from moebox.instruments.bench.rigs import BenchOptions
+from moebox.instruments.measure.random_model import shape_config
+from moebox.instruments.plan.box import Box, BoxOptions, find_box
+from moebox.instruments.plan.hits import HitCurve, find_curve, published_curve
+from moebox.instruments.plan.report import Plan, Subject, plan_on
+from moebox.offload.device.base import open_device
+from moebox.offload.memory.ram_slab import RamTier
 from moebox.quantize.convert import quantize
-from moebox.quantize.synth import synth
-from moebox.runtime.bench import bench
-from moebox.runtime.bench_report import BenchReport
-from moebox.runtime.bench_rigs import BenchOptions
-from moebox.runtime.memory import budget_for_share
-from moebox.runtime.plan_box import Box, BoxOptions, find_box
-from moebox.runtime.plan_hits import HitCurve, find_curve, published_curve
-from moebox.runtime.plan_report import Plan, Subject, plan_on
-from moebox.runtime.runner import default_dtype
-from moebox.runtime.synthetic import shape_config
+from moebox.quantize.synth.write import synth
+from moebox.runtime.engine.cpu_plan import budget_for_share
+from moebox.runtime.engine.cpu_runner import default_dtype
 
 BAR = 0.2
 CONTEXT = 1024

@@ -28,9 +28,9 @@ from typing import Any
 import numpy as np
 
 import moebox
-from moebox.offload.replay import POLICIES, hit_curve, hits_of_tokens
-from moebox.offload.roads import HALF_LIFE_TOKENS, Residency
-from moebox.offload.trace import RoutingTrace, synthetic_trace
+from moebox.offload.decode.host_step import HALF_LIFE_TOKENS, Residency
+from moebox.offload.routing.replay import POLICIES, hit_curve, hits_of_tokens
+from moebox.offload.routing.trace import RoutingTrace, synthetic_trace
 
 BUDGETS = (0.1, 0.2, 0.3)
 SHOWN = ("decayed", "score", *POLICIES[1:])

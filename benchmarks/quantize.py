@@ -25,7 +25,7 @@ from typing import Any
 
 from moebox.kernels.cpu import allowed_cpus
 from moebox.quantize.files import drop_cache
-from moebox.quantize.synth import synth
+from moebox.quantize.synth.write import synth
 
 DIRECT_CHUNK_BYTES = 16 << 20
 DIRECT_THREADS = 2

@@ -22,10 +22,10 @@ from pathlib import Path
 import numpy as np
 
 import moebox
-from moebox.offload.identity import ModelIdentity
-from moebox.offload.record import RoutingRecorder, TraceSink
-from moebox.offload.stats import RouterStatistics
-from moebox.offload.trace import synthetic_trace
+from moebox.offload.routing.identity import ModelIdentity
+from moebox.offload.routing.recorder import RoutingRecorder, TraceSink
+from moebox.offload.routing.statistics import RouterStatistics
+from moebox.offload.routing.trace import synthetic_trace
 
 SHAPES = {"tiny-k2": (7, 64, 6), "kimi-k2": (60, 384, 8)}
 TOKENS, PROMPT_TOKENS, ROUNDS = 256, 1024, 5

@@ -32,11 +32,11 @@ from torch import Tensor
 from moebox import _kernels
 from moebox.config import ModelConfig, parse_config
 from moebox.kernels import cpu
-from moebox.offload.device import Device, open_device
-from moebox.offload.mailbox import Mailbox
-from moebox.offload.ram import RamTier
-from moebox.offload.roads import FIELDS, DecodeRoads, Residency
-from moebox.quantize.synth_shapes import synth_config
+from moebox.offload.decode.host_step import FIELDS, DecodeRoads, Residency
+from moebox.offload.decode.mailbox import Mailbox
+from moebox.offload.device.base import Device, open_device
+from moebox.offload.memory.ram_slab import RamTier
+from moebox.quantize.synth.shapes import synth_config
 
 ERROR_BAR = 5e-3
 GROUPS = 4

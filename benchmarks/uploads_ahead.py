@@ -27,15 +27,15 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from moebox.cli_options import ByteSize
-from moebox.offload.device import open_device
-from moebox.offload.roads import FIELDS
-from moebox.offload.tiers import TieredExperts
-from moebox.offload.trace import RoutingTrace, TraceRouting, synthetic_trace
-from moebox.offload.trial import Trial
-from moebox.runtime.bench_rigs import BenchOptions, Rig, make_pool, shape_rig
-from moebox.runtime.gpu_runner import GpuRunner
-from moebox.runtime.synthetic import shape_config
+from moebox.commands.options import ByteSize
+from moebox.instruments.bench.rigs import BenchOptions, Rig, make_pool, shape_rig
+from moebox.instruments.measure.random_model import shape_config
+from moebox.offload.decode.host_step import FIELDS
+from moebox.offload.device.base import open_device
+from moebox.offload.gpu_experts import TieredExperts
+from moebox.offload.prefetch.ab_trial import Trial
+from moebox.offload.routing.trace import RoutingTrace, TraceRouting, synthetic_trace
+from moebox.runtime.engine.gpu_runner import GpuRunner
 
 TURN_TOKENS = 4
 WARMUP_TOKENS = 48

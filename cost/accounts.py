@@ -10,11 +10,11 @@ import uuid
 from typing import TYPE_CHECKING
 
 from moebox.cost.economics import TokenCost, cost_of, work_of
-from moebox.cost.energy import EnergyMeter, Span
-from moebox.cost.power_model import PowerModel
-from moebox.cost.prices import Prices
+from moebox.cost.energy.meter import EnergyMeter, Span
+from moebox.cost.energy.power_model import PowerModel
+from moebox.cost.ledger.writer import LedgerWriter
+from moebox.cost.prices.box_prices import Prices
 from moebox.cost.usage import Traffic, Usage
-from moebox.cost.writer import LedgerWriter
 
 if TYPE_CHECKING:
     import torch

@@ -8,8 +8,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from moebox.cost.api_prices import ApiPrice
-from moebox.cost.prices import JOULES_PER_KWH, MONTH_S, Prices
+from moebox.cost.prices.api_prices import ApiPrice
+from moebox.cost.prices.box_prices import JOULES_PER_KWH, MONTH_S, Prices
 from moebox.cost.usage import Usage
 
 DAY_S = 86_400

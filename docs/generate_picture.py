@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from moebox.demo import run_demo
+from moebox.commands.demo import run_demo
 
 TARGET = Path(__file__).parent / "demo.svg"
 

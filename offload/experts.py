@@ -17,8 +17,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from moebox.errors import CheckpointError
-from moebox.offload.checkpoint import Checkpoint, TensorInfo
-from moebox.offload.layout import (
+from moebox.offload.checkpoint.layout import (
     EXPERT_TENSORS,
     MANIFEST_FILE,
     ExpertLayout,
@@ -26,6 +25,7 @@ from moebox.offload.layout import (
     check_extents,
     load_manifest,
 )
+from moebox.offload.checkpoint.safetensors import Checkpoint, TensorInfo
 from moebox.offload.traffic import Traffic
 
 log = logging.getLogger("moebox")

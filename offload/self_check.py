@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from moebox.errors import DeviceError
-from moebox.kernels.gpu import torch_ops
-from moebox.offload.device import Device
-from moebox.offload.gpu import GpuTier
-from moebox.offload.ram import RamTier
+from moebox.kernels.gpu.reference import ops as torch_ops
+from moebox.offload.device.base import Device
+from moebox.offload.memory.gpu_slab import GpuTier
+from moebox.offload.memory.ram_slab import RamTier
 
 LARGEST_ERROR = 0.02
 """Relative L2. Kernels for many tokens round to bf16 and stay below 0.005."""

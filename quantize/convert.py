@@ -23,14 +23,13 @@ from typing import Any
 import moebox
 from moebox.config import ModelConfig
 from moebox.errors import CheckpointError, PlanError
-from moebox.offload.layout import MANIFEST_FILE, Manifest, load_manifest
-from moebox.quantize import hub
+from moebox.offload.checkpoint.layout import MANIFEST_FILE, Manifest, load_manifest
 from moebox.quantize.dryrun import plan
 from moebox.quantize.files import writing
-from moebox.quantize.hub import parse_hub_id
-from moebox.quantize.journal import WORK_FOLDER, DestinationLock, Journal
-from moebox.quantize.origin import Source, sample_sha256
-from moebox.quantize.output import digest, remove_output, write_manifest, write_small_files
+from moebox.quantize.output.journal import WORK_FOLDER, DestinationLock, Journal
+from moebox.quantize.output.shards import SHARD_BYTES
+from moebox.quantize.output.small_files import digest, remove_output, write_manifest, write_small_files
+from moebox.quantize.output.writer import remove_partials
 from moebox.quantize.pipeline import Model, Pipeline, open_shards
 from moebox.quantize.prepare import (
     check_disk,
@@ -43,8 +42,9 @@ from moebox.quantize.prepare import (
     open_source,
 )
 from moebox.quantize.progress import Meter, ProgressCallback, format_bytes, format_seconds
-from moebox.quantize.shards import SHARD_BYTES
-from moebox.quantize.writer import remove_partials
+from moebox.quantize.source import hub
+from moebox.quantize.source.hub import parse_hub_id
+from moebox.quantize.source.origin import Source, sample_sha256
 
 __all__ = ["METHODS", "QuantizeResult", "plan", "quantize"]
 

@@ -17,10 +17,11 @@ from rich.table import Table
 
 from moebox.config import ModelConfig
 from moebox.errors import CheckpointError
-from moebox.offload.checkpoint import TensorInfo
+from moebox.offload.checkpoint.safetensors import TensorInfo
 from moebox.quantize.files import drop_cache, free_bytes
 from moebox.quantize.int4 import quantize_int4
-from moebox.quantize.journal import WORK_FOLDER, Journal
+from moebox.quantize.output.journal import WORK_FOLDER, Journal
+from moebox.quantize.output.shards import SHARD_BYTES
 from moebox.quantize.pipeline import Model, open_shards
 from moebox.quantize.prepare import (
     default_workers,
@@ -32,8 +33,7 @@ from moebox.quantize.prepare import (
     open_source,
 )
 from moebox.quantize.progress import format_bytes, format_seconds
-from moebox.quantize.shards import SHARD_BYTES
-from moebox.quantize.sources import read_expert
+from moebox.quantize.source.formats import read_expert
 
 _READ_SAMPLE_BYTES = 256 << 20
 _HASH_SAMPLE_BYTES = 32 << 20

@@ -8,15 +8,15 @@ from typing import Any
 from moebox.config import ModelConfig, parse_config
 from moebox.errors import CheckpointError, PlanError
 from moebox.kernels.cpu import allowed_cpus
-from moebox.offload.layout import MANIFEST_FILE
+from moebox.offload.checkpoint.layout import MANIFEST_FILE
 from moebox.quantize.files import free_bytes, writing
-from moebox.quantize.hub import SOURCE_FOLDER, HubSource, parse_hub_id
-from moebox.quantize.journal import WORK_FOLDER
-from moebox.quantize.origin import HEADER_FOLDER, FileFacts, FolderSource, HeaderStore, Source
-from moebox.quantize.output import bare_config
+from moebox.quantize.output.journal import WORK_FOLDER
+from moebox.quantize.output.shards import plan_shards
+from moebox.quantize.output.small_files import bare_config
 from moebox.quantize.pipeline import Model
-from moebox.quantize.shards import plan_shards
-from moebox.quantize.sources import check_quantization, check_source, classify, take_inventory
+from moebox.quantize.source.formats import check_quantization, check_source, classify, take_inventory
+from moebox.quantize.source.hub import SOURCE_FOLDER, HubSource, parse_hub_id
+from moebox.quantize.source.origin import HEADER_FOLDER, FileFacts, FolderSource, HeaderStore, Source
 
 WORKER_MEMORY_BYTES = 1_200_000_000
 """What all workers together may hold in INT4 matrices and converted pieces."""

@@ -9,21 +9,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from moebox.cost.accounts import Accounts, Request, login_name
-from moebox.cost.prices import load_prices
+from moebox.cost.prices.box_prices import load_prices
 from moebox.cost.usage import Traffic
 from moebox.errors import BusyError, RequestError
-from moebox.runtime.generate import ContextError, Generation, OnPrefill, TokenSession
-from moebox.runtime.messages import Message, Tool, next_tool_call_index, normalise_messages
-from moebox.runtime.pieces import Completion, Piece, Stats, ToolCall
-from moebox.runtime.sampling import Sampler, SamplingOptions, StopStrings, generation_defaults
-from moebox.runtime.template import Template
-from moebox.runtime.tokenizer import Tokenizer
-from moebox.runtime.toolcalls import THINK_BEGIN, THINK_END, OutputParser
+from moebox.runtime.generate.loop import ContextError, Generation, OnPrefill, TokenSession
+from moebox.runtime.generate.sampling import Sampler, SamplingOptions, StopStrings, generation_defaults
+from moebox.runtime.text.messages import Message, Tool, next_tool_call_index, normalise_messages
+from moebox.runtime.text.output_parser import THINK_BEGIN, THINK_END, OutputParser
+from moebox.runtime.text.pieces import Completion, Piece, Stats, ToolCall
+from moebox.runtime.text.template import Template
+from moebox.runtime.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     import torch
 
-    from moebox.runtime.engine import Engine
+    from moebox.runtime.engine.engine import Engine
 
 __all__ = ["Completion", "Model", "Piece", "SamplingOptions", "Stats", "ToolCall", "load"]
 
@@ -82,7 +82,7 @@ def load(
     prices = load_prices()
     tokenizer = Tokenizer.load(folder, load_config(folder).vocab_size)
     template = Template.load(folder, tokenizer)
-    from moebox.runtime.engine import Engine
+    from moebox.runtime.engine.engine import Engine
 
     engine = Engine.load(
         folder,

@@ -12,7 +12,7 @@ if not torch.cuda.is_available():
 
 @pytest.fixture(autouse=True)
 def cpu_by_default(monkeypatch):
-    monkeypatch.setattr("moebox.runtime.engine._default_device", lambda: "cpu")
+    monkeypatch.setattr("moebox.runtime.engine.engine._default_device", lambda: "cpu")
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 import moebox
-from moebox.quantize.synth import synth
+from moebox.quantize.synth.write import synth
 
 
 def test_every_promised_name_is_there():

@@ -4,17 +4,15 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import click
 import pytest
 from click.testing import CliRunner
 
+from helpers.paths import ROOT
 from moebox.cli import main_group
-from moebox.cli_options import ByteSize
-from moebox.quantize.synth import synth
-
-ROOT = Path(__file__).parents[1]
+from moebox.commands.options import ByteSize
+from moebox.quantize.synth.write import synth
 
 
 def moebox(*arguments, **environment):

@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from moebox.kernels.gpu.reference import RouterSpec
+from moebox.kernels.gpu.reference.layer import RouterSpec
 
 __all__ = ["Ops", "RouterSpec", "load_ops"]
 
@@ -225,9 +225,9 @@ class Ops(Protocol):
 def load_ops(device: torch.device) -> Ops:
     """The operations for tensors on `device`: Triton's on a GPU, torch's on the CPU."""
     if device.type == "cuda":
-        from moebox.kernels.gpu import triton_ops  # Triton is there only with CUDA builds of torch
+        from moebox.kernels.gpu.triton import ops as triton_ops
 
         return triton_ops
-    from moebox.kernels.gpu import torch_ops
+    from moebox.kernels.gpu.reference import ops as torch_ops
 
     return torch_ops

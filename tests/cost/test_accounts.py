@@ -10,12 +10,12 @@ import pytest
 
 from helpers.power import Clock, SteppingGpu
 from moebox.cost.accounts import Accounts, login_name
-from moebox.cost.energy import EnergyMeter
-from moebox.cost.gpu_energy import GpuEnergy
-from moebox.cost.ledger import Ledger
-from moebox.cost.prices import Prices
+from moebox.cost.energy.gpu_energy import GpuEnergy
+from moebox.cost.energy.meter import EnergyMeter
+from moebox.cost.ledger.ledger import Ledger
+from moebox.cost.ledger.writer import LedgerWriter
+from moebox.cost.prices.box_prices import Prices
 from moebox.cost.usage import Joules, Traffic, Usage, add_energy
-from moebox.cost.writer import LedgerWriter
 
 DONE = {
     "prompt_tokens": 120,
@@ -130,7 +130,7 @@ def test_without_a_ledger_nothing_is_written(box, tmp_path):
 def test_the_end_of_the_program_writes_what_is_left(tmp_path, ending):
     code = (
         "from moebox.cost.accounts import Accounts\n"
-        "from moebox.cost.prices import Prices\n"
+        "from moebox.cost.prices.box_prices import Prices\n"
         "from moebox.cost.usage import Traffic\n"
         "accounts = Accounts.open(None, Prices())\n"
         f"accounts.begin('m', 'u').end(**{DONE!r})\n"

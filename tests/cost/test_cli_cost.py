@@ -14,9 +14,9 @@ from click.testing import CliRunner
 from pytest import approx
 
 from moebox.cli import main_group
-from moebox.cli_cost import API_MODELS, Moment
-from moebox.cost.api_prices import api_prices
-from moebox.cost.ledger import Ledger
+from moebox.commands.cost import API_MODELS, Moment
+from moebox.cost.ledger.ledger import Ledger
+from moebox.cost.prices.api_prices import api_prices
 from moebox.cost.usage import Joules, Usage
 from moebox.errors import LedgerError, MoeboxError, PricesError
 

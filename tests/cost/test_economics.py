@@ -5,7 +5,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pytest import approx
 
-from moebox.cost.api_prices import ApiPrice
 from moebox.cost.economics import (
     Parts,
     Work,
@@ -20,7 +19,8 @@ from moebox.cost.economics import (
     running_per_month,
     work_of,
 )
-from moebox.cost.prices import Prices
+from moebox.cost.prices.api_prices import ApiPrice
+from moebox.cost.prices.box_prices import Prices
 from moebox.cost.usage import Joules, Usage
 
 # Figures that divide without a remainder: a month has 2,628,000 s, so that the hardware costs 0.001 a second

@@ -5,9 +5,9 @@ import math
 
 import pytest
 
-from helpers.tiny_k2 import ASSETS
+from helpers.paths import TINY_K2
 from moebox.config import load_config
-from moebox.offload.checkpoint import Checkpoint
+from moebox.offload.checkpoint.safetensors import Checkpoint
 
 SENTENCES = [
     "I want to eat at \"Bird Dog\" in Palo Alto on March 13th, half past 7 in the evening; it's $1,470.50!",
@@ -45,23 +45,23 @@ TOOLS = [
 
 @pytest.fixture(scope="module")
 def checkpoint():
-    return Checkpoint.open(ASSETS)
+    return Checkpoint.open(TINY_K2)
 
 
 def test_folder_is_small_enough_to_bundle():
-    sizes = [path.stat().st_size for path in ASSETS.iterdir()]
+    sizes = [path.stat().st_size for path in TINY_K2.iterdir()]
     assert sum(sizes) <= 32_000_000
     assert max(sizes) <= 16_000_000
 
 
 def test_files_are_named_as_moonshot_names_them():
-    layers = load_config(ASSETS).num_hidden_layers
-    names = {path.name for path in ASSETS.glob("*.safetensors")}
+    layers = load_config(TINY_K2).num_hidden_layers
+    names = {path.name for path in TINY_K2.glob("*.safetensors")}
     assert names == {f"model-{n}-of-{layers}.safetensors" for n in range(1, layers + 1)}
 
 
 def test_architecture_is_sparse_and_complete():
-    config = load_config(ASSETS)
+    config = load_config(TINY_K2)
     assert config.model_type == "kimi_k2" and config.q_lora_rank and config.yarn
     assert config.n_routed_experts >= 64 and config.num_experts_per_tok >= 4
     assert len(config.moe_layers) >= 6 and config.first_k_dense_replace == 1
@@ -99,13 +99,13 @@ def test_some_fp8_blocks_are_partial(checkpoint):
 def test_special_tokens_stand_where_kimi_has_them():
     from tokenizer import RANKS, load
 
-    encoding = load(ASSETS)
+    encoding = load(TINY_K2)
     offsets = {"[BOS]": 0, "[EOS]": 1, "<|im_end|>": 2, "<|im_user|>": 3, "<|im_assistant|>": 4,
                "<|im_system|>": 10, "<|tool_calls_section_begin|>": 11, "<|tool_call_end|>": 15,
                "<|im_middle|>": 17, "<think>": 22, "</think>": 23, "[UNK]": 254, "[PAD]": 255}  # fmt: skip
     for name, offset in offsets.items():
         assert encoding.encode_single_token(name) == RANKS + offset
-    generation = json.loads((ASSETS / "generation_config.json").read_text())
+    generation = json.loads((TINY_K2 / "generation_config.json").read_text())
     assert generation["eos_token_id"] == encoding.encode_single_token("<|im_end|>")
 
 
@@ -138,9 +138,9 @@ def huggingface_tokenizer(encoding):
 def test_huggingface_bpe_gives_the_same_ids():
     from tokenizer import load
 
-    encoding = load(ASSETS)
+    encoding = load(TINY_K2)
     tokenizer = huggingface_tokenizer(encoding)
-    for sentence in [*SENTENCES, (ASSETS / "README.md").read_text(), (ASSETS / "config.json").read_text()]:
+    for sentence in [*SENTENCES, (TINY_K2 / "README.md").read_text(), (TINY_K2 / "config.json").read_text()]:
         ids = encoding.encode_ordinary(sentence)
         assert tokenizer.encode(sentence).ids == ids
         assert encoding.decode(ids) == sentence
@@ -149,7 +149,7 @@ def test_huggingface_bpe_gives_the_same_ids():
 def test_names_are_cut_alike_with_and_without_a_space():
     from tokenizer import load
 
-    encoding = load(ASSETS)
+    encoding = load(TINY_K2)
     for word in ("Reykjavik", "Guggenheim", "Karvelino", "Petaluma"):
         spaced, bare = (
             encoding.decode_tokens_bytes(encoding.encode_ordinary(text)) for text in (f"in {word}", word)
@@ -163,14 +163,14 @@ def test_template_renders_alike_in_transformers_moebox_and_training(thinking):
     from dialogues import load_template
     from transformers.utils import chat_template_utils as utils
 
-    from moebox.runtime.template import Template
-    from moebox.runtime.tokenizer import Tokenizer
+    from moebox.runtime.text.template import Template
+    from moebox.runtime.text.tokenizer import Tokenizer
 
     options = {"thinking": thinking, "add_generation_prompt": True}
-    source = (ASSETS / "chat_template.jinja").read_text()
+    source = (TINY_K2 / "chat_template.jinja").read_text()
     (theirs,), _ = utils.render_jinja_template([MESSAGES], tools=TOOLS, chat_template=source, **options)
-    ours = Template.load(ASSETS, Tokenizer.load(ASSETS)).render_text(MESSAGES, TOOLS, **options)
-    assert load_template(ASSETS).render(messages=MESSAGES, tools=TOOLS, **options) == theirs
+    ours = Template.load(TINY_K2, Tokenizer.load(TINY_K2)).render_text(MESSAGES, TOOLS, **options)
+    assert load_template(TINY_K2).render(messages=MESSAGES, tools=TOOLS, **options) == theirs
     assert ours == theirs
     tail = "<|im_assistant|>assistant<|im_middle|>" + ("" if thinking else "<think></think>")
     assert theirs.endswith('## Return of functions.FindBus:0\n[{"fare": "22"}]<|im_end|>' + tail)
@@ -179,10 +179,10 @@ def test_template_renders_alike_in_transformers_moebox_and_training(thinking):
 
 
 def test_typed_control_tokens_stay_text():
-    from moebox.runtime.template import Template
-    from moebox.runtime.tokenizer import Tokenizer
+    from moebox.runtime.text.template import Template
+    from moebox.runtime.text.tokenizer import Tokenizer
 
-    tokenizer = Tokenizer.load(ASSETS)
-    ids = Template.load(ASSETS, tokenizer).render(MESSAGES, TOOLS)
+    tokenizer = Tokenizer.load(TINY_K2)
+    ids = Template.load(TINY_K2, tokenizer).render(MESSAGES, TOOLS)
     ends = sum(message["role"] != "x" for message in MESSAGES) + 1  # every turn and the declaration
     assert ids.count(tokenizer.specials["<|im_end|>"]) == ends

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from helpers.tiny_k2 import ASSETS, micro_config
+from helpers.paths import TINY_K2
+from helpers.tiny_k2 import micro_config
 
 TOOL = {
     "type": "function",
@@ -92,7 +93,7 @@ def test_loss_falls_on_what_the_model_writes():
     from dialogues import ANSWER, CALL, NOTHING, Renderer, load_template
     from tokenizer import load
 
-    renderer = Renderer(load_template(ASSETS), load(ASSETS))
+    renderer = Renderer(load_template(TINY_K2), load(TINY_K2))
     ids, kinds = renderer.encode(dialogue("San Jose", 4))
 
     def text(kind):
@@ -113,7 +114,7 @@ def test_thoughts_name_the_call_and_what_is_missing(data):
     assert thought(messages, 1) == "I call FindRestaurants with city, date, price_range."
     assert thought(messages, 3) == "FindRestaurants returned 1 result. I tell the user."
     assert thought(messages, 5) == "No tool is needed. I answer."
-    renderer = Renderer(load_template(ASSETS), load(ASSETS))
+    renderer = Renderer(load_template(TINY_K2), load(TINY_K2))
     cut = thinking_cut(read_dialogues(data)[0], random.Random(1))
     text = renderer.encoding.decode(renderer.encode(cut, think=True)[0].tolist())
     assert f"<think>{cut['messages'][-1]['reasoning_content']}</think>" in text
@@ -150,12 +151,12 @@ def test_some_steps_of_training(data, tmp_path, capsys, one_thread):
 
     torch.manual_seed(0)
     model = Model(SimpleNamespace(**micro_config()))
-    batches = pack(iter(Sequences(data, ASSETS, 0)), 256, 4)
+    batches = pack(iter(Sequences(data, TINY_K2, 0)), 256, 4)
     held = next(batches)
     before = loss_of(model, held, "cpu").item()
     rates = {"muon_lr": 0.02, "adam_lr": 0.005}
-    options = Namespace(**rates, minutes=1e6, steps=6, every=1, compile=False, assets=ASSETS, out=tmp_path)
-    train(model, batches, dev_batches(data, ASSETS, 4096), options)
+    options = Namespace(**rates, minutes=1e6, steps=6, every=1, compile=False, assets=TINY_K2, out=tmp_path)
+    train(model, batches, dev_batches(data, TINY_K2, 4096), options)
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert len(rows) == 6 and all(np.isfinite(row["loss"]) for row in rows)
     assert loss_of(model, held, "cpu").item() < before - 0.2
@@ -169,7 +170,7 @@ def test_scores_count_calls(data):
     from stream import dev_batches
 
     model = Model(SimpleNamespace(**micro_config()))
-    rates = score(model, dev_batches(data, ASSETS, 4096), control_marks(ASSETS), "cpu")
+    rates = score(model, dev_batches(data, TINY_K2, 4096), control_marks(TINY_K2), "cpu")
     assert rates["calls"] == 3 and rates["turns"] == 6
     assert 0 <= rates["exact_arguments"] <= rates["right_name"] <= rates["called"] <= 1
 

@@ -27,18 +27,19 @@ import torch
 from pexpect import EOF
 from pexpect.fdpexpect import fdspawn
 
+from helpers.paths import TESTS
 from moebox.cost.accounts import Accounts
-from moebox.cost.prices import load_prices
+from moebox.cost.prices.box_prices import load_prices
 from moebox.errors import MoeboxError, RequestError
 from moebox.offload.traffic import Traffic
-from moebox.runtime import chat, run
 from moebox.runtime.api import Model
-from moebox.runtime.chat import ChatOptions
-from moebox.runtime.run import RunOptions
-from moebox.runtime.template import Template
-from moebox.runtime.tokenizer import Tokenizer
+from moebox.runtime.terminal import chat, run
+from moebox.runtime.terminal.chat import ChatOptions
+from moebox.runtime.terminal.run import RunOptions
+from moebox.runtime.text.template import Template
+from moebox.runtime.text.tokenizer import Tokenizer
 
-TEMPLATES = Path(__file__).parent.parent / "data" / "templates"
+TEMPLATES = TESTS / "data" / "templates"
 
 SPECIALS = {
     0: "[BOS]",
@@ -239,7 +240,9 @@ def run_program(folder: Path, request: dict) -> int:
 # Not a fork of pytest itself: torch's threads do not survive a fork, and their successors would wait for
 # them. The server imports torch once and never computes.
 _FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["helpers.chat", "moebox.runtime.chat", "moebox.runtime.run", "torch"])
+_FORKS.set_forkserver_preload(
+    ["helpers.chat", "moebox.runtime.terminal.chat", "moebox.runtime.terminal.run", "torch"]
+)
 
 
 class Terminal(fdspawn):

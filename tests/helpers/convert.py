@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 from moebox.errors import MoeboxError
 from moebox.quantize.convert import quantize
-from moebox.quantize.synth import synth
+from moebox.quantize.synth.write import synth
 
 SHARD_BYTES = 60_000
 

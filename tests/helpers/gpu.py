@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from moebox.config import ModelConfig
-from moebox.offload.device import open_device
-from moebox.offload.ram import row_stride
-from moebox.runtime.gpu_memory import least_vram_bytes, n_keys
-from moebox.runtime.memory import learned_bytes
+from moebox.offload.device.base import open_device
+from moebox.offload.memory.ram_slab import row_stride
+from moebox.runtime.engine.cpu_plan import learned_bytes
+from moebox.runtime.engine.gpu_plan import least_vram_bytes, n_keys
 
 DEVICES = ["stand-in", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -116,5 +116,5 @@ def forced(monkeypatch, request) -> Iterator[list[ForcedRouting]]:
         made.append(device.ops)
         return device
 
-    monkeypatch.setattr("moebox.runtime.gpu_runner.open_device", open_forced)
+    monkeypatch.setattr("moebox.runtime.engine.gpu_runner.open_device", open_forced)
     yield made

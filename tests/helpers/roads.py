@@ -15,7 +15,7 @@ from torch import Tensor
 from helpers.experts import Routing, random_arrays, reference
 from moebox._kernels import ColdTier, Reader
 from moebox.kernels.cpu import ThreadPool
-from moebox.offload.roads import DecodeRoads, HostCopier, Residency
+from moebox.offload.decode.host_step import DecodeRoads, HostCopier, Residency
 
 FLAG_WORDS = 16
 

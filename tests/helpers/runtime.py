@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
-from moebox.quantize.synth import synth
+from moebox.quantize.synth.write import synth
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 

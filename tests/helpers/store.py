@@ -4,11 +4,11 @@ import numpy as np
 
 from moebox.errors import CheckpointError
 from moebox.kernels import cpu
-from moebox.offload.checkpoint import Checkpoint
+from moebox.offload.checkpoint.safetensors import Checkpoint
 from moebox.offload.cpu_experts import CpuExperts
-from moebox.offload.ram import RamTier
-from moebox.offload.store import ExpertStore
-from moebox.offload.trial import Trial
+from moebox.offload.disk.store import ExpertStore
+from moebox.offload.memory.ram_slab import RamTier
+from moebox.offload.prefetch.ab_trial import Trial
 
 GARBAGE = 0xEE
 

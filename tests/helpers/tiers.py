@@ -16,13 +16,13 @@ from helpers import experts as arithmetic
 from moebox._kernels import Reader
 from moebox.config import ModelConfig
 from moebox.kernels import cpu
-from moebox.offload import prefill
-from moebox.offload.device import StandInDevice
+from moebox.offload.checkpoint.layout import ExpertLayout
+from moebox.offload.device.base import StandInDevice
+from moebox.offload.disk.store import ExpertStore
 from moebox.offload.experts import group_by_expert
-from moebox.offload.layout import ExpertLayout
-from moebox.offload.ram import RamTier, SyntheticSource, row_tensors
-from moebox.offload.store import ExpertStore
-from moebox.offload.tiers import TieredExperts
+from moebox.offload.gpu_experts import TieredExperts
+from moebox.offload.memory.ram_slab import RamTier, SyntheticSource, row_tensors
+from moebox.offload.prefill import layer as prefill
 
 EXPERTS, TOP_K, LAYERS = 32, 4, 2
 FIRST = 1

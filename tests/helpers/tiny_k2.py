@@ -2,11 +2,10 @@
 
 import json
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from helpers.paths import ROOT, TINY_K2
+
 EXAMPLE = ROOT / "examples" / "tiny_k2"
-ASSETS = ROOT / "assets" / "tiny-k2"
 sys.path.insert(0, str(EXAMPLE))
 
 MICRO = {
@@ -19,4 +18,4 @@ MICRO = {
 
 def micro_config() -> dict:
     """tiny-k2's config.json at a size for tests."""
-    return json.loads((ASSETS / "config.json").read_text()) | MICRO
+    return json.loads((TINY_K2 / "config.json").read_text()) | MICRO

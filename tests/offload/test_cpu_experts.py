@@ -8,11 +8,11 @@ from helpers.store import AlwaysOn, SlowStore
 from helpers.tiers import EXPERTS, FIRST, LAYERS, TOP_K, small_config
 from moebox.errors import CheckpointError
 from moebox.kernels import cpu
-from moebox.offload.counts import TIERS
 from moebox.offload.cpu_experts import CpuExperts
-from moebox.offload.prefetch import Prefetcher
-from moebox.offload.ram import RamTier
-from moebox.offload.ram_cache import RamCache
+from moebox.offload.memory.ram_cache import RamCache
+from moebox.offload.memory.ram_slab import RamTier
+from moebox.offload.prefetch.prefetch import Prefetcher
+from moebox.offload.routing.counts import TIERS
 
 CONFIG = small_config()
 

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from helpers.runtime import PROJECTIONS, dequantize, load_tensors, make_checkpoint, rewrite
 from helpers.store import cpu_experts
 from moebox.errors import CheckpointError
-from moebox.offload.checkpoint import Checkpoint
+from moebox.offload.checkpoint.layout import MANIFEST_FILE
+from moebox.offload.checkpoint.safetensors import Checkpoint
 from moebox.offload.experts import group_by_expert
-from moebox.offload.layout import MANIFEST_FILE
 from moebox.quantize.convert import quantize
 
 

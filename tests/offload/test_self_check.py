@@ -7,8 +7,8 @@ import torch
 
 from helpers.tiers import build
 from moebox.errors import DeviceError
-from moebox.kernels.gpu import torch_ops
-from moebox.offload.device import StandInDevice
+from moebox.kernels.gpu.reference import ops as torch_ops
+from moebox.offload.device.base import StandInDevice
 
 KERNELS = ("experts_one", "experts_many", "expert_part")
 

@@ -20,8 +20,8 @@ from helpers.tiers import (
     small_config,
 )
 from moebox.errors import CheckpointError
-from moebox.offload.checkpoint import Checkpoint
-from moebox.offload.device import StandInDevice
+from moebox.offload.checkpoint.safetensors import Checkpoint
+from moebox.offload.device.base import StandInDevice
 from moebox.offload.traffic import Traffic
 
 NBYTES = small_config().expert_bytes

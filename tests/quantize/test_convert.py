@@ -11,14 +11,14 @@ import moebox
 from helpers.convert import SHARD_BYTES, contents, make_source, weights_map
 from moebox.config import load_config
 from moebox.errors import CheckpointError, ConfigError, PlanError
-from moebox.offload.checkpoint import Checkpoint
-from moebox.offload.layout import ALIGNMENT, EXPERT_TENSORS, ExpertLayout, load_manifest
+from moebox.offload.checkpoint.layout import ALIGNMENT, EXPERT_TENSORS, ExpertLayout, load_manifest
+from moebox.offload.checkpoint.safetensors import Checkpoint
 from moebox.quantize.convert import plan, quantize
 from moebox.quantize.int4 import INT4_QUANTIZATION, dequantize
+from moebox.quantize.output.shards import plan_shards
 from moebox.quantize.pipeline import PIECE_BYTES
-from moebox.quantize.shards import plan_shards
-from moebox.quantize.sources import read_backbone, take_inventory
-from moebox.quantize.synth_shapes import synth_config
+from moebox.quantize.source.formats import read_backbone, take_inventory
+from moebox.quantize.synth.shapes import synth_config
 
 
 @pytest.fixture(scope="module")

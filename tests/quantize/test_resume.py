@@ -11,7 +11,7 @@ import pytest
 from helpers.convert import SHARD_BYTES, contents, kill_when, make_source, start
 from moebox.errors import BusyError, CheckpointError
 from moebox.quantize.convert import quantize
-from moebox.quantize.journal import DestinationLock, Journal
+from moebox.quantize.output.journal import DestinationLock, Journal
 
 
 @pytest.fixture(scope="module")

@@ -3,22 +3,21 @@
 import json
 import threading
 import time
-from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
 from helpers.chat import FakeSession, fake_model, run_program
 from helpers.gpu import DEVICES, need
+from helpers.paths import TINY_K2
 from moebox.cli import main_group
-from moebox.cost.ledger import Ledger
+from moebox.cost.ledger.ledger import Ledger
 from moebox.cost.usage import Joules, Traffic
 from moebox.errors import BusyError, MoeboxError, PricesError, RequestError
 from moebox.quantize.convert import quantize
 from moebox.runtime.api import load
-from moebox.runtime.cost_text import energy_text, hits_text
+from moebox.runtime.terminal.cost_text import energy_text, hits_text
 
-ASSETS = Path(__file__).resolve().parents[2] / "assets" / "tiny-k2"
 USER = [{"role": "user", "content": "the secret of the weather"}]
 
 
@@ -175,7 +174,7 @@ def test_run_json_has_all_of_it(tmp_path, capsys, prices):
 def test_a_mistake_in_the_prices_is_said_before_anything_is_loaded(prices):
     prices("electricity = 0.2")
     with pytest.raises(PricesError, match="electricity_per_kwh"):
-        load(ASSETS)  # which is not quantized: that would be the next error
+        load(TINY_K2)  # which is not quantized: that would be the next error
 
 
 def test_energy_and_hits_as_text():
@@ -189,7 +188,7 @@ def test_energy_and_hits_as_text():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny-k2") / "int4"
-    quantize(ASSETS, folder)
+    quantize(TINY_K2, folder)
     return folder
 
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from helpers.numbers import relative_l2
-from moebox.kernels.gpu import attention, reference
+from moebox.kernels.gpu.reference import layer as reference
+from moebox.kernels.gpu.triton import attention
 
 
 @dataclass(frozen=True)

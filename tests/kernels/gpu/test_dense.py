@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from helpers.numbers import relative_l2
-from moebox.kernels.gpu import dense, reference
+from moebox.kernels.gpu.reference import layer as reference
+from moebox.kernels.gpu.triton import dense
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (7, 96), (13, 1000), (6, 5000)])

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from helpers.experts import Routing, random_arrays, random_routing, reference
-from helpers.tiny_k2 import ASSETS
+from helpers.paths import TINY_K2
 from moebox.config import load_config
-from moebox.kernels.gpu import experts, experts_reference
+from moebox.kernels.gpu.reference import experts as experts_reference
 from moebox.kernels.gpu.slots import slot_layout
-from moebox.offload.layout import ExpertLayout
+from moebox.kernels.gpu.triton import experts
+from moebox.offload.checkpoint.layout import ExpertLayout
 
 BAR = 5e-3
 FINE = 2e-4
@@ -171,7 +172,7 @@ def test_a_bad_activation_shows(module: Any, device: torch.device, generator: An
 @pytest.mark.parametrize("shape", [K2_SHAPE, (256, 64), (96, 160)], ids=str)
 def test_layout_is_that_of_the_disk(shape: tuple[int, int]) -> None:
     """The same offsets as `ExpertLayout`."""
-    config = replace(load_config(ASSETS), hidden_size=shape[0], moe_intermediate_size=shape[1])
+    config = replace(load_config(TINY_K2), hidden_size=shape[0], moe_intermediate_size=shape[1])
     layout = ExpertLayout(config)
     assert list(slot_layout(shape)) == layout.offsets
     assert slot_layout(shape).nbytes == layout.nbytes

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from helpers.experts import dequantize, random_arrays
-from moebox.kernels.gpu import experts_reference, part
-from moebox.kernels.gpu.experts import RowTiles
+from moebox.kernels.gpu.reference import experts as experts_reference
 from moebox.kernels.gpu.slots import slot_layout
+from moebox.kernels.gpu.triton import part
+from moebox.kernels.gpu.triton.experts import RowTiles
 
 FINE = 2e-4
 K2_SHAPE = (7168, 2048)

@@ -8,15 +8,15 @@ import pytest
 import torch
 
 from moebox.config import ModelConfig
-from moebox.kernels.gpu import reference
 from moebox.kernels.gpu.ops import load_ops
-from moebox.runtime.attention import Attention
-from moebox.runtime.kv_cache import KVCache
-from moebox.runtime.mlp import MLP
-from moebox.runtime.norm import RMSNorm
-from moebox.runtime.processor import CPU
-from moebox.runtime.rope import Rotary
-from moebox.runtime.router import Router
+from moebox.kernels.gpu.reference import layer as reference
+from moebox.runtime.model.attention import Attention
+from moebox.runtime.model.compute import CPU
+from moebox.runtime.model.kv_cache import KVCache
+from moebox.runtime.model.mlp import MLP
+from moebox.runtime.model.norm import RMSNorm
+from moebox.runtime.model.rope import Rotary
+from moebox.runtime.model.router import Router
 
 
 def config(**overrides: object) -> ModelConfig:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from moebox.kernels.gpu import reference, router
+from moebox.kernels.gpu.reference import layer as reference
+from moebox.kernels.gpu.triton import router
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,10 @@ import threading
 import pytest
 import torch
 
-from moebox.kernels.gpu import signals, torch_ops, triton_ops
 from moebox.kernels.gpu.ops import Ops, load_ops
+from moebox.kernels.gpu.reference import ops as torch_ops
+from moebox.kernels.gpu.triton import ops as triton_ops
+from moebox.kernels.gpu.triton import signals
 
 
 def test_post(device):

@@ -1,0 +1,313 @@
+"""What a benchmark runs: a checkpoint, or a random model at any depth with budgets scaled to it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from moebox.config import ModelConfig
+from moebox.errors import PlanError
+from moebox.instruments.bench.instrument import CpuWatch, GpuWatch, Watch
+from moebox.instruments.bench.report import Subject
+from moebox.instruments.measure.random_model import Shape, experts_in_ram, synthetic_model
+from moebox.kernels import cpu
+from moebox.offload.cpu_experts import CpuExperts
+from moebox.offload.device.base import Device
+from moebox.offload.disk.store import ExpertStore
+from moebox.offload.gpu_experts import TieredExperts
+from moebox.offload.machine.hardware import available_ram_bytes
+from moebox.offload.memory.ram_cache import Store
+from moebox.offload.memory.ram_slab import RamTier, row_stride
+from moebox.offload.routing.trace import TraceRouting
+from moebox.runtime.engine.cpu_plan import SYSTEM_SHARE, describe, gib
+from moebox.runtime.engine.cpu_runner import CpuRunner, Runner
+from moebox.runtime.engine.engine import Engine
+from moebox.runtime.engine.gpu_plan import GpuPlan, describe_fixed, n_keys, plan_gpu_memory
+from moebox.runtime.engine.gpu_runner import CORES_FOR_UPLOADS, CacheMemory, GpuRunner
+from moebox.runtime.model.compute import GpuProcessor
+from moebox.runtime.model.kimi_k2 import KimiK2
+from moebox.runtime.model.loader import Progress
+from moebox.runtime.model.mlp import MoE
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """What `moebox bench` is asked.
+
+    Attributes:
+        model: a checkpoint's folder; or None, with
+        shape: "kimi-k2" or "tiny", random weights.
+        layers: depth of the random model, dense layers included; None: the shape's own.
+        vram, ram: budgets in bytes, of the whole model however shallow the run; None: what is free.
+        context: tokens that the budget's cache holds; None: what the plan gives.
+        prompt_tokens: lengths to measure.
+        decode_tokens: tokens to measure after the last prompt; 0: none.
+        routing: "synthetic", "model" or a trace's path; None: "model" for a checkpoint, else "synthetic".
+        device: "cpu", "cuda", "cuda:N"; None: a GPU if there is one.
+        threads: cores for the experts; None: all, or all but one beside a GPU.
+        stores: more folders with the checkpoint's shards.
+        prefetch: let idle drives read what the next layers are likely to need.
+    """
+
+    model: Path | None = None
+    shape: Shape | None = None
+    layers: int | None = None
+    vram: int | None = None
+    ram: int | None = None
+    context: int | None = None
+    prompt_tokens: tuple[int, ...] = (512, 4096)
+    decode_tokens: int = 128
+    routing: str | None = None
+    device: str | None = None
+    threads: int | None = None
+    stores: tuple[Path, ...] = ()
+    prefetch: bool = True
+
+
+@dataclass(frozen=True)
+class Rig:
+    """A loaded model, ready to be measured.
+
+    Attributes:
+        subject: what it is.
+        runner: runs passes.
+        watch: the experts between.
+        context: tokens that a cache may hold.
+        plan: how budgets became slots, line by line.
+        residents: {"slots", "of", "full_slots", "full_of"}: experts on the GPU, here and at full depth;
+            "rows": experts in RAM.
+        nvme_gbps: of the drives where experts stay on disk, measured; 0: none do, or it could not be.
+    """
+
+    subject: Subject
+    runner: Runner
+    watch: Watch
+    context: int
+    plan: list[str]
+    residents: dict[str, int]
+    nvme_gbps: float = 0.0
+
+
+def make_pool(options: BenchOptions, device: Device | None) -> cpu.ThreadPool:
+    """As many threads as asked for; by default all cores, with a GPU all but those that feed it."""
+    if options.threads or device is None:
+        return cpu.ThreadPool(options.threads)
+    return cpu.ThreadPool(max(1, cpu.allowed_cpus() - CORES_FOR_UPLOADS))
+
+
+def checkpoint_rig(
+    path: Path,
+    options: BenchOptions,
+    device: str,
+    routing: TraceRouting | None,
+    progress: Progress | None,
+) -> Rig:
+    """Load a checkpoint as `moebox run` does.
+
+    Raises:
+        MoeboxError: as `Engine.load`.
+    """
+    engine = Engine.load(
+        path,
+        device=device,
+        vram=options.vram,
+        ram=options.ram,
+        context=options.context,
+        threads=options.threads,
+        progress=progress,
+        stores=options.stores,
+        prefetch=options.prefetch,
+        statistics=False,
+    )
+    runner, config, plan = engine.runner, engine.config, engine.plan
+    watch: Watch
+    store: Store | None
+    if isinstance(plan, GpuPlan):
+        assert isinstance(runner, GpuRunner)
+        watch = GpuWatch(runner.experts, config, routing)
+        lines = [f"GPU: {describe_fixed(plan)}; {plan.slots:,} slots for {n_keys(config):,} experts"]
+        slots, rows = runner.experts.gpu.n_slots, plan.ram_rows
+        store = None if runner.experts.cold is None else runner.experts.cold.store
+    else:
+        experts = _experts_of(runner.model)
+        watch = CpuWatch(experts, config, routing)
+        lines, slots, rows = [f"RAM: {describe(plan)}"], 0, plan.rows
+        store = None if plan.experts_fit else experts.cache.store
+    runner.model.connect(watch)
+    subject = Subject(path.name, config, len(config.moe_layers), engine.dtype.itemsize)
+    keys = n_keys(config)
+    residents = {"slots": slots, "of": keys, "full_slots": slots, "full_of": keys, "rows": rows}
+    return Rig(subject, runner, watch, engine.context, lines, residents, _nvme_gbps(store))
+
+
+def _experts_of(model: KimiK2) -> CpuExperts:
+    moe = next(module for module in model.modules() if isinstance(module, MoE))
+    if not isinstance(moe.experts, CpuExperts):
+        raise TypeError(f"the model's experts are {type(moe.experts).__name__}")
+    return moe.experts
+
+
+def _nvme_gbps(store: Store | None) -> float:
+    """Of all drives together; 0 where their shards are too few to tell, or not read past the page cache."""
+    if not isinstance(store, ExpertStore):
+        return 0.0
+    return sum(speed.gbps for speed in store.measure_depth().values())
+
+
+def shape_rig(
+    configs: tuple[ModelConfig, ModelConfig],
+    options: BenchOptions,
+    device: Device | None,
+    pool: cpu.ThreadPool,
+    routing: TraceRouting | None,
+    progress: Progress | None,
+    filled: RamTier | None = None,
+) -> Rig:
+    """Make a random model; `configs` are the depth to run and the depth that budgets are for.
+
+    Args:
+        filled: rows that hold all random experts of the run already, for runs with several budgets.
+
+    Raises:
+        PlanError: with the numbers, when it does not fit.
+    """
+    config, full = configs
+    name = f"{options.shape}, random, {config.num_hidden_layers} of {full.num_hidden_layers} layers"
+    subject = Subject(name, config, len(full.moe_layers))
+    if device is None:
+        return _cpu_rig(subject, pool, options, routing, progress)
+    free_ram = available_ram_bytes() + (0 if filled is None else filled.slab.nbytes)
+    share = scale_budgets(config, full, options, device.free_vram_bytes(), free_ram)
+    if filled is not None and share.exclusive:
+        raise PlanError("a RAM budget below all experts, but RAM holds them all", "Leave the RAM budget out.")
+    processor = GpuProcessor(device.torch_device, device.ops)
+    model = synthetic_model(config, torch.bfloat16, processor)
+    memory = CacheMemory(model, device, share.context)
+    ram = RamTier(config, share.rows, device, progress) if filled is None else filled
+    experts = TieredExperts.build(config, device, pool, ram, share.slots, share.exclusive)
+    if filled is None:
+        experts.fill_synthetic()
+    if options.prefetch:
+        experts.upload_ahead()
+    runner = GpuRunner(model, device, experts, memory, share.chunk_tokens)
+    watch = GpuWatch(experts, config, routing)
+    model.connect(watch)
+    residents = {
+        "slots": experts.gpu.n_slots,
+        "of": n_keys(config),
+        "full_slots": share.full_slots,
+        "full_of": n_keys(full),
+        "rows": share.rows,
+    }
+    return Rig(subject, runner, watch, share.context, share.lines, residents)
+
+
+def _cpu_rig(
+    subject: Subject,
+    pool: cpu.ThreadPool,
+    options: BenchOptions,
+    routing: TraceRouting | None,
+    progress: Progress | None,
+) -> Rig:
+    config = subject.config
+    if options.vram:
+        raise PlanError(f"vram = {options.vram} bytes, but the CPU computes", "Leave the VRAM budget out.")
+    keys = n_keys(config)
+    if options.ram is not None and options.ram < keys * row_stride(config):
+        raise PlanError(
+            f"RAM budget of {gib(options.ram)} for {gib(keys * row_stride(config))} of random experts, which "
+            "lie nowhere else",
+            "Measure the disk with a checkpoint: `moebox synth DST --format int4`, then `moebox bench DST`.",
+        )
+    _check_ram(config, keys, available_ram_bytes())
+    ram = RamTier(config, progress=progress)
+    ram.fill_synthetic()
+    model = synthetic_model(config, torch.bfloat16)
+    watch = CpuWatch(experts_in_ram(ram, pool), config, routing)
+    model.connect(watch)
+    runner = CpuRunner(model, pool, torch.bfloat16)
+    lines = [f"RAM: experts {gib(config.experts_bytes)}; no GPU"]
+    residents = {"slots": 0, "of": keys, "full_slots": 0, "full_of": keys, "rows": keys}
+    context = min(options.context or config.max_position_embeddings, config.max_position_embeddings)
+    return Rig(subject, runner, watch, context, lines, residents)
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a shallow run gets of the whole model's budgets."""
+
+    slots: int
+    rows: int
+    exclusive: bool
+    context: int
+    chunk_tokens: int
+    full_slots: int
+    lines: list[str]
+
+
+def scale_budgets(
+    config: ModelConfig, full: ModelConfig, options: BenchOptions, free_vram: int, free_ram: int
+) -> Share:
+    """Plan the whole model, then give the run the same share of its experts.
+
+    A budget may be more than the machine has: the run takes only its share of it. `vram` = 0 keeps no expert
+    on the GPU.
+
+    Raises:
+        PlanError: the whole model does not fit the budgets, or the run not the machine.
+    """
+    keys, full_keys = n_keys(config), n_keys(full)
+    plan = plan_gpu_memory(
+        full,
+        vram=options.vram or None,
+        free_vram=max(free_vram, options.vram or 0),
+        ram=options.ram,
+        free_ram=2 * full.experts_bytes if options.ram is None else options.ram,
+        context=options.context,
+    )
+    full_slots = 0 if options.vram == 0 else plan.slots
+    passing = min(full_slots, full.num_experts_per_tok)  # free for a layer's uploads, at any depth
+    slots = passing + _scaled(full_slots - passing, keys, full_keys)
+    rows = _scaled(plan.ram_rows, keys, full_keys)
+    _check_held(rows + (slots - passing if plan.exclusive else 0), keys)
+    _check_ram(config, rows, free_ram)
+    vram = free_vram if options.vram is None else options.vram
+    lines = _plan_lines(plan, full_slots - passing, full_keys, vram)
+    lines.append(
+        f"this run: {len(config.moe_layers)} of {len(full.moe_layers)} MoE layers, so {slots - passing:,} of "
+        f"{keys:,} experts and {passing} slots that uploads pass through; {rows:,} experts in RAM"
+    )
+    return Share(slots, rows, plan.exclusive, plan.context, plan.chunk_tokens, full_slots, lines)
+
+
+def _scaled(count: int, keys: int, full_keys: int) -> int:
+    return -(-count * keys // full_keys)
+
+
+def _plan_lines(plan: GpuPlan, lasting: int, keys: int, vram: int) -> list[str]:
+    if vram == 0:
+        return ["no expert is kept on the GPU"]
+    return [
+        f"whole model in {gib(vram)} of GPU memory: {describe_fixed(plan)}",
+        f"what is left keeps {lasting:,} of {keys:,} experts ({lasting / keys:.1%})",
+    ]
+
+
+def _check_held(held: int, keys: int) -> None:
+    if held < keys:
+        raise PlanError(
+            f"the budgets hold {held:,} of {keys:,} random experts, which lie nowhere else",
+            "Give more --ram or --vram, or measure the disk with a checkpoint: `moebox synth DST --format "
+            "int4`, then `moebox bench DST`.",
+        )
+
+
+def _check_ram(config: ModelConfig, rows: int, free_ram: int) -> None:
+    needed, room = rows * row_stride(config), int(free_ram * (1 - SYSTEM_SHARE))
+    if needed > room:
+        raise PlanError(
+            f"{rows:,} experts take {gib(needed)} of RAM, {gib(room)} are free",
+            "Ask for fewer --layers.",
+        )

@@ -1,0 +1,82 @@
+"""A random model of a true shape, made in memory: to measure a box without a checkpoint.
+
+Random weights compute nothing of use, at the same cost as any others: only the routing of a real model
+differs, which is what `offload/routing/trace.py` is for. Shapes are those of `moebox synth`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+
+from moebox.config import ModelConfig, parse_config
+from moebox.kernels import cpu
+from moebox.offload.cpu_experts import CpuExperts
+from moebox.offload.experts import Experts
+from moebox.offload.memory.ram_cache import RamCache
+from moebox.offload.memory.ram_slab import RamTier
+from moebox.quantize.synth.shapes import synth_config
+from moebox.runtime.model.compute import CPU, Processor
+from moebox.runtime.model.kimi_k2 import KimiK2
+from moebox.runtime.model.precision import keeps_fp32
+
+Shape = Literal["kimi-k2", "tiny"]
+
+BLOCK = (1 << 22) - 3
+"""Random elements that a large matrix repeats; not a power of two, so that rows differ."""
+
+
+def shape_config(shape: Shape, layers: int | None = None) -> ModelConfig:
+    """The config of a shape at its own depth, or with `layers` layers, dense ones included.
+
+    Raises:
+        ConfigError: no layer with experts would be left.
+    """
+    return parse_config(synth_config(shape, layers=layers, format="int4"), f"shape {shape}")
+
+
+def synthetic_model(
+    config: ModelConfig,
+    dtype: torch.dtype,
+    processor: Processor = CPU,
+    experts: Experts | None = None,
+    seed: int = 0,
+) -> KimiK2:
+    """A model whose backbone is random, in the memory of its processor; the same seed, the same weights.
+
+    Matrices have a standard deviation of 1/sqrt(columns), so that hidden states keep their size; norms are 1
+    and the routers' biases 0. `experts` as for `load_backbone`.
+    """
+    with init_empty_weights():
+        model = KimiK2(config, experts, dtype, processor)
+    generator = torch.Generator(processor.device).manual_seed(seed)
+    block = torch.empty(BLOCK, dtype=dtype, device=processor.device).normal_(generator=generator)
+    for name, parameter in list(model.named_parameters()):
+        module_name, _, attribute = name.rpartition(".")
+        wanted = torch.float32 if keeps_fp32(module_name) else dtype
+        if parameter.dim() == 1:
+            one_or_zero = float(name.endswith("norm.weight"))
+            weight = torch.full(parameter.shape, one_or_zero, dtype=wanted, device=processor.device)
+        else:
+            weight = _random_matrix(parameter.shape, wanted, block)
+        module = model.get_submodule(module_name)
+        setattr(module, attribute, nn.Parameter(weight, requires_grad=False))
+    return model.eval()
+
+
+def _random_matrix(shape: torch.Size, dtype: torch.dtype, block: Tensor) -> Tensor:
+    weight = torch.empty(shape, dtype=dtype, device=block.device)
+    flat = weight.view(-1)
+    for first in range(0, flat.numel(), len(block)):
+        part = flat[first : first + len(block)]
+        part.copy_(block[: len(part)])
+    return weight.mul_(1 / math.sqrt(shape[-1]))
+
+
+def experts_in_ram(ram: RamTier, pool: cpu.ThreadPool) -> CpuExperts:
+    """The CPU's experts over a slab that holds all of them."""
+    return CpuExperts(ram.config, RamCache(ram), pool)

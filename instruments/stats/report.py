@@ -1,0 +1,270 @@
+"""`moebox stats`: what is known of a model's routing, as figures.
+
+Shapes: L MoE layers, E n_routed_experts, k num_experts_per_tok.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import psutil
+
+from moebox.config import load_config
+from moebox.errors import RequestError
+from moebox.offload.routing.counts import LAYERS_AHEAD, TIERS, Longs, Placement, RoutingCounts
+from moebox.offload.routing.identity import ModelIdentity
+from moebox.offload.routing.replay import POLICIES, hit_curve
+from moebox.offload.routing.statistics import RouterStatistics
+from moebox.offload.routing.trace import RoutingTrace
+
+BUDGETS = (0.05, 0.1, 0.2, 0.5)
+
+REPLAYED_LAYER_STEPS = 30_000
+"""The replay of `moebox stats MODEL` takes as many of the last tokens as make so many steps of a layer."""
+
+Grid = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class StatsOptions:
+    """What the command was asked for.
+
+    Attributes:
+        model: the checkpoint's folder; None: only a trace is replayed.
+        png: where to draw the maps.
+        reset: forget the model's statistics instead of showing them.
+        merge: statistics files of other boxes to add first.
+        replay: a trace to replay instead of what the model decoded last.
+        budgets: shares of all experts that fit.
+        policies: of `offload/routing/replay.py`.
+    """
+
+    model: Path | None
+    png: Path | None = None
+    reset: bool = False
+    merge: tuple[Path, ...] = ()
+    replay: Path | None = None
+    budgets: tuple[float, ...] = BUDGETS
+    policies: tuple[str, ...] = POLICIES
+
+
+@dataclass(frozen=True)
+class HitCurve:
+    """Share of picks that caches of several sizes would have hit.
+
+    Attributes:
+        source: whose picks.
+        tokens: how many of them, the first tenth only to fill the cache.
+        budgets: shares of all experts that fit.
+        hits: policy -> a share from 0 to 1 per budget.
+    """
+
+    source: str
+    tokens: int
+    budgets: tuple[float, ...]
+    hits: dict[str, list[float]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For `--json`."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where each expert lay when a process last said so.
+
+    Attributes:
+        tiers: [L][E], an index of `names`.
+        at_s: when, in seconds since 1970.
+        process, running: whose, and whether it still runs.
+    """
+
+    tiers: list[list[int]]
+    at_s: float
+    process: int
+    running: bool
+    names: tuple[str, ...] = TIERS
+
+
+@dataclass(frozen=True)
+class StatsReport:
+    """A model's routing.
+
+    Attributes:
+        model, file, digest: whose, and where it is kept.
+        layers: the MoE layers' numbers in the model, L of them.
+        n_experts, top_k: E and k.
+        tokens: how many were seen, prompts included.
+        decoded_kept: decoded tokens that are kept whole.
+        saved_at_s: when the file was written, in seconds since 1970.
+        use: [L][E], decayed uses over the mean of the layer's experts.
+        unused_for: [L][E], tokens since the last use, -1: never used.
+        rank: [L][E], the place of each expert among all by use, 0 the most used.
+        shares: for each budget the share of all uses that falls on so many of the most used experts.
+        recall: layers ahead -> share of picks that predictions named; None: nothing was predicted yet.
+        places: where experts lie, if a process said so.
+        curve: the replay; None where nothing was decoded yet.
+    """
+
+    model: str
+    file: str
+    digest: str
+    layers: list[int]
+    n_experts: int
+    top_k: int
+    tokens: int
+    decoded_kept: int
+    saved_at_s: float
+    use: list[list[float]]
+    unused_for: list[list[int]]
+    rank: list[list[int]]
+    shares: dict[str, float]
+    recall: dict[str, float | None]
+    places: Places | None
+    curve: HitCurve | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """For `--json`."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Forgotten:
+    """Statistics that were removed: whose, from which file, of how many tokens."""
+
+    model: str
+    file: str
+    tokens: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """For `--json`."""
+        return asdict(self)
+
+
+def report_stats(options: StatsOptions) -> StatsReport | HitCurve | Forgotten:
+    """Do what the command was asked for: forget, or replay a trace of no model, or report on a model.
+
+    Raises:
+        ConfigError, CheckpointError: `options.model` is no checkpoint.
+        RequestError: there are no statistics yet, or a file to merge or to replay is not usable.
+    """
+    if options.model is None:
+        if options.replay is None:
+            raise RequestError("no model", "Give a checkpoint's folder, or --replay with a trace's file.")
+        return replay_trace(RoutingTrace.load(options.replay), options)
+    config = load_config(options.model)
+    statistics = RouterStatistics.open(ModelIdentity.of(options.model, config))
+    if options.reset:
+        return _forget(statistics)
+    for path in options.merge:
+        statistics.merge(load_counts(path))
+    return report_model(statistics, config.moe_layers.start, options)
+
+
+def report_model(statistics: RouterStatistics, first_layer: int, options: StatsOptions) -> StatsReport:
+    """What `statistics` know; `first_layer` is the number of the model's first MoE layer.
+
+    Raises:
+        RequestError: they know nothing yet, or the trace to replay is not usable.
+    """
+    counts = statistics.counts()
+    if not counts.tokens:
+        raise RequestError(
+            f"{statistics.identity.name}: no router statistics yet; they would be in {statistics.path}",
+            "Run the model: it keeps them unless --no-statistics is given.",
+        )
+    if options.replay is None:
+        trace = statistics.trace()
+        trace = None if trace is None else _last_tokens(trace)
+    else:
+        trace = RoutingTrace.load(options.replay)
+        trace.check(*statistics.identity.shape, tokens=1)
+    curve = None if trace is None else replay_trace(trace, options)
+    return _report(statistics, counts, curve, first_layer, options.budgets)
+
+
+def _forget(statistics: RouterStatistics) -> Forgotten:
+    forgotten = Forgotten(statistics.identity.name, str(statistics.path), statistics.tokens)
+    statistics.reset()
+    return forgotten
+
+
+def load_counts(path: Path) -> RoutingCounts:
+    """A statistics file named by the user; `RequestError` where it is none."""
+    try:
+        return RoutingCounts.load(path)
+    except OSError as error:
+        raise RequestError(f"{path}: cannot be read: {error.strerror or error}") from None
+
+
+def replay_trace(trace: RoutingTrace, options: StatsOptions) -> HitCurve:
+    """The hit curve of `trace`, as `options` say."""
+    hits = hit_curve(trace, options.budgets, options.policies)
+    return HitCurve(trace.source, trace.tokens, options.budgets, hits)
+
+
+def _last_tokens(trace: RoutingTrace) -> RoutingTrace:
+    tokens = max(1, REPLAYED_LAYER_STEPS // trace.layers)
+    return RoutingTrace(trace.ids[-tokens:], trace.n_experts, trace.source)
+
+
+def _report(
+    statistics: RouterStatistics,
+    counts: RoutingCounts,
+    curve: HitCurve | None,
+    first_layer: int,
+    budgets: Sequence[float],
+) -> StatsReport:
+    rank: Longs = np.argsort(np.array(statistics.order())).reshape(counts.uses.shape)
+    unused = np.where(counts.last_use < 0, -1, counts.tokens - 1 - counts.last_use)
+    return StatsReport(
+        model=statistics.identity.name,
+        file=str(statistics.path),
+        digest=counts.digest,
+        layers=list(range(first_layer, first_layer + counts.layers)),
+        n_experts=counts.n_experts,
+        top_k=counts.top_k,
+        tokens=counts.tokens,
+        decoded_kept=len(counts.recent),
+        saved_at_s=statistics.path.stat().st_mtime,
+        use=np.round(_relative(counts.uses), 4).tolist(),
+        unused_for=unused.tolist(),
+        rank=rank.tolist(),
+        shares=_shares(counts.uses, budgets),
+        recall={str(ahead): statistics.recall(ahead) for ahead in range(1, LAYERS_AHEAD + 1)},
+        places=_places(counts.placement),
+        curve=curve,
+    )
+
+
+def _relative(uses: Grid) -> Grid:
+    relative: Grid = uses / np.maximum(uses.mean(1, keepdims=True), 1e-30)
+    return relative
+
+
+def _shares(uses: Grid, budgets: Sequence[float]) -> dict[str, float]:
+    summed = np.cumsum(-np.sort(-uses.ravel()))
+    return {
+        f"{budget:.4g}": round(float(summed[max(1, round(budget * len(summed))) - 1] / summed[-1]), 4)
+        for budget in budgets
+    }
+
+
+def _places(placement: Placement | None) -> Places | None:
+    if placement is None:
+        return None
+    return Places(placement.tiers.tolist(), placement.at_s, placement.process, still_runs(placement))
+
+
+def still_runs(placement: Placement) -> bool:
+    """Whether the process is the one that said so: its number may have been given to another one since."""
+    try:
+        return bool(psutil.Process(placement.process).create_time() <= placement.at_s <= time.time())
+    except psutil.Error:
+        return False

@@ -1,0 +1,51 @@
+// Replays of routing traces for Python.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+
+#include <string>
+#include <utility>
+
+#include "arrays.h"
+#include "module.h"
+#include "residency/replay.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace moebox {
+namespace {
+
+nb::ndarray<nb::numpy, std::int32_t> replay_hits(const Array& ids, std::size_t n_experts, std::size_t slots,
+                                                 Policy policy, double half_life) {
+  std::optional<std::size_t> tokens, layers, top_k;
+  check(ids, "ids", {Type::int32}, {{"T", tokens}, {"L", layers}, {"k", top_k}});
+  const auto* data = static_cast<const std::int32_t*>(ids.data());
+  const std::size_t n = *tokens * *layers * *top_k;
+  for (std::size_t i = 0; i < n; ++i)
+    if (data[i] < 0 || static_cast<std::size_t>(data[i]) >= n_experts)
+      throw nb::value_error(("ids: expert " + std::to_string(data[i]) +
+                             " given, 0 to n_experts=" + std::to_string(n_experts) + " - 1 needed")
+                                .c_str());
+  auto* hits = new std::vector<std::int32_t>;
+  const nb::capsule owner(hits, [](void* p) noexcept { delete static_cast<std::vector<std::int32_t>*>(p); });
+  {
+    const nb::gil_scoped_release unlocked;
+    *hits = replay({data, *tokens, *layers, *top_k, n_experts}, slots, policy, half_life);
+  }
+  return nb::ndarray<nb::numpy, std::int32_t>(hits->data(), {*tokens}, owner);
+}
+
+}  // namespace
+
+void register_replay(nb::module_& m) {
+  nb::enum_<Policy>(m, "Policy")
+      .value("decayed", Policy::decayed)
+      .value("score", Policy::score)
+      .value("lru", Policy::lru)
+      .value("lfu", Policy::lfu)
+      .value("belady", Policy::belady);
+  m.def("replay_hits", &replay_hits, "ids"_a.noconvert(), "n_experts"_a, "slots"_a, "policy"_a,
+        "half_life"_a);
+}
+
+}  // namespace moebox

@@ -1,0 +1,355 @@
+"""The routed experts of all layers, shared between a GPU, the CPU and the road between them.
+
+Shapes: T tokens, H hidden_size, I moe_intermediate_size, E n_routed_experts, k num_experts_per_tok, L MoE
+layers. A key is `moe_index * E + expert`, where moe_index counts MoE layers from 0.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from moebox.config import ModelConfig
+from moebox.errors import PlanError
+from moebox.kernels import cpu
+from moebox.offload.decode.host_step import FIELDS, DecodeRoads, Residency
+from moebox.offload.decode.mailbox import Mailbox
+from moebox.offload.decode.upload_ahead import Decides, UploadsAhead
+from moebox.offload.device.base import Device
+from moebox.offload.disk.store import ExpertStore
+from moebox.offload.experts import Progress
+from moebox.offload.memory.cold_rows import ColdTier, least_rows
+from moebox.offload.memory.gpu_slab import GpuTier, spread_keys
+from moebox.offload.memory.ram_slab import RamTier, Source, SyntheticSource
+from moebox.offload.prefill.layer import PrefillRoads
+from moebox.offload.routing.counts import TIERS
+from moebox.offload.routing.recorder import RoutingRecorder
+from moebox.offload.self_check import check_expert_kernels
+from moebox.offload.traffic import Traffic
+
+if TYPE_CHECKING:
+    from moebox.offload.routing.statistics import RouterStatistics
+
+
+_DECODED = ("hits", "uploads", "part", "cpu", "cold", "wasted")
+_COLUMNS = [FIELDS.index(name) for name in _DECODED]
+
+
+class Routing(Protocol):
+    """Expert ids that are used instead of the router's: an injected trace. `layer` is an MoE index."""
+
+    def prefill(self, layer: int, tokens: int) -> Tensor:
+        """int64 [tokens, k] on the CPU, distinct within a row."""
+        ...
+
+    def decode(self) -> Tensor:
+        """int32 [L, k] on the CPU, distinct within a row: the next token's."""
+        ...
+
+
+class TieredExperts:
+    """Implements `Experts` for prefill; for decode it holds what the token program and its host side share.
+
+    Not thread-safe.
+
+    Attributes:
+        device, pool, ram, gpu: what it was built from.
+        mailbox, roads, prefill: see those modules.
+        shape: (H, I).
+        routing: replaces the router's choice where set.
+        guesses: int32 [L, k] of each token, decoded with `routing`: replaces the routers' guesses where set.
+        ahead: uploads on a guess, where they may be; see `upload_ahead`.
+        nbytes: INT4 bytes of all experts, wherever they lie.
+        exclusive: an expert lies in RAM or on the GPU, not in both.
+        cold: where the two do not hold the model: reads the others from disk.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        device: Device,
+        pool: cpu.ThreadPool,
+        ram: RamTier,
+        gpu: GpuTier,
+        exclusive: bool,
+        cold: ColdTier | None = None,
+    ) -> None:
+        """Use `build`."""
+        self.config, self.device, self.pool, self.ram, self.gpu = config, device, pool, ram, gpu
+        self.exclusive, self.cold = exclusive, cold
+        self.shape = (config.hidden_size, config.moe_intermediate_size)
+        self.routing: Routing | None = None
+        self.guesses: Callable[[], Tensor] | None = None
+        self.ahead: UploadsAhead | None = None
+        self.nbytes = config.experts_bytes
+        self.prefill = PrefillRoads(device, pool, ram, gpu, exclusive, cold)
+        self.mailbox = Mailbox.allocate(
+            device, len(config.moe_layers), config.num_experts_per_tok, config.hidden_size
+        )
+        self.roads = self._decode_roads()
+        self._decoded = np.zeros(len(_DECODED))
+
+    @classmethod
+    def build(
+        cls,
+        config: ModelConfig,
+        device: Device,
+        pool: cpu.ThreadPool,
+        ram: RamTier,
+        slots: int,
+        exclusive: bool = False,
+        store: ExpertStore | None = None,
+    ) -> TieredExperts:
+        """Allocate the GPU's slab and the mailbox; where RAM is filled already, warm the slots from it.
+
+        `slots` is of cache; `gpu.STAGING_SLOTS` come on top for prefill. Fewer are taken, and said, where
+        the device has less memory than was planned. In exclusive mode experts that find no room are left in
+        the `store`, if there is one, which must then stay open.
+
+        Raises:
+            PlanError: RAM, or in exclusive mode RAM and slots together, is too small; no memory for the ring.
+        """
+        gpu = GpuTier(config, device, slots)
+        cold = None
+        if store is not None and exclusive and ram.n_rows + gpu.n_cached < ram.n_keys:
+            cold = _cold_tier(ram, store)
+        else:
+            _check_room(ram, gpu, exclusive)
+        experts = cls(config, device, pool, ram, gpu, exclusive, cold)
+        if (ram.rows >= 0).all():
+            experts._warm(experts._spread_keys())
+        return experts
+
+    def load(
+        self, store: Source, statistics: RouterStatistics | None = None, progress: Progress | None = None
+    ) -> None:
+        """Read experts from disk onto the GPU and into RAM, as far as there are slots and rows.
+
+        Args:
+            statistics: say who is hot, and so who lies where at first, and what the first scores are.
+            progress: see `fill`.
+
+        Raises:
+            CheckpointError: an expert could not be read.
+        """
+        known = statistics is not None and statistics.tokens > 0
+        self.fill(store, progress, statistics.order() if statistics is not None and known else None)
+        if statistics is not None and known:
+            keys, scores = np.arange(self.ram.n_keys, dtype=np.int32), statistics.seed_scores()
+            for residency in self._residencies():
+                residency.seed(keys, scores)
+
+    def fill_synthetic(self, seed: int = 0) -> None:
+        """Random experts in the same places, without a checkpoint; see `RamTier.fill_synthetic`."""
+        self.fill(SyntheticSource(self.config, seed))
+
+    def fill(
+        self, source: Source, progress: Progress | None = None, order: Sequence[int] | None = None
+    ) -> None:
+        """Take experts from `source`; what lay in RAM and in the cache is forgotten.
+
+        Args:
+            progress: called with ("experts", bytes done, bytes in all).
+            order: all keys; the first ones go to the GPU, the last ones stay on disk where not all find room.
+        """
+        self.settle()
+        self.gpu.clear()
+        keys, n_cache = self._spread_keys() if order is None else order, self.gpu.n_cached
+        if not self.exclusive:
+            self.ram.fill(source, progress=progress)
+            self._warm(keys)
+            return
+        in_memory = keys if self.cold is None else keys[: n_cache + self.cold.capacity]
+        n, nbytes = len(in_memory), self.config.expert_bytes
+        for first in range(0, n_cache, self.ram.n_rows):  # through rows that are not in use yet
+            batch = in_memory[first : min(first + self.ram.n_rows, n_cache)]
+            self.ram.fill(source, batch, _part(progress, first, n, nbytes))
+            self.gpu.fill(self.ram, batch)
+        self.ram.fill(source, in_memory[n_cache:], _part(progress, n_cache, n, nbytes))
+        if self.cold is not None:
+            self.cold.take_over()
+        self._get_ready()
+
+    def placement(self) -> npt.NDArray[np.uint8]:
+        """Where each expert lies, or goes: uint8 [L, E] of `counts.TIERS`. Waits for nothing."""
+        tiers = np.full(self.ram.n_keys, TIERS.index("drive"), np.uint8)
+        tiers[self.ram.rows >= 0] = TIERS.index("RAM")
+        tiers[self.gpu.residency.table() >= 0] = TIERS.index("GPU")
+        return tiers.reshape(-1, self.config.n_routed_experts)
+
+    def forward(self, layer: int, expert_ids: Tensor, weights: Tensor, hidden: Tensor) -> Tensor:
+        """See `Experts.forward`: tensors on the device, bf16 `hidden`; `layer` as the model counts.
+
+        Returns when all of the GPU's work is queued, on the compute stream, and the CPU's is done. Layers
+        come in order, the first one starting a chunk.
+
+        Raises:
+            DeviceError: a copy failed.
+            CheckpointError: an expert could not be read.
+        """
+        moe = layer - self.config.first_k_dense_replace
+        self.roads.settle()
+        if moe == 0:
+            for residency in self._residencies():
+                residency.tick += len(hidden)
+        if self.routing is not None:
+            expert_ids = self.routing.prefill(moe, len(hidden))
+        return self.prefill.run(moe, expert_ids, weights, hidden)
+
+    def upload_ahead(self, trial: Decides | None = None) -> None:
+        """Let guesses fill PCIe's idle time while tokens are decoded, while `trial` finds that this pays.
+
+        Does nothing where no expert is ever uploaded.
+        """
+        if 0 < self.gpu.n_cached < self.ram.n_keys:
+            self.ahead = UploadsAhead(self.roads, trial)
+
+    @property
+    def guessing(self) -> bool:
+        """Whether the coming token's program has to guess: an injected trace no router here foresees."""
+        known = self.routing is None or self.guesses is not None
+        return self.ahead is not None and self.ahead.on and known
+
+    def begin_token(self) -> None:
+        """Take all flags down: before the token program is launched, when the last one is over."""
+        self.prefill.settle()
+        self.roads.clear()
+
+    def run_token(self, timeout_s: float = 30.0) -> None:
+        """The host's side of one token, while the program runs: see `DecodeRoads.run_token`.
+
+        Raises:
+            CheckpointError: an expert could not be read; the token is lost, nothing else.
+        """
+        ids = None if self.routing is None else self.routing.decode()
+        guesses = None if ids is None or self.guesses is None else self.guesses()
+        begun_s = time.perf_counter()
+        with nullcontext() if self.cold is None else self.cold.reads():
+            self.roads.run_token(ids, timeout_s, guesses)
+        seconds = time.perf_counter() - begun_s
+        moved = self.roads.stats[:, _COLUMNS].sum(axis=0)
+        self._decoded += moved
+        if self.ahead is not None and (ids is None or guesses is not None):
+            self.ahead.observe(seconds, round(float(moved[1:5].sum())))
+        if self.recorder is not None:
+            self.recorder.token((self.mailbox.ids if ids is None else ids).numpy())
+
+    def traffic(self) -> Traffic:
+        """See `Experts.traffic`. A token that failed is not counted."""
+        hits, uploads, part, cpu, cold, wasted = self._decoded.tolist()
+        nbytes = self.config.expert_bytes
+        decoded = Traffic(
+            gpu_hits=round(hits),
+            ram_hits=round(uploads + part + cpu),
+            disk_hits=round(cold),
+            pcie_bytes=round((uploads + part + wasted) * nbytes),
+            cpu_bytes=round((cpu + cold) * nbytes),
+            disk_bytes=0 if self.cold is None else self.cold.store.traffic().nbytes,
+        )
+        return decoded + self.prefill.traffic()
+
+    @property
+    def recorder(self) -> RoutingRecorder | None:
+        """Is told what was routed, where set."""
+        return self.prefill.recorder
+
+    @recorder.setter
+    def recorder(self, recorder: RoutingRecorder | None) -> None:
+        self.prefill.recorder = recorder
+
+    def settle(self) -> None:
+        """Wait for what is under way: before others look at RAM, slots or records."""
+        self.prefill.settle()
+        self.roads.settle()
+
+    def _decode_roads(self) -> DecodeRoads:
+        box = self.mailbox
+        return DecodeRoads(
+            self.pool,
+            self.gpu.residency,
+            self.device.copier(),
+            shape=self.shape,
+            ram=self.ram.slab,
+            ram_rows=self.ram.rows,
+            slab_address=self.gpu.address,
+            slab_stride=self.gpu.stride,
+            routed=box.routed,
+            listed=box.listed,
+            summed=box.summed,
+            ids=box.ids,
+            weights=box.weights,
+            hits=box.hits,
+            hit_weights=box.hit_weights,
+            uploads=box.uploads,
+            upload_weights=box.upload_weights,
+            part=box.part,
+            part_weight=box.part_weight,
+            hidden=box.hidden,
+            sums=box.sums,
+            guessed=box.guessed,
+            guesses=box.guesses,
+            uploaded_address=box.uploaded.data_ptr(),
+            uploaded_stride_bytes=box.uploaded.stride(0) * box.uploaded.itemsize,
+            one_address=box.one.data_ptr(),
+            n_experts=self.config.n_routed_experts,
+            top_k=self.config.num_experts_per_tok,
+            exclusive=self.exclusive,
+            cold=self.cold,
+            pcie_gbps=self.prefill.costs.pcie_gbps,
+            cpu_gbps=self.prefill.costs.cpu_gbps,
+        )
+
+    def _residencies(self) -> list[Residency]:
+        return [self.gpu.residency] if self.cold is None else [self.gpu.residency, self.cold.residency]
+
+    def _warm(self, keys: Sequence[int]) -> None:
+        self.gpu.fill(self.ram, keys[: self.gpu.n_cached])
+        self._get_ready()
+
+    def _get_ready(self) -> None:
+        """What loading ends with: kernels that are right, and the uploads' speed."""
+        check_expert_kernels(self.device, self.ram, self.gpu, self.shape, self.config.num_experts_per_tok)
+        self.prefill.costs.pcie_gbps = self.roads.pcie_gbps = self.gpu.measure_gbps(self.ram)
+
+    def _spread_keys(self) -> list[int]:
+        return spread_keys(len(self.config.moe_layers), self.config.n_routed_experts)
+
+
+def _check_room(ram: RamTier, gpu: GpuTier, exclusive: bool) -> None:
+    room = ram.n_rows + (gpu.n_cached if exclusive else 0)
+    if room < ram.n_keys:
+        missing_bytes = (ram.n_keys - room) * ram.stride
+        raise PlanError(
+            f"{ram.n_keys} experts; RAM holds {ram.n_rows}"
+            + (f" and the GPU {gpu.n_cached} more" if exclusive else "")
+            + f": {missing_bytes} bytes too few",
+            "Give more RAM or GPU memory.",
+        )
+
+
+def _cold_tier(ram: RamTier, store: ExpertStore) -> ColdTier:
+    least = least_rows(ram.config.num_experts_per_tok)
+    if ram.n_rows < least:
+        raise PlanError(
+            f"RAM holds {ram.n_rows} experts; to read others from disk, {least} are needed: "
+            f"{(least - ram.n_rows) * ram.stride} bytes more",
+            "Give more --ram.",
+        )
+    return ColdTier(ram, store)
+
+
+def _part(progress: Progress | None, first: int, n: int, nbytes: int) -> Progress | None:
+    """`progress` of a part of n experts of `nbytes`, the one that begins with the `first`."""
+    if progress is None:
+        return None
+
+    def report(stage: str, done: int, _: int) -> None:
+        progress(stage, first * nbytes + done, n * nbytes)
+
+    return report

@@ -1,0 +1,116 @@
+"""Experts in GPU memory: one slab of slots in the on-disk layout.
+
+The first slots are a cache that `roads.Residency` keeps track of; the last `STAGING_SLOTS` are a ring that
+prefill passes experts through. A slot holds one expert's extent, as a row in RAM does.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moebox.config import ModelConfig
+from moebox.errors import PlanError
+from moebox.offload.decode.host_step import HALF_LIFE_TOKENS, Residency
+from moebox.offload.device.base import Device
+from moebox.offload.memory.ram_slab import RamTier, row_stride
+
+log = logging.getLogger("moebox")
+
+STAGING_SLOTS = 16
+SHRINK = 0.9
+
+
+class GpuTier:
+    """A slab of slots, and who is in them.
+
+    Attributes:
+        slab: uint8 [n_slots + STAGING_SLOTS, stride] on the device.
+        stride: bytes from slot to slot.
+        n_slots: slots of the cache.
+        residency: of the cache; `reserve` slots of it are kept free for a decode step's uploads.
+    """
+
+    def __init__(self, config: ModelConfig, device: Device, n_slots: int) -> None:
+        """Allocate the slab; fewer slots than asked for where the device's memory does not suffice.
+
+        Raises:
+            PlanError: not even the ring fits.
+        """
+        self.stride = row_stride(config)
+        n_keys = len(config.moe_layers) * config.n_routed_experts
+        self.slab = _allocate(device, n_slots, self.stride)
+        self.n_slots = len(self.slab) - STAGING_SLOTS
+        reserve = min(config.num_experts_per_tok, self.n_slots // 2)
+        self.residency = Residency(n_keys, self.n_slots, reserve, HALF_LIFE_TOKENS, config.n_routed_experts)
+        self._device = device
+
+    @property
+    def address(self) -> int:
+        """Where the slab starts in the device's memory."""
+        return self.slab.data_ptr()
+
+    @property
+    def n_cached(self) -> int:
+        """Experts that the cache holds between layers, with the reserve free."""
+        return self.n_slots - self.residency.reserve
+
+    def clear(self) -> None:
+        """Forget who is in the cache; scores stay."""
+        for key in self.residency.slots():
+            if key >= 0:
+                self.residency.release(int(key))
+
+    def staging(self, place: int) -> int:
+        """Slot number of a place in the ring."""
+        return self.n_slots + place % STAGING_SLOTS
+
+    def fill(self, ram: RamTier, keys: Iterable[int]) -> None:
+        """Upload experts, which have a row each, into free slots of the cache, and wait for them."""
+        for key in keys:
+            slot = self.residency.place(key)
+            self._device.uploads.copy(self.slab[slot], ram.slab[int(ram.rows[key])])
+        self._device.uploads.record().synchronize()
+
+    def measure_gbps(self, ram: RamTier) -> float:
+        """GB/s of uploads from RAM, measured over the ring."""
+        uploads = self._device.uploads
+        begin = uploads.record()
+        for place in range(STAGING_SLOTS):
+            uploads.copy(self.slab[self.staging(place)], ram.slab[place % ram.n_rows])
+        end = uploads.record()
+        end.synchronize()
+        return STAGING_SLOTS * self.stride / end.seconds_since(begin) / 1e9
+
+
+def spread_keys(layers: int, n_experts: int) -> list[int]:
+    """All keys, such that the first n are shared out evenly over the layers."""
+    keys = np.arange(layers * n_experts).reshape(layers, n_experts)
+    return [int(key) for key in keys.T.reshape(-1)]
+
+
+def _allocate(device: Device, n_slots: int, stride: int) -> Tensor:
+    wanted = n_slots
+    while True:
+        try:
+            slab = device.empty((n_slots + STAGING_SLOTS, stride), torch.uint8)
+        except torch.OutOfMemoryError:
+            if not n_slots:
+                raise PlanError(
+                    f"no GPU memory for the {STAGING_SLOTS * stride} bytes that prefill stages experts in",
+                    "Give a smaller context, free GPU memory, or use --device cpu.",
+                ) from None
+            n_slots = min(int(n_slots * SHRINK), n_slots - 1)
+            continue
+        if n_slots < wanted:
+            log.warning(
+                "GPU memory for %d experts, not for the planned %d: others took some meanwhile; "
+                "more experts come from RAM",
+                n_slots,
+                wanted,
+            )
+        return slab

@@ -1,0 +1,96 @@
+"""Which of a prefill layer's uploads stay in the cache, and whose slots they take.
+
+An expert is uploaded straight into the slot it will keep; all others pass through the ring. It is admitted
+when it outscores the weakest resident, as in decoding (`roads.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+from moebox.offload.device.base import Device, Event
+from moebox.offload.memory.gpu_slab import GpuTier
+from moebox.offload.memory.ram_slab import RamTier
+
+
+@dataclass
+class Admissions:
+    """One layer's changes of the cache.
+
+    With `exclusive` an expert has a row in RAM or a slot, not both: who moves in leaves its row to who moves
+    out. Both copies take a while, so a freed slot or row goes with an event; the host sees the new state at
+    once and must wait for `Device.downloads` before it reads such a row.
+    """
+
+    device: Device
+    ram: RamTier
+    gpu: GpuTier
+    exclusive: bool
+    chosen: set[int] = field(default_factory=set)
+    victims: list[int] = field(default_factory=list)
+    """Residents that may go, the weakest last."""
+    _vacated: dict[int, Event] = field(default_factory=dict)
+    _moved_in: list[int] = field(default_factory=list)
+
+    def plan(self, missing: Collection[int], in_use: Collection[int]) -> None:
+        """Choose among the keys that are not resident; those in use are not to be evicted."""
+        residency = self.gpu.residency
+        scores = residency.scores()
+        busy = set(in_use)
+        weakest = [key for key in residency.weakest(len(missing) + len(busy)) if key not in busy]
+        spare = max(0, residency.n_free - residency.reserve)
+        for rank, key in enumerate(sorted(missing, key=lambda key: (-scores[key], key))):
+            rival = rank - spare
+            if rival >= len(weakest) or (rival >= 0 and scores[key] <= scores[weakest[rival]]):
+                break
+            self.chosen.add(key)
+        self.victims = weakest[::-1]
+
+    def slot(self, key: int) -> int | None:
+        """Give `key` a slot, and queue its upload's wait for that slot; None if it is not to stay."""
+        residency = self.gpu.residency
+        if key not in self.chosen:
+            return None
+        if residency.n_free <= residency.reserve and not self.exclusive:
+            residency.release(self.victims.pop())
+        if not residency.n_free:
+            return None
+        self._moved_in.append(key)
+        slot = residency.place(key)
+        if slot in self._vacated:
+            self.device.uploads.wait(self._vacated.pop(slot))
+        return slot
+
+    def uploaded(self, event: Event) -> None:
+        """Let victims take the rows of who moved in; `event` lies behind the uploads of all slots so far."""
+        if self.exclusive:
+            self.device.downloads.wait(event)
+            for key in self._moved_in:
+                row = int(self.ram.rows[key])
+                self.ram.rows[key] = -1
+                self._move_out(row)
+        self._moved_in.clear()
+
+    def _move_out(self, row: int) -> None:
+        residency = self.gpu.residency
+        if residency.n_free >= residency.reserve or not self.victims:
+            return
+        victim = self.victims.pop()
+        slot = residency.slot(victim)
+        self.device.downloads.copy(self.ram.slab[row], self.gpu.slab[slot])
+        self._vacated[slot] = self.device.downloads.record()
+        self.ram.rows[victim] = row  # first, so that no interrupt leaves it nowhere
+        residency.release(victim)
+
+    def finish(self) -> None:
+        """All copies are done."""
+
+    def undo(self) -> None:
+        """Forget what may not have arrived; all that was queued is done."""
+        if not self.exclusive:
+            self.gpu.clear()
+            return
+        for key in self._moved_in:
+            if self.ram.rows[key] >= 0 and self.gpu.residency.slot(key) >= 0:
+                self.gpu.residency.release(key)

@@ -1,0 +1,297 @@
+"""A loaded model, and conversations with it: `Engine` holds the weights, `Session` a cache of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from threading import Event
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from moebox.config import ModelConfig
+from moebox.errors import MoeboxError, PlanError, RequestError
+from moebox.offload.checkpoint.safetensors import Checkpoint
+from moebox.offload.traffic import Traffic
+from moebox.runtime.engine.cpu_plan import MemoryPlan
+from moebox.runtime.engine.cpu_runner import Runner, load_on_cpu
+from moebox.runtime.model import precision
+from moebox.runtime.model.kv_cache import bytes_per_token
+from moebox.runtime.model.loader import LoadOptions, Progress, check_names, check_quantized, stored_bytes
+
+if TYPE_CHECKING:
+    from moebox.runtime.engine.gpu_plan import GpuPlan
+
+Cancel = Event | Callable[[], bool]
+"""Set, or returning True, when a prefill should stop."""
+
+
+class Cancelled(MoeboxError):
+    """A prefill was cancelled; the session holds the chunks that were finished."""
+
+
+class Engine:
+    """A model of the family, ready to compute.
+
+    Attributes:
+        config: the checkpoint's configuration.
+        folder: the checkpoint.
+        experts_bytes: INT4 bytes of all routed experts.
+        backbone_bytes: bytes of everything else, as loaded.
+        backbone_saved_bytes: what int8 or nf4 saves of the backbone, against bf16.
+        kv_bytes_per_token: bytes of cache that a token of context takes.
+        context: tokens that a session may hold unless it asks for less.
+        dtype: what the backbone computes in.
+        runner: where, and how.
+        plan: the memory that loading has shared out.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, runner: Runner, plan: MemoryPlan | GpuPlan) -> None:
+        self.folder = checkpoint.folder
+        self.config: ModelConfig = checkpoint.config
+        self.runner = runner
+        self.plan = plan
+        self.dtype = runner.dtype
+        self.context = plan.context
+        self.experts_bytes = self.config.experts_bytes
+        self.backbone_bytes = stored_bytes(runner.model)
+        self.backbone_saved_bytes = plan.unquantized_backbone_bytes - self.backbone_bytes
+        self.kv_bytes_per_token = bytes_per_token(self.config, self.dtype)
+
+    @classmethod
+    def load(
+        cls,
+        path: Path,
+        *,
+        device: str | None = None,
+        vram: int | None = None,
+        ram: int | None = None,
+        backbone: str = "bf16",
+        dtype: torch.dtype | None = None,
+        context: int | None = None,
+        threads: int | None = None,
+        progress: Progress | None = None,
+        stores: Sequence[Path] = (),
+        verify_reads: bool = False,
+        prefetch: bool = True,
+        statistics: bool = True,
+        record_trace: Path | None = None,
+    ) -> Engine:
+        """Load a quantized checkpoint.
+
+        Args:
+            path: a folder that `moebox quantize` wrote, or a native INT4 checkpoint.
+            device: "cpu", "cuda" or "cuda:N"; None: the GPU if there is one. "stand-in" runs the GPU's code
+                in CPU memory, for tests.
+            vram: bytes of GPU memory to use; None: what is free.
+            ram: bytes that experts (and without a GPU everything else of the model) may take; experts beyond
+                it are read from disk as they are needed. None: what is free.
+            backbone: "bf16", or on the CPU "int8" or "nf4".
+            dtype: `torch.bfloat16` or, on the CPU, `torch.float32`; None: bf16, but fp32 for a backbone of up
+                to 64 MiB on a CPU without bf16 instructions, where that is faster.
+            context: tokens a session can hold; None: `max_position_embeddings`, or what memory allows.
+            threads: cores to compute on; None: all that this process may use.
+            progress: called with ("backbone" | "memory" | "experts", bytes done, bytes in all).
+            stores: folders, best on several drives, with copies of some or all shards.
+            verify_reads: compare every expert that is read with its checksum.
+            prefetch: read experts that the next layers are likely to need, while the drives are idle.
+            statistics: let earlier runs' routing say what to keep at first, and learn from this one's.
+            record_trace: a file for the experts that were picked.
+
+        Raises:
+            ConfigError: `config.json` is missing or of another family.
+            CheckpointError: not quantized, damaged, or tensors do not match the config.
+            PlanError: it does not fit the memory, or asks for what the device does not have.
+        """
+        precision.check_precision(backbone)
+        if threads is not None and threads < 1:
+            raise PlanError(f"threads = {threads}, at least 1 is needed")
+        options = LoadOptions(
+            vram,
+            ram,
+            backbone,
+            dtype,
+            context,
+            threads,
+            progress,
+            tuple(map(Path, stores)),
+            verify_reads,
+            prefetch,
+            statistics,
+            None if record_trace is None else Path(record_trace),
+        )
+        name = device or _default_device()
+        checkpoint = Checkpoint.open(Path(path), stores=options.stores)
+        check_quantized(checkpoint)
+        check_names(checkpoint)
+        load_runner = load_on_cpu if name == "cpu" else partial(_load_on_gpu, name)
+        runner, plan = load_runner(checkpoint, options)
+        return cls(checkpoint, runner, plan)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the backbone computes."""
+        return self.runner.model.processor.device
+
+    def traffic(self) -> Traffic:
+        """Where experts were found and what moved since loading began; differences count."""
+        return self.runner.traffic()
+
+    def close(self) -> None:
+        """End reads, and save what was learned of the routing; the model computes nothing afterwards."""
+        self.runner.close()
+
+    @torch.inference_mode()
+    def logits(self, token_ids: list[int]) -> Tensor:
+        """One forward pass over `token_ids` [T], no cache kept: fp32 [T, vocab_size].
+
+        Raises:
+            RequestError: no tokens, an id outside the vocabulary, or more than `context` tokens.
+        """
+        self._check_tokens(token_ids, self.context)
+        cache = self.runner.new_cache(len(token_ids))
+        chunks = _chunks(token_ids, self.runner.chunk_tokens)
+        return torch.cat([self.runner.forward(chunk, cache) for chunk in chunks])
+
+    def session(self, context: int | None = None) -> Session:
+        """A conversation with a cache of its own, for up to `context` tokens.
+
+        Raises:
+            RequestError: more than `max_position_embeddings`, or than memory allows.
+        """
+        if context is not None and not 1 <= context <= self.context:
+            raise RequestError(
+                f"context of {context} tokens; this model and memory allow 1 to {self.context}"
+            )
+        return Session(self, context or self.context)
+
+    def _check_tokens(self, token_ids: list[int], context: int) -> None:
+        if not token_ids:
+            raise RequestError("no tokens to compute")
+        if len(token_ids) > context:
+            raise RequestError(
+                f"{len(token_ids)} tokens do not fit the context of {context}",
+                "Shorten the conversation, or load the model with a larger context.",
+            )
+        low, high = min(token_ids), max(token_ids)
+        if low < 0 or high >= self.config.vocab_size:
+            raise RequestError(
+                f"token id {low if low < 0 else high} is outside the vocabulary of {self.config.vocab_size}"
+            )
+
+
+class Session:
+    """One conversation: its cache survives from turn to turn, so that only new tokens are computed.
+
+    Attributes:
+        context: tokens that fit.
+        reused: tokens of the last prefill that the cache already held.
+        computed: tokens that the last prefill has computed.
+    """
+
+    def __init__(self, engine: Engine, context: int) -> None:
+        self.engine = engine
+        self.context = context
+        self.reused = 0
+        self.computed = 0
+        self._cache = engine.runner.new_cache(context)
+
+    @property
+    def tokens(self) -> list[int]:
+        """What the cache holds: a copy of the token ids."""
+        return list(self._cache.tokens)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes that the cache has allocated."""
+        return self._cache.nbytes
+
+    @torch.inference_mode()
+    def prefill(
+        self,
+        token_ids: list[int],
+        *,
+        on_progress: Callable[[int, int], None] | None = None,
+        cancel: Cancel | None = None,
+    ) -> Tensor:
+        """Bring the cache to `token_ids`, the whole conversation so far, and predict what follows.
+
+        The longest common prefix with what the cache holds is kept; the rest, at least the last token, is
+        computed in chunks. After an error, a cancellation or an interrupt the session holds the chunks that
+        were finished and can go on from there.
+
+        Args:
+            token_ids: T ids from the start of the conversation.
+            on_progress: called with (tokens computed, tokens to compute), first with 0 and then per chunk.
+            cancel: looked at before every layer.
+
+        Returns:
+            fp32 [vocab_size], the logits after the last token.
+
+        Raises:
+            RequestError: `token_ids` is empty, does not fit the context or leaves the vocabulary.
+            Cancelled: `cancel` was set.
+        """
+        self.engine._check_tokens(token_ids, self.context)
+        self.reused = min(common_prefix(self._cache.tokens, token_ids), len(token_ids) - 1)
+        self.computed = 0
+        self._cache.truncate(self.reused)
+        rest = token_ids[self.reused :]
+        if on_progress is not None:
+            on_progress(0, len(rest))
+        runner, check = self.engine.runner, _checker(cancel)
+        for chunk in _chunks(rest, runner.chunk_tokens):
+            logits = runner.forward(chunk, self._cache, last_only=True, between_layers=check)
+            self.computed += len(chunk)
+            if on_progress is not None:
+                on_progress(self.computed, len(rest))
+        return logits[0]
+
+    @torch.inference_mode()
+    def decode(self, token: int) -> Tensor:
+        """Append one token and predict the next: fp32 [vocab_size].
+
+        Raises:
+            RequestError: the context is full, or the id is outside the vocabulary.
+        """
+        held = len(self._cache)
+        if held >= self.context:
+            raise RequestError(
+                f"{held + 1} tokens do not fit the context of {self.context}",
+                "Start a new conversation, or load the model with a larger context.",
+            )
+        self.engine._check_tokens([token], self.context)
+        return self.engine.runner.forward([token], self._cache)[0]
+
+
+def common_prefix(a: list[int], b: list[int]) -> int:
+    """Number of leading elements that `a` and `b` share."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _chunks(token_ids: list[int], size: int) -> list[list[int]]:
+    return [token_ids[start : start + size] for start in range(0, len(token_ids), size)]
+
+
+def _checker(cancel: Cancel | None) -> Callable[[], None] | None:
+    if cancel is None:
+        return None
+    is_set = cancel.is_set if isinstance(cancel, Event) else cancel
+
+    def check() -> None:
+        if is_set():
+            raise Cancelled("the prefill was cancelled")
+
+    return check
+
+
+def _default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _load_on_gpu(name: str, checkpoint: Checkpoint, options: LoadOptions) -> tuple[Runner, GpuPlan]:
+    from moebox.runtime.engine.gpu_runner import load_on_gpu  # what it imports is of no use without a GPU
+
+    return load_on_gpu(name, checkpoint, options)

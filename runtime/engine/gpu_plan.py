@@ -1,0 +1,208 @@
+"""Whether a model fits a GPU and the RAM beside it: decided from the config, before anything is loaded.
+
+VRAM = backbone + cache for the context + workspace of a prefill chunk + staging for uploads + reserve; what
+is left holds experts. RAM holds all experts beside what is learned of the router; where it cannot, RAM and
+VRAM together hold each expert once; where that is not enough either, the others are read from disk as they
+are needed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from moebox.config import ModelConfig
+from moebox.errors import PlanError
+from moebox.offload.memory.cold_rows import least_rows, spare_rows
+from moebox.offload.memory.gpu_slab import STAGING_SLOTS
+from moebox.offload.memory.ram_slab import row_stride
+from moebox.runtime.engine.cpu_plan import SMALLEST_CONTEXT, SYSTEM_SHARE, check_context, gib, learned_bytes
+from moebox.runtime.model.compute import EXPANDED_BYTES
+from moebox.runtime.model.kv_cache import bytes_per_token
+from moebox.runtime.model.precision import planned_bytes
+
+CHUNK_TOKENS = 8192
+"""Tokens of a prompt that go through the GPU at once, where memory allows: each chunk reads every expert."""
+SMALLEST_CHUNK_TOKENS = 256
+EXPERT_PAIRS = 8192
+"""Pairs of token and expert that the GPU's kernel for many tokens takes in one round."""
+WORKSPACE_SHARE = 0.1
+"""Part of the memory beside backbone and cache that a chunk's intermediate values may take."""
+CACHE_SHARE = 0.15
+"""Part of the memory beside the backbone that the cache may take where no context was asked for."""
+RESERVE_BYTES = 768 << 20
+"""Left alone: kernels, graphs, libraries' workspaces, fragmentation."""
+
+
+@dataclass(frozen=True)
+class GpuPlan:
+    """What a load takes of VRAM and RAM, in bytes, tokens and experts.
+
+    `slots` experts fit the GPU beside everything else, `ram_rows` the RAM, some of which are passed through:
+    `hot` and `warm` ones stay there, `cold` ones lie on disk only. `exclusive` where an expert lies in one
+    place only; else the hot ones are among the warm ones.
+    """
+
+    context: int
+    chunk_tokens: int
+    backbone_bytes: int
+    kv_bytes: int
+    workspace_bytes: int
+    staging_bytes: int
+    slots: int
+    ram_rows: int
+    exclusive: bool
+    hot: int = 0
+    warm: int = 0
+    cold: int = 0
+    learned_bytes: int = 0
+
+    @property
+    def unquantized_backbone_bytes(self) -> int:
+        """The same as `backbone_bytes`: on a GPU the backbone stays bf16."""
+        return self.backbone_bytes
+
+    @property
+    def fixed_bytes(self) -> int:
+        """VRAM that is taken before the first expert."""
+        parts = (self.backbone_bytes, self.kv_bytes, self.workspace_bytes, self.staging_bytes)
+        return sum(parts) + RESERVE_BYTES
+
+
+def plan_gpu_memory(
+    config: ModelConfig,
+    *,
+    vram: int | None,
+    free_vram: int,
+    ram: int | None,
+    free_ram: int,
+    context: int | None,
+) -> GpuPlan:
+    """Share out VRAM and RAM; sizes in bytes, `context` in tokens, None for what is free or reasonable.
+
+    Raises:
+        PlanError: with the numbers, when it does not fit.
+    """
+    check_context(config, context)
+    for name, budget, free in (("VRAM", vram, free_vram), ("RAM", ram, free_ram)):
+        if budget is not None and budget > free:
+            raise PlanError(
+                f"{name} budget of {gib(budget)}, but only {gib(free)} are free", "Give a smaller budget."
+            )
+    room = free_vram if vram is None else vram
+    plan = _fixed_parts(config, room, context)
+    if plan.fixed_bytes > room:
+        raise PlanError(
+            f"the GPU needs {gib(plan.fixed_bytes)} before the first expert ({describe_fixed(plan)}); "
+            f"{'the VRAM budget is' if vram is not None else 'free are'} {gib(room)}: "
+            f"{gib(plan.fixed_bytes - room)} are missing",
+            "Give a larger --vram or a smaller --context, or use --device cpu.",
+        )
+    most = n_keys(config) + config.num_experts_per_tok  # some are kept free for uploads
+    slots = min((room - plan.fixed_bytes) // row_stride(config), most)
+    return _share_experts(config, plan, slots, int(free_ram * (1 - SYSTEM_SHARE)) if ram is None else ram)
+
+
+def least_vram_bytes(config: ModelConfig, context: int) -> int:
+    """VRAM without which a model cannot be loaded: everything but experts, with the smallest chunks."""
+    return _fixed_parts(config, 0, context).fixed_bytes
+
+
+def n_keys(config: ModelConfig) -> int:
+    """Routed experts of all layers."""
+    return len(config.moe_layers) * config.n_routed_experts
+
+
+def describe_fixed(plan: GpuPlan) -> str:
+    """The parts of `fixed_bytes` in words."""
+    return (
+        f"backbone {gib(plan.backbone_bytes)} + cache {gib(plan.kv_bytes)} for {plan.context} tokens + "
+        f"workspace {gib(plan.workspace_bytes)} for chunks of {plan.chunk_tokens} + "
+        f"staging {gib(plan.staging_bytes)} + reserve {gib(RESERVE_BYTES)}"
+    )
+
+
+def _fixed_parts(config: ModelConfig, room: int, context: int | None) -> GpuPlan:
+    backbone_bytes = planned_bytes(config.backbone_shapes(), torch.bfloat16, "bf16")
+    per_token = bytes_per_token(config, torch.bfloat16) + 4 * config.qk_rope_head_dim  # with its rotation
+    left = room - backbone_bytes - RESERVE_BYTES
+    if context is None:
+        affordable = max(SMALLEST_CONTEXT, int(left * CACHE_SHARE) // per_token)
+        context = min(affordable, config.max_position_embeddings)
+    kv_bytes = context * per_token
+    chunk = _chunk_tokens(config, context, int((left - kv_bytes) * WORKSPACE_SHARE))
+    return GpuPlan(
+        context=context,
+        chunk_tokens=chunk,
+        backbone_bytes=backbone_bytes,
+        kv_bytes=kv_bytes,
+        workspace_bytes=workspace_bytes(config, chunk, context),
+        staging_bytes=STAGING_SLOTS * row_stride(config),
+        slots=0,
+        ram_rows=0,
+        exclusive=False,
+    )
+
+
+def _chunk_tokens(config: ModelConfig, context: int, room: int) -> int:
+    """The largest power of two whose workspace fits `room`, between the two limits."""
+    chunk = CHUNK_TOKENS
+    while chunk > SMALLEST_CHUNK_TOKENS:
+        if chunk < 2 * context and workspace_bytes(config, chunk, context) <= room:
+            break
+        chunk //= 2
+    return chunk
+
+
+def workspace_bytes(config: ModelConfig, chunk: int, context: int) -> int:
+    """VRAM that a chunk's intermediate values take at most, in a layer of any kind."""
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    expanded = 2 * context * heads * (3 * config.qk_head_dim + config.v_head_dim)
+    # Bytes a token: the residual before and after (fp32), its norm on the way and in bf16; then the widest of
+    # attention (queries, positional parts through complex numbers, mixed values), dense MLP (gate and up,
+    # silu and product) and experts (regrouped input and two sums, beside a round's pairs).
+    queries = heads * (4 * config.qk_head_dim + 16 * config.qk_rope_head_dim + 6 * config.v_head_dim)
+    widest = max(queries, 8 * config.intermediate_size, 10 * hidden)
+    pairs = min(max(EXPERT_PAIRS, chunk), chunk * config.num_experts_per_tok)
+    per_pair = 4 * hidden + 2 * config.moe_intermediate_size
+    return chunk * (16 * hidden + widest) + pairs * per_pair + min(EXPANDED_BYTES, expanded)
+
+
+def _share_experts(config: ModelConfig, plan: GpuPlan, slots: int, ram_room: int) -> GpuPlan:
+    keys, top_k = n_keys(config), config.num_experts_per_tok
+    hot = min(max(slots - top_k, 0), keys)  # the others are passed through
+    rows, learned = _rows(config, ram_room, residencies=1)
+    if rows + hot >= keys:
+        warm = keys if rows == keys else keys - hot
+    else:
+        rows, learned = _rows(config, ram_room, residencies=2)  # of slots and of rows
+        _check_cold_rows(config, rows, learned)
+        warm = rows - spare_rows(rows, top_k)
+    return replace(
+        plan,
+        slots=slots,
+        ram_rows=rows,
+        exclusive=rows < keys,
+        hot=hot,
+        warm=warm,
+        cold=keys - hot - warm if rows < keys else 0,
+        learned_bytes=learned,
+    )
+
+
+def _rows(config: ModelConfig, ram_room: int, residencies: int) -> tuple[int, int]:
+    """Experts that RAM holds beside what is learned of the router, and the bytes of that."""
+    learned = learned_bytes(config, residencies)
+    return min(max(ram_room - learned, 0) // row_stride(config), n_keys(config)), learned
+
+
+def _check_cold_rows(config: ModelConfig, rows: int, learned: int) -> None:
+    row_bytes, least = row_stride(config), least_rows(config.num_experts_per_tok)
+    if rows < least:
+        raise PlanError(
+            f"RAM holds {gib(rows * row_bytes)} of experts beside {gib(learned)} of router statistics; to "
+            f"read others from disk, room for {least} is needed, {gib(least * row_bytes)}: "
+            f"{gib((least - rows) * row_bytes)} are missing",
+            "Give more --ram.",
+        )

@@ -1,0 +1,276 @@
+"""The runner of a GPU: prefill through the modules, decoding through a program captured once per cache."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor
+
+from moebox.config import ModelConfig
+from moebox.errors import PlanError, RequestError
+from moebox.kernels import cpu
+from moebox.offload.checkpoint.safetensors import Checkpoint
+from moebox.offload.device.base import Device, Launch, open_device
+from moebox.offload.disk.store import ExpertStore
+from moebox.offload.gpu_experts import TieredExperts
+from moebox.offload.machine.hardware import available_ram_bytes
+from moebox.offload.memory.ram_slab import RamTier
+from moebox.offload.traffic import Traffic
+from moebox.runtime.engine.cpu_plan import gib
+from moebox.runtime.engine.decode_program import DecodeProgram
+from moebox.runtime.engine.gpu_plan import GpuPlan, plan_gpu_memory
+from moebox.runtime.engine.recording import open_recording
+from moebox.runtime.model.compute import GpuProcessor
+from moebox.runtime.model.kimi_k2 import KimiK2
+from moebox.runtime.model.kv_cache import KVCache
+from moebox.runtime.model.loader import LoadOptions, load_backbone
+
+log = logging.getLogger("moebox")
+
+CORES_FOR_UPLOADS = 1
+"""Left free of the experts' threads by default: spinning on every core starves what queues the uploads."""
+SMALLEST_RETRY_TOKENS = 8
+"""Where a chunk of twice as many does not fit, no smaller one is tried."""
+LOGITS_ROWS = 256
+"""Tokens whose logits are computed at once: 160 MiB of fp32 at K2's vocabulary."""
+
+
+class GpuRunner:
+    """Backbone and caches on the device, experts where `experts` has them. See `Runner`.
+
+    Args:
+        model: bf16 on the device, made with its processor; gets its experts here.
+        device: where.
+        experts: the tiers.
+        memory: lent to one session after the other.
+        chunk_tokens: tokens that go through the model at once.
+        resources: what `close` closes; the runner's end does, too.
+        recorded: closed by `close` only, before the others.
+    """
+
+    def __init__(
+        self,
+        model: KimiK2,
+        device: Device,
+        experts: TieredExperts,
+        memory: CacheMemory,
+        chunk_tokens: int,
+        resources: ExitStack | None = None,
+        recorded: ExitStack | None = None,
+    ) -> None:
+        model.connect(experts)
+        self.model = model
+        self.dtype = torch.bfloat16
+        self.chunk_tokens = chunk_tokens
+        self.experts = experts
+        self._device = device
+        self._rotations = model.model.rotary.tables(memory.capacity)
+        self._inputs = device.pinned((2,), torch.int64)
+        self._logits = device.pinned((model.config.vocab_size,), torch.float32)
+        self._spare = [memory]
+        self._resources, self._recorded = resources or ExitStack(), recorded or ExitStack()
+        weakref.finalize(self, self._resources.close)
+
+    def new_cache(self, context: int) -> KVCache:
+        """See `Runner.new_cache`: the memory that was planned for, or new memory where that is lent."""
+        if not self._spare or self._spare[0].capacity < context:
+            return DeviceCache(self.model.config, context, self._allocate(context))
+        memory = self._spare.pop()
+        cache = DeviceCache(self.model.config, context, memory)
+        weakref.finalize(cache, self._spare.append, memory)
+        return cache
+
+    def _allocate(self, context: int) -> CacheMemory:
+        try:
+            return CacheMemory(self.model, self._device, context)
+        except torch.OutOfMemoryError:
+            free = gib(self._device.free_vram_bytes())
+            raise RequestError(
+                f"no GPU memory for the cache of another conversation of {context} tokens ({free} are free)",
+                "End the other conversation, or ask for a smaller context.",
+            ) from None
+
+    def forward(
+        self,
+        token_ids: list[int],
+        cache: KVCache,
+        *,
+        last_only: bool = False,
+        between_layers: Callable[[], None] | None = None,
+    ) -> Tensor:
+        """See `Runner.forward`."""
+        if not isinstance(cache, DeviceCache):
+            raise TypeError("the cache was not made by this runner")
+        # Torch's own threads would spin on the cores of the experts'; what is left for them here is small.
+        torch.set_num_threads(1)
+        if len(token_ids) == 1:
+            if between_layers is not None:
+                between_layers()
+            return self.decode(token_ids[0], cache)[None]
+        try:
+            hidden = self.model(token_ids, cache, between_layers)
+        except torch.OutOfMemoryError:
+            half = self._halve_chunks(len(token_ids))
+        else:
+            return self._to_logits(hidden[-1:] if last_only else hidden)
+        parts = [token_ids[start : start + half] for start in range(0, len(token_ids), half)]
+        logits = [
+            self.forward(part, cache, last_only=last_only, between_layers=between_layers) for part in parts
+        ]
+        return logits[-1] if last_only else torch.cat(logits)
+
+    def _halve_chunks(self, count: int) -> int:
+        """Go on with chunks of half as many tokens as there was no memory for; returns how many."""
+        if count < 2 * SMALLEST_RETRY_TOKENS:
+            free = gib(self._device.free_vram_bytes())
+            raise RequestError(
+                f"no GPU memory for a chunk of {count} tokens ({free} are free)",
+                "Other programs may have taken it; end them, or load the model with a smaller --vram.",
+            ) from None
+        half = -(-count // 2)
+        log.warning("no GPU memory for chunks of %d tokens: going on with %d, which is slower", count, half)
+        self.chunk_tokens = min(self.chunk_tokens, half)
+        return half
+
+    def _to_logits(self, hidden: Tensor) -> Tensor:
+        """`hidden [T, H]` on the device -> fp32 [T, vocab_size] on the CPU."""
+        parts = torch.split(hidden, LOGITS_ROWS)
+        return torch.cat([self.model.logits(rows).cpu() for rows in parts])
+
+    def decode(self, token: int, cache: DeviceCache) -> Tensor:
+        """Run one token through the program, and commit it to the cache: fp32 [vocab_size] on the CPU."""
+        self._inputs[0], self._inputs[1] = token, len(cache)  # compiling runs it too
+        launch = self._launches(cache.memory)[self.experts.guessing]
+        self.experts.begin_token()
+        try:
+            launch.start()
+            self.experts.run_token()
+        except BaseException:
+            self._release()
+            launch.finish()
+            raise
+        launch.finish()
+        cache.commit([token])
+        return self._logits.clone()
+
+    def traffic(self) -> Traffic:
+        """See `Runner.traffic`."""
+        return self.experts.traffic()
+
+    def close(self) -> None:
+        """See `Runner.close`."""
+        self._recorded.close()
+        self._resources.close()
+
+    def _release(self) -> None:
+        """Let a running program end without its host: an interrupt may have come before the first step."""
+        box = self.experts.mailbox
+        box.raise_host_flags()
+        uploads = self._device.uploads  # the compute stream waits, and cannot do it
+        uploads.copy(box.uploaded, box.summed)
+        uploads.record().synchronize()
+
+    def _launches(self, memory: CacheMemory) -> dict[bool, Launch]:
+        """The programs for this memory, by whether they guess; compiled at its first token."""
+        wanted = {False} if self.experts.ahead is None else {False, True}
+        for guesses in sorted(wanted - memory.launches.keys()):
+            memory.launches[guesses] = self._compile(memory, guesses)
+        return memory.launches
+
+    def _compile(self, memory: CacheMemory, guesses: bool) -> Launch:
+        box = self.experts.mailbox
+        program = DecodeProgram(
+            self.model,
+            self._device.ops,
+            box,
+            self.experts.gpu.slab,
+            self.experts.ram.slab,
+            self._rotations,
+            memory.layers,
+            self._inputs,
+            self._logits,
+            guesses,
+        )
+        box.raise_flags()
+        return self._device.compile(program)
+
+
+class DeviceCache(KVCache):
+    """A cache in device memory that is there from the start."""
+
+    def __init__(self, config: ModelConfig, context: int, memory: CacheMemory) -> None:
+        super().__init__(config, torch.bfloat16, context, memory.layers)
+        self.memory = memory
+
+
+class CacheMemory:
+    """Device memory for the cache of `capacity` tokens, and the decode programs made for it."""
+
+    def __init__(self, model: KimiK2, device: Device, capacity: int) -> None:
+        config = model.config
+        shape = (capacity, config.kv_lora_rank + config.qk_rope_head_dim)
+        self.capacity = capacity
+        self.layers = [device.empty(shape, torch.bfloat16) for _ in range(config.num_hidden_layers)]
+        self.launches: dict[bool, Launch] = {}
+
+
+def load_on_gpu(name: str, checkpoint: Checkpoint, options: LoadOptions) -> tuple[GpuRunner, GpuPlan]:
+    """Load a checkpoint that was checked onto the device called `name`; see `Engine.load`."""
+    _check_options(name, options)
+    device, config = open_device(name), checkpoint.config
+    plan = plan_gpu_memory(
+        config,
+        vram=options.vram,
+        free_vram=device.free_vram_bytes(),
+        ram=options.ram,
+        free_ram=available_ram_bytes(),
+        context=options.context,
+    )
+    try:
+        return _load_planned(checkpoint, device, plan, options), plan
+    except torch.OutOfMemoryError:
+        raise PlanError(
+            f"{name} ran out of memory while loading: {gib(device.free_vram_bytes())} are free, "
+            f"{gib(plan.fixed_bytes)} were planned beside the experts",
+            "Other programs may have taken it; end them, or give a smaller --vram.",
+        ) from None
+
+
+def _load_planned(checkpoint: Checkpoint, device: Device, plan: GpuPlan, options: LoadOptions) -> GpuRunner:
+    config = checkpoint.config
+    processor = GpuProcessor(device.torch_device, device.ops)
+    with ExitStack() as opened, ExitStack() as recorded:
+        recording = open_recording(checkpoint, options.statistics, options.record_trace)
+        recorded.callback(recording.close)
+        store = opened.enter_context(
+            ExpertStore.open(checkpoint, options.stores, verify=options.verify_reads)
+        )
+        model = load_backbone(checkpoint, None, torch.bfloat16, "bf16", options.progress, processor)
+        # The experts' slab comes last: it is what shrinks where memory turns out to be short.
+        memory = CacheMemory(model, device, plan.context)
+        pool = cpu.ThreadPool(options.threads or max(1, cpu.allowed_cpus() - CORES_FOR_UPLOADS))
+        ram = RamTier(config, plan.ram_rows, device, options.progress)
+        experts = TieredExperts.build(config, device, pool, ram, plan.slots, plan.exclusive, store)
+        experts.load(store, recording.statistics, options.progress)
+        if options.prefetch:
+            experts.upload_ahead()
+        experts.recorder = recording.recorder
+        recording.placed_by(experts)
+        chunk_tokens = plan.chunk_tokens
+        return GpuRunner(model, device, experts, memory, chunk_tokens, opened.pop_all(), recorded.pop_all())
+
+
+def _check_options(name: str, options: LoadOptions) -> None:
+    if options.backbone != "bf16":
+        raise PlanError(
+            f"backbone = {options.backbone!r} on {name}: a GPU runs the backbone in bf16",
+            "Leave --backbone out, or use --device cpu.",
+        )
+    if options.dtype not in (None, torch.bfloat16):
+        raise PlanError(
+            f"dtype = {options.dtype} on {name}: a GPU computes in bf16", "Leave it out, or use the CPU."
+        )

@@ -1,0 +1,94 @@
+"""What a terminal may be shown, and how an interrupt reaches a running answer."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import TYPE_CHECKING, TextIO
+
+from moebox.runtime.text.pieces import Stats
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+# C0 without tab and newline, DEL, C1, and the marks that reorder text on the screen.
+_UNSAFE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+
+
+def harmless(text: str) -> str:
+    """`text` with every control character made visible: no terminal escape sequence survives.
+
+    A model's text is not trusted with the cursor, the title, the clipboard or the direction of writing.
+    """
+    return _UNSAFE.sub(_visible, text)
+
+
+def _visible(match: re.Match[str]) -> str:
+    code = ord(match[0])
+    if code < 0x20:
+        return chr(0x2400 + code)  # Unicode's control pictures: ESC becomes one small "ESC"
+    return "\u2421" if code == 0x7F else f"<U+{code:04X}>"
+
+
+def open_console(stream: TextIO) -> Console:
+    """A rich console that writes text as it is: no markup, no highlighting, no wrapping.
+
+    Styles only on a terminal, and none at all with NO_COLOR set (https://no-color.org).
+    """
+    from rich.console import Console
+
+    plain = bool(os.environ.get("NO_COLOR")) or not stream.isatty()
+    return Console(
+        file=stream,
+        color_system=None if plain else "auto",
+        markup=False,
+        emoji=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+@contextmanager
+def cancel_on_interrupt() -> Iterator[threading.Event]:
+    """An event that Ctrl-C sets; a second Ctrl-C raises KeyboardInterrupt, should nobody look at it."""
+    cancel = threading.Event()
+
+    def handle(_signal: int, _frame: FrameType | None) -> None:
+        if cancel.is_set():
+            raise KeyboardInterrupt
+        cancel.set()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield cancel
+        return
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield cancel
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def footer(stats: Stats) -> str:
+    """One line on an answer: prompt and decode speed, time to the first token, context used."""
+    new = stats.prompt_tokens - stats.cached_tokens
+    parts = [
+        f"prompt {new:,} tok ({stats.cached_tokens:,} cached) at {stats.prefill_tokens_per_s:,.1f} tok/s",
+        f"answer {stats.completion_tokens:,} tok at {stats.decode_tokens_per_s:,.1f} tok/s",
+        f"first token {stats.ttft_s:.2f} s",
+        f"context {stats.context_used:,}/{stats.context:,}",
+    ]
+    return " · ".join(parts)
+
+
+def ending(stats: Stats) -> str | None:
+    """What to tell a reader about an answer that did not end by itself; None where it did."""
+    if stats.finish_reason == "length":
+        return f"stopped at max_tokens = {stats.completion_tokens:,}"
+    if stats.finish_reason == "context":
+        return f"the context of {stats.context:,} tokens is full: the answer is cut here"
+    return None

@@ -1,0 +1,128 @@
+"""`moebox run`: one question, one answer. The answer goes to stdout, all else to stderr."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moebox.errors import RequestError
+from moebox.runtime.terminal.conversation import Conversation, read_tools
+from moebox.runtime.terminal.cost_text import cost_dict, energy_dict
+from moebox.runtime.terminal.interrupts import cancel_on_interrupt
+from moebox.runtime.terminal.screen import Screen
+from moebox.runtime.text.pieces import Piece, Stats
+
+if TYPE_CHECKING:
+    from moebox.runtime.api import Model
+
+logger = logging.getLogger("moebox")
+
+INTERRUPTED = 130
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What `moebox run` is asked.
+
+    `prompt` "-" is read from stdin; `tools` is a JSON file of function declarations; `sampling` holds
+    fields of `SamplingOptions`.
+    """
+
+    prompt: str
+    system: str | None = None
+    tools: Path | None = None
+    thinking: bool = True
+    json: bool = False
+    sampling: dict[str, Any] = field(default_factory=dict)
+
+
+def main(model: Model, options: RunOptions) -> int:
+    """Answer once; the exit code: 0, or 130 after Ctrl-C.
+
+    Raises:
+        RequestError: an empty prompt, a bad option, tools that are none, or a prompt beyond the context.
+    """
+    prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
+    if not prompt.strip():
+        raise RequestError("the prompt is empty", 'Give it as an argument, or pipe it in with "-".')
+    conversation = Conversation(options.system, read_tools(options.tools) if options.tools else [])
+    conversation.add_user(prompt)
+    with cancel_on_interrupt() as cancel:
+        pieces = _ask(model, conversation, options, cancel)
+        stats = _print_json(pieces, model.name) if options.json else _print_text(pieces)
+    return INTERRUPTED if stats.finish_reason == "cancelled" else 0
+
+
+def _ask(
+    model: Model, conversation: Conversation, options: RunOptions, cancel: threading.Event
+) -> Iterator[Piece]:
+    answer = model.chat(
+        conversation.prompt(), conversation.tools, options.thinking, cancel=cancel, **options.sampling
+    )
+    for piece in answer:
+        if piece.warning:
+            logger.warning("%s", piece.warning)
+        yield piece
+
+
+def _print_json(pieces: Iterator[Piece], model: str) -> Stats:
+    parts = list(pieces)
+    stats = _stats(parts)
+    report = {
+        "model": model,
+        "text": "".join(piece.text for piece in parts if piece.kind == "text"),
+        "reasoning": "".join(piece.text for piece in parts if piece.kind == "reasoning"),
+        "tool_calls": [asdict(piece.tool_call) for piece in parts if piece.tool_call],
+        "finish_reason": stats.finish_reason,
+        "seed": stats.seed,
+        "usage": {
+            "prompt_tokens": stats.prompt_tokens,
+            "cached_tokens": stats.cached_tokens,
+            "completion_tokens": stats.completion_tokens,
+            "total_tokens": stats.prompt_tokens + stats.completion_tokens,
+        },
+        "energy": energy_dict(stats.energy, stats.computed_tokens),
+        "traffic": asdict(stats.traffic),
+        "cost": cost_dict(stats.cost, stats.currency),
+        "timings": {
+            "queue_s": stats.queue_s,
+            "prefill_s": stats.prefill_s,
+            "decode_s": stats.decode_s,
+            "ttft_s": stats.ttft_s,
+            "prefill_tokens_per_s": stats.prefill_tokens_per_s,
+            "decode_tokens_per_s": stats.decode_tokens_per_s,
+        },
+    }
+    sys.stdout.write(json.dumps(report, ensure_ascii=False) + "\n")
+    sys.stdout.flush()
+    return stats
+
+
+def _stats(parts: list[Piece]) -> Stats:
+    stats = parts[-1].stats
+    if stats is None:
+        raise RequestError("the answer ended without statistics")
+    return stats
+
+
+def _print_text(pieces: Iterator[Piece]) -> Stats:
+    """Stream text to stdout, tool calls as one JSON line each; reasoning only to a terminal."""
+    screen = Screen(show_reasoning=sys.stderr.isatty())
+    parts: list[Piece] = []
+    for piece in pieces:
+        parts.append(piece)
+        if piece.kind == "text":
+            screen.text(piece.text)
+        elif piece.kind == "reasoning":
+            screen.reasoning(piece.text)
+        elif piece.tool_call is not None:
+            screen.tool_call_json(piece.tool_call)
+    stats = _stats(parts)
+    screen.end(stats)
+    return stats

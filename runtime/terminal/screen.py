@@ -1,0 +1,115 @@
+"""Where an answer is shown: text and tool calls on stdout, all else on stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import asdict
+
+from moebox.errors import MoeboxError
+from moebox.runtime.terminal.cost_text import cost_line
+from moebox.runtime.terminal.interrupts import ending, footer, harmless, open_console
+from moebox.runtime.text.pieces import Stats, ToolCall
+
+_PROGRESS_AFTER_S = 0.5
+
+
+class Screen:
+    """Streams one answer after another.
+
+    A terminal never sees a control character of the model's; a pipe gets the text as it is.
+
+    Args:
+        show_reasoning: print reasoning, dimmed.
+    """
+
+    def __init__(self, show_reasoning: bool = True) -> None:
+        self.show_reasoning = show_reasoning
+        self.notes = open_console(sys.stderr)
+        self._answers = open_console(sys.stdout)
+        self._to_terminal = sys.stdout.isatty()
+        self._notes_to_terminal = sys.stderr.isatty()
+        self._clean = harmless if self._to_terminal else str
+        self._open: str | None = None  # "text" or "reasoning": what stands on a line not ended yet
+        self._progress_begin: float | None = None
+        self._progress_shown = False
+
+    def text(self, text: str) -> None:
+        """A piece of the answer."""
+        self._switch("text")
+        sys.stdout.write(self._clean(text))
+        sys.stdout.flush()
+        self._open = None if text.endswith("\n") else "text"
+
+    def reasoning(self, text: str) -> None:
+        """A piece of what the model thinks before it answers."""
+        if self.show_reasoning:
+            self._switch("reasoning")
+            self.notes.out(harmless(text), style="dim", end="")
+            self._open = None if text.endswith("\n") else "reasoning"
+
+    def tool_call(self, call: ToolCall) -> None:
+        """A call as a line for reading."""
+        self.end_line()
+        self._answers.out(self._clean(f"tool call {call.name} {call.arguments}"), style="bold")
+
+    def tool_call_json(self, call: ToolCall) -> None:
+        """A call as a line of JSON, for programs."""
+        self.end_line()
+        self.text(json.dumps({"tool_call": asdict(call)}, ensure_ascii=False) + "\n")
+
+    def end_line(self) -> None:
+        """Begin a new line, where one is open."""
+        self._clear_progress()
+        if self._open == "text":
+            sys.stdout.write("\n")
+            sys.stdout.flush()
+        elif self._open == "reasoning":
+            self.notes.out("")
+        self._open = None
+
+    def note(self, text: str) -> None:
+        """A dim line beside the answer."""
+        self.end_line()
+        self.notes.out(harmless(text), style="dim")
+
+    def error(self, error: MoeboxError) -> None:
+        """What went wrong and the fix, without ending anything."""
+        self.end_line()
+        self.notes.out(harmless(f"error: {error.what}"), style="red")
+        if error.fix:
+            self.notes.out(harmless(error.fix))
+
+    def end(self, stats: Stats) -> None:
+        """The end of an answer: why it ended, if not by itself, and on a terminal the footer."""
+        self.end_line()
+        reason = ending(stats)
+        if reason:
+            self.note(reason)
+        if self._notes_to_terminal:
+            self.note(footer(stats))
+            if line := cost_line(stats, stats.cost, stats.currency):
+                self.note(line)
+
+    def prefill(self, done: int, total: int) -> None:
+        """Progress through a long prompt: one line that goes away, on a terminal only."""
+        now = time.monotonic()
+        if self._progress_begin is None or done == 0:
+            self._progress_begin = now
+        if self._notes_to_terminal and done < total and now - self._progress_begin > _PROGRESS_AFTER_S:
+            sys.stderr.write(f"\r\x1b[2Kreading the prompt: {done:,}/{total:,} tokens")
+            sys.stderr.flush()
+            self._progress_shown = True
+
+    def _switch(self, kind: str) -> None:
+        """Text after reasoning, or the other way round, begins on a new line of the terminal."""
+        self._clear_progress()
+        if self._open not in (None, kind) and self._to_terminal and self._notes_to_terminal:
+            self.end_line()
+
+    def _clear_progress(self) -> None:
+        if self._progress_shown:
+            sys.stderr.write("\r\x1b[2K")
+            sys.stderr.flush()
+            self._progress_shown = False

@@ -1,0 +1,1 @@
+"""src/moebox/commands"""

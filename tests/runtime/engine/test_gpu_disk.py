@@ -1,0 +1,139 @@
+"""A GPU, and experts that lie on disk: drives that fail, copies, checksums, what is recorded and learned."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from helpers.gpu import PLACEMENTS
+from helpers.paths import TINY_K2
+from moebox.errors import CheckpointError
+from moebox.offload.routing.counts import TIERS
+from moebox.offload.routing.trace import RoutingTrace
+from moebox.quantize.convert import quantize
+from moebox.runtime.api import load
+from moebox.runtime.engine.cpu_runner import Runner
+
+CONTEXT = 256
+TOKENS = torch.randint(0, 3800, (70,), generator=torch.Generator().manual_seed(4)).tolist()
+EIO = 5
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("gpu-disk") / "int4"
+    quantize(TINY_K2, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def in_memory(folder):
+    with load(folder, device="stand-in", context=CONTEXT, statistics=False) as model:
+        assert not model.engine.plan.cold
+        yield model
+
+
+def load_cold(in_memory, name="cold", **options):
+    """The same model with a part of its experts on disk only."""
+    engine = in_memory.engine
+    options = {"statistics": False} | PLACEMENTS[name].budgets(engine.config, CONTEXT) | options
+    return load(engine.folder, device="stand-in", context=CONTEXT, **options)
+
+
+def reader_of(model):
+    return model.engine.runner.experts.cold.store.reader
+
+
+def relative(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+def same_routing(in_memory, session, tokens):
+    """Whether the next logits are those of all in memory, but for a near-tie that was routed otherwise."""
+    expected = in_memory.engine.logits(tokens)[-1]
+    return relative(session.prefill(tokens), expected) < 0.2
+
+
+def test_a_failed_read_loses_one_token_and_says_which(in_memory):
+    with load_cold(in_memory) as model:
+        session = model.engine.session()
+        session.prefill(TOKENS[:40])
+        reader_of(model).inject(str(model.engine.folder), "error", EIO, 0, 1)
+        done = 40
+        with pytest.raises(CheckpointError, match=r"model.*safetensors: .*experts\.\d+.*byte \d+: .*\nCheck"):
+            for token in TOKENS[40:]:
+                session.decode(token)
+                done += 1
+        assert session.tokens == TOKENS[:done]
+        for token in TOKENS[done:]:
+            session.decode(token)
+        assert session.tokens == TOKENS
+        assert same_routing(in_memory, session, [*TOKENS, 7])
+
+
+def test_a_failed_read_of_a_prompt(in_memory):
+    with load_cold(in_memory) as model:
+        session = model.engine.session()
+        reader_of(model).inject(str(model.engine.folder), "error", EIO, 5, 1)
+        with pytest.raises(CheckpointError, match="Input/output error"):
+            session.prefill(TOKENS)
+        assert session.tokens == []
+        assert same_routing(in_memory, session, TOKENS)
+
+
+def test_a_drive_that_fails_beside_another_is_said(in_memory, tmp_path, caplog):
+    """Decoding goes on with the copy."""
+    copy = tmp_path / "copy"
+    shutil.copytree(in_memory.engine.folder, copy)
+    with load_cold(in_memory, stores=[copy]) as model:
+        session = model.engine.session()
+        session.prefill(TOKENS[:40])
+        reader_of(model).inject(str(model.engine.folder), "error", EIO)
+        for token in TOKENS[40:]:
+            session.decode(token)
+        assert "this copy is not used any more" in caplog.text
+        assert same_routing(in_memory, session, [*TOKENS, 7])
+
+
+def test_damaged_bytes_are_found_where_asked_for(in_memory):
+    with load_cold(in_memory, verify_reads=True) as model:
+        session = model.engine.session()
+        session.prefill(TOKENS[:8])
+        reader_of(model).inject(str(model.engine.folder), "flip", 0x10)
+        with pytest.raises(CheckpointError, match="checksum"):
+            for token in TOKENS[8:]:
+                session.decode(token)
+
+
+def test_what_was_routed_is_recorded_and_comes_back(in_memory, tmp_path, monkeypatch):
+    """Prompts and answers, in order; the next load has the hottest experts on the GPU."""
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    trace = tmp_path / "trace.npz"
+    for _ in range(2):
+        with load_cold(in_memory, statistics=True, record_trace=trace) as model:
+            placement = model.engine.runner.experts.placement()
+            residency = model.engine.runner.experts.gpu.residency
+            scores = residency.scores()
+            session = model.engine.session()
+            session.prefill(TOKENS[:40])
+            for token in TOKENS[40:50]:
+                session.decode(token)
+    recorded = RoutingTrace.load(trace)
+    config = in_memory.engine.config
+    assert recorded.ids.shape == (50, len(config.moe_layers), config.num_experts_per_tok)
+    counts = np.bincount((recorded.ids + config.n_routed_experts * np.arange(7)[:, None]).reshape(-1))
+    assert scores.max() > 0
+    on_gpu = np.flatnonzero(placement.reshape(-1) == TIERS.index("GPU"))
+    in_ram = np.flatnonzero(placement.reshape(-1) == TIERS.index("RAM"))
+    on_disk = np.flatnonzero(placement.reshape(-1) == TIERS.index("drive"))
+    counts = np.resize(counts, placement.size)
+    assert counts[on_gpu].mean() > 2 * counts[in_ram].mean() > 4 * counts[on_disk].mean()
+    assert len(on_disk) == model.engine.plan.cold
+
+
+def test_it_is_a_runner(in_memory):
+    """Closing twice is closing once."""
+    runner: Runner = in_memory.engine.runner
+    runner.close()
+    runner.close()

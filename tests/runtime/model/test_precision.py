@@ -1,0 +1,70 @@
+"""int8 and nf4 backbones: close to bf16, smaller, and honest about how much."""
+
+import pytest
+import torch
+
+from helpers.runtime import make_checkpoint
+from moebox.runtime.engine.engine import Engine
+from moebox.runtime.model.precision import PRECISIONS, parameter_bytes, planned_bytes
+from moebox.runtime.model.quantized_linear import quantize_linear
+
+TOKENS = torch.randint(0, 512, (50,), generator=torch.Generator().manual_seed(3)).tolist()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """All widths are multiples of 64, and every expert is chosen, so that routing cannot flip."""
+    return make_checkpoint(
+        tmp_path_factory.mktemp("backbone") / "model",
+        hidden_size=192,
+        intermediate_size=256,
+        n_routed_experts=4,
+    )
+
+
+@pytest.fixture(scope="module")
+def plain(folder):
+    return Engine.load(folder, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize(("backbone", "tolerance"), [("int8", 0.1), ("nf4", 0.7)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_close_to_bf16(folder, plain, backbone, tolerance, dtype):
+    expected = plain.logits(TOKENS)
+    engine = Engine.load(folder, backbone=backbone, dtype=dtype)
+    error = (engine.logits(TOKENS) - expected).norm() / expected.norm()
+    assert 1e-4 < error < tolerance
+
+
+@pytest.mark.parametrize(("backbone", "at_least"), [("int8", 0.35), ("nf4", 0.5)])
+def test_saves_what_it_says(folder, plain, backbone, at_least):
+    engine = Engine.load(folder, backbone=backbone, dtype=torch.bfloat16)
+    assert plain.backbone_saved_bytes == 0
+    assert engine.backbone_bytes + engine.backbone_saved_bytes == plain.backbone_bytes
+    assert engine.backbone_saved_bytes > at_least * (plain.backbone_bytes - 512 * 192 * 2)
+
+
+@pytest.mark.parametrize("backbone", PRECISIONS)
+def test_plan_is_what_loading_takes(folder, backbone):
+    engine = Engine.load(folder, backbone=backbone, dtype=torch.bfloat16)
+    planned = planned_bytes(engine.config.backbone_shapes(), torch.bfloat16, backbone)
+    assert planned == pytest.approx(engine.backbone_bytes, rel=0.02)
+
+
+def test_narrow_rows_stay_bf16_under_nf4(tmp_path):
+    """bitsandbytes 0.50 multiplies nf4 rows that are no multiple of 64 wrongly on the CPU."""
+    engine = Engine.load(make_checkpoint(tmp_path / "model"), backbone="nf4")  # hidden_size 160
+    layer = engine.runner.model.model.layers[0]
+    assert layer.self_attn.q_kv_a_proj.weight.dtype == torch.bfloat16
+    assert layer.self_attn.q_b_proj.weight.dtype == torch.uint8
+
+
+@pytest.mark.parametrize(("backbone", "bytes_per_weight"), [("int8", 1.0), ("nf4", 0.52)])
+def test_one_matrix(backbone, bytes_per_weight):
+    weight = torch.randn(512, 256, generator=torch.Generator().manual_seed(4)).bfloat16()
+    module = quantize_linear(weight, backbone)
+    x = torch.randn(5, 256).bfloat16()
+    expected = x.float() @ weight.float().T
+    assert module(x).dtype == torch.bfloat16
+    assert (module(x).float() - expected).norm() / expected.norm() < (0.02 if backbone == "int8" else 0.12)
+    assert parameter_bytes(module.weight) == pytest.approx(bytes_per_weight * weight.numel(), rel=0.05)
