@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from moebox import __version__
 from moebox.commands.cost import cost
 from moebox.commands.options import (
     LOADING,
@@ -33,6 +32,7 @@ from moebox.commands.options import (
     store_option,
 )
 from moebox.errors import MoeboxError
+from moebox.version import __version__
 
 if TYPE_CHECKING:
     from rich.console import Console

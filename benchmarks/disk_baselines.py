@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from moebox.config import ModelConfig
 from moebox.kernels import cpu
+from moebox.offload.checkpoint.locate import find_experts
 from moebox.offload.checkpoint.safetensors import Checkpoint, TensorInfo, map_bytes, open_tensor
-from moebox.offload.experts import find_experts, group_by_expert
+from moebox.offload.experts import group_by_expert
 from moebox.quantize.files import drop_cache, drop_mapped
 
 PARTS = ("gate_packed", "gate_scale", "up_packed", "up_scale", "down_packed", "down_scale")

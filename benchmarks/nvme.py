@@ -43,10 +43,10 @@ from disk_baselines import AcceleratedExperts, Baseline, MappedExperts
 
 from moebox.commands.demo import ASSETS, MODEL
 from moebox.kernels import cpu
+from moebox.offload.checkpoint.locate import find_experts
 from moebox.offload.checkpoint.safetensors import Checkpoint
 from moebox.offload.cpu_experts import CpuExperts
 from moebox.offload.disk.store import ExpertStore
-from moebox.offload.experts import find_experts
 from moebox.offload.prefetch.ab_trial import Trial, fit_change
 from moebox.offload.prefetch.prefetch import Prefetcher
 from moebox.quantize.convert import quantize
@@ -290,7 +290,7 @@ def decode_baseline(path: Path, reference: Reference, share: float, kind: type[B
     began_s = time.perf_counter()
     with opened(path, 0.0, prefetch=False) as engine:
         checkpoint = Checkpoint.open(path)
-        n_keys = len(checkpoint.config.moe_layers) * checkpoint.config.n_routed_experts
+        n_keys = checkpoint.config.n_keys
         limit = round(share * n_keys)
         baseline = kind(checkpoint, cpu.ThreadPool(), limit)
         baseline.warm(range(0, n_keys, max(1, n_keys // limit)))

@@ -42,7 +42,7 @@ from moebox.instruments.measure.random_model import shape_config
 from moebox.instruments.plan.box import Box, BoxOptions, find_box
 from moebox.instruments.plan.hits import HitCurve, find_curve, published_curve
 from moebox.instruments.plan.report import Plan, Subject, plan_on
-from moebox.offload.device.base import open_device
+from moebox.offload.device.registry import open_device
 from moebox.offload.memory.ram_slab import RamTier
 from moebox.quantize.convert import quantize
 from moebox.quantize.synth.write import synth

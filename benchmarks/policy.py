@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 import moebox
-from moebox.offload.decode.host_step import HALF_LIFE_TOKENS, Residency
+from moebox.offload.residency import HALF_LIFE_TOKENS, Residency
 from moebox.offload.routing.replay import POLICIES, hit_curve, hits_of_tokens
 from moebox.offload.routing.trace import RoutingTrace, synthetic_trace
 

@@ -32,10 +32,12 @@ from torch import Tensor
 from moebox import _kernels
 from moebox.config import ModelConfig, parse_config
 from moebox.kernels import cpu
-from moebox.offload.decode.host_step import FIELDS, DecodeRoads, Residency
+from moebox.offload.decode.host_step import FIELDS, DecodeRoads
 from moebox.offload.decode.mailbox import Mailbox
-from moebox.offload.device.base import Device, open_device
+from moebox.offload.device.base import Device
+from moebox.offload.device.registry import open_device
 from moebox.offload.memory.ram_slab import RamTier
+from moebox.offload.residency import Residency
 from moebox.quantize.synth.shapes import synth_config
 
 ERROR_BAR = 5e-3

@@ -31,7 +31,7 @@ from moebox.commands.options import ByteSize
 from moebox.instruments.bench.rigs import BenchOptions, Rig, make_pool, shape_rig
 from moebox.instruments.measure.random_model import shape_config
 from moebox.offload.decode.host_step import FIELDS
-from moebox.offload.device.base import open_device
+from moebox.offload.device.registry import open_device
 from moebox.offload.gpu_experts import TieredExperts
 from moebox.offload.prefetch.ab_trial import Trial
 from moebox.offload.routing.trace import RoutingTrace, TraceRouting, synthetic_trace

@@ -21,12 +21,11 @@ from torch import Tensor
 
 from moebox.config import ModelConfig
 from moebox.kernels import cpu
-from moebox.offload.experts import Progress, group_by_expert
+from moebox.offload.experts import TIERS, Progress, group_by_expert
 from moebox.offload.memory.gpu_slab import spread_keys
 from moebox.offload.memory.ram_cache import RamCache, Store
 from moebox.offload.memory.ram_slab import RamTier
 from moebox.offload.prefill.token_expert_pairs import recent_use
-from moebox.offload.routing.counts import TIERS
 from moebox.offload.routing.recorder import RoutingRecorder
 from moebox.offload.routing.statistics import RouterStatistics
 from moebox.offload.traffic import Traffic

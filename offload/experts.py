@@ -1,14 +1,13 @@
-"""What the model asks for routed experts, and where a checkpoint has them.
+"""The interface between the model and its routed experts.
 
-The model knows layers, expert ids, weights and hidden states; where an expert lies is this package's
-business: `cpu_experts.py` without a GPU, `tiers.py` with one.
+The model knows layers, expert ids, weights and hidden states. `cpu_experts.py` (a box without a GPU) and
+`gpu_experts.py` (a box with one) know where each expert lies.
 
 Shapes: T tokens, H hidden_size, E n_routed_experts, k num_experts_per_tok.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import Protocol
 
@@ -16,23 +15,13 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from moebox.errors import CheckpointError
-from moebox.offload.checkpoint.layout import (
-    EXPERT_TENSORS,
-    MANIFEST_FILE,
-    ExpertLayout,
-    Manifest,
-    check_extents,
-    load_manifest,
-)
-from moebox.offload.checkpoint.safetensors import Checkpoint, TensorInfo
 from moebox.offload.traffic import Traffic
-
-log = logging.getLogger("moebox")
 
 Progress = Callable[[str, int, int], None]
 """Called with a stage's name, what is done and what there is to do, in bytes."""
 Int32s = npt.NDArray[np.int32]
+TIERS = ("drive", "RAM", "GPU")
+"""Where an expert can lie; the index is its code in a placement."""
 
 
 class Experts(Protocol):
@@ -82,59 +71,3 @@ def group_by_expert(
     bounds = [0, *(np.flatnonzero(in_order[1:] != in_order[:-1]) + 1).tolist(), flat.size]
     tokens = (order // top_k).astype(np.int32)
     return in_order[bounds[:-1]].tolist(), np.array(bounds, np.int32), tokens, order
-
-
-def find_experts(checkpoint: Checkpoint) -> dict[int, list[list[TensorInfo]]]:
-    """Where the six tensors of each expert lie: MoE layer -> experts -> tensors, as `EXPERT_TENSORS`.
-
-    Raises:
-        CheckpointError: a tensor is missing, of a wrong shape or type, or not where `moebox.json` says.
-    """
-    config, layout = checkpoint.config, ExpertLayout(checkpoint.config)
-    manifest = load_manifest(checkpoint.folder)
-    if manifest is None:
-        log.warning(
-            "%s was not written by moebox: its experts take six reads each instead of one; "
-            "`moebox quantize` copies it to the layout that takes one",
-            checkpoint.folder,
-        )
-    else:
-        check_extents(checkpoint.folder, config, manifest, checkpoint.shards)
-    layers = {}
-    for layer in config.moe_layers:
-        layers[layer] = [
-            expert_tensors(checkpoint, layout, layer, expert) for expert in range(config.n_routed_experts)
-        ]
-        if manifest is not None:
-            _check_places(manifest, layout, layer, layers[layer])
-    return layers
-
-
-def expert_tensors(checkpoint: Checkpoint, layout: ExpertLayout, layer: int, expert: int) -> list[TensorInfo]:
-    """Where an expert's six tensors lie, in the order of `EXPERT_TENSORS`, types and shapes checked."""
-    infos = []
-    name = checkpoint.config.expert_name(layer, expert)
-    for suffix, dtype, shape in zip(EXPERT_TENSORS, layout.dtypes, layout.shapes, strict=True):
-        info = checkpoint.info(f"{name}.{suffix}")
-        if (info.dtype, info.shape) != (dtype, shape):
-            raise CheckpointError(
-                f"{info.file}: {info.name}: {info.dtype} {list(info.shape)}, "
-                f"the config implies {dtype} {list(shape)}",
-                "moebox runs INT4 experts with one bf16 scale per 32 inputs; quantize the original weights.",
-            )
-        infos.append(info)
-    return infos
-
-
-def _check_places(
-    manifest: Manifest, layout: ExpertLayout, layer: int, experts: list[list[TensorInfo]]
-) -> None:
-    """Compare the manifest's extents with the shards' headers."""
-    for extent, infos in zip(manifest.experts[layer], experts, strict=True):
-        for info, offset in zip(infos, layout.offsets, strict=True):
-            if (info.file.name, info.offset) != (extent.file, extent.offset + offset):
-                raise CheckpointError(
-                    f"{info.file}: {info.name}: at byte {info.offset}; {MANIFEST_FILE} says {extent.file}, "
-                    f"byte {extent.offset + offset}",
-                    "The manifest belongs to other shards; quantize the source again.",
-                )

@@ -18,17 +18,17 @@ from torch import Tensor
 from moebox.config import ModelConfig
 from moebox.errors import PlanError
 from moebox.kernels import cpu
-from moebox.offload.decode.host_step import FIELDS, DecodeRoads, Residency
+from moebox.offload.decode.host_step import FIELDS, DecodeRoads
 from moebox.offload.decode.mailbox import Mailbox
 from moebox.offload.decode.upload_ahead import Decides, UploadsAhead
 from moebox.offload.device.base import Device
 from moebox.offload.disk.store import ExpertStore
-from moebox.offload.experts import Progress
+from moebox.offload.experts import TIERS, Progress
 from moebox.offload.memory.cold_rows import ColdTier, least_rows
 from moebox.offload.memory.gpu_slab import GpuTier, spread_keys
 from moebox.offload.memory.ram_slab import RamTier, Source, SyntheticSource
 from moebox.offload.prefill.layer import PrefillRoads
-from moebox.offload.routing.counts import TIERS
+from moebox.offload.residency import Residency
 from moebox.offload.routing.recorder import RoutingRecorder
 from moebox.offload.self_check import check_expert_kernels
 from moebox.offload.traffic import Traffic

@@ -20,7 +20,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import moebox
 from moebox.config import ModelConfig
 from moebox.errors import CheckpointError, PlanError
 from moebox.offload.checkpoint.layout import MANIFEST_FILE, Manifest, load_manifest
@@ -45,6 +44,7 @@ from moebox.quantize.progress import Meter, ProgressCallback, format_bytes, form
 from moebox.quantize.source import hub
 from moebox.quantize.source.hub import parse_hub_id
 from moebox.quantize.source.origin import Source, sample_sha256
+from moebox.version import __version__
 
 __all__ = ["METHODS", "QuantizeResult", "plan", "quantize"]
 
@@ -289,7 +289,7 @@ class _Run:
     def _header(self, model: Model) -> dict[str, Any]:
         source = model.source
         return {
-            "moebox": moebox.__version__,
+            "moebox": __version__,
             "method": self._method,
             "shard_bytes": self._shard_bytes,
             "config": digest(source.config),

@@ -13,10 +13,11 @@ from moebox.cost.prices.box_prices import load_prices
 from moebox.cost.usage import Traffic
 from moebox.errors import BusyError, RequestError
 from moebox.runtime.generate.loop import ContextError, Generation, OnPrefill, TokenSession
-from moebox.runtime.generate.sampling import Sampler, SamplingOptions, StopStrings, generation_defaults
+from moebox.runtime.generate.sampling import Sampler, SamplingOptions, generation_defaults
 from moebox.runtime.text.messages import Message, Tool, next_tool_call_index, normalise_messages
 from moebox.runtime.text.output_parser import THINK_BEGIN, THINK_END, OutputParser
 from moebox.runtime.text.pieces import Completion, Piece, Stats, ToolCall
+from moebox.runtime.text.stop_strings import StopStrings
 from moebox.runtime.text.template import Template
 from moebox.runtime.text.tokenizer import Tokenizer
 

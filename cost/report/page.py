@@ -7,7 +7,6 @@ from dataclasses import replace
 from datetime import date, datetime, timedelta
 from typing import NamedTuple
 
-from moebox import __version__
 from moebox.cost import figures
 from moebox.cost.economics import DAY_S, MILLION, BreakEven, Parts, TokenCost, cost_of
 from moebox.cost.page.charts import Axis, Chart, Series, Spot, columns, sampled
@@ -34,6 +33,7 @@ from moebox.cost.report.words import (
     verdict,
     verdict_of,
 )
+from moebox.version import __version__
 
 TOKEN_NAMES = {"answers": "answers", "prompt": "prompts", "cached": "prompts, cached: not computed again"}
 MOST_DAYS = 92

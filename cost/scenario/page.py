@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from moebox import __version__
 from moebox.cost import figures
 from moebox.cost.page.charts import Axis, Chart, Series, Spot, sampled
 from moebox.cost.page.page import Bar, Block, Page, Row, Section, Table, Tile, bars_of
@@ -17,6 +16,7 @@ from moebox.cost.scenario.words import (
     scenario_verdict,
     tokens_per_s,
 )
+from moebox.version import __version__
 
 
 def scenario_page(report: ScenarioReport) -> Page:

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from moebox import __version__
 from moebox.config import ModelConfig, load_config
 from moebox.cost.accounts import open_meter
 from moebox.cost.energy.meter import EnergyMeter
@@ -31,13 +30,15 @@ from moebox.instruments.bench.report import (
 from moebox.instruments.bench.rigs import BenchOptions, Rig, checkpoint_rig, make_pool, shape_rig
 from moebox.instruments.measure.ceilings import measure_ceilings
 from moebox.instruments.measure.random_model import shape_config
-from moebox.offload.device.base import Device, open_device
+from moebox.offload.device.base import Device
+from moebox.offload.device.registry import open_device
+from moebox.offload.experts import Progress
 from moebox.offload.machine.floor import Ceilings
 from moebox.offload.machine.hardware import cpu_name
 from moebox.offload.memory.ram_slab import RamTier
 from moebox.offload.routing.trace import RoutingTrace, TraceRouting, synthetic_trace
 from moebox.runtime.model.kv_cache import KVCache
-from moebox.runtime.model.loader import Progress
+from moebox.version import __version__
 
 log = logging.getLogger("moebox")
 

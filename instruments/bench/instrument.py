@@ -22,17 +22,11 @@ from moebox.offload.decode.host_step import FIELDS
 from moebox.offload.device.base import Device, Event
 from moebox.offload.experts import Experts
 from moebox.offload.gpu_experts import TieredExperts
-from moebox.offload.machine.floor import (
-    GIGA,
-    Ceilings,
-    PrefillFloor,
-    expert_flops,
-    layer_flops,
-    prefill_floor,
-)
+from moebox.offload.machine.floor import Ceilings, PrefillFloor, expert_flops, layer_flops, prefill_floor
 from moebox.offload.prefetch.prefetch import Prefetcher, PrefetchReport
 from moebox.offload.routing.trace import TraceRouting
 from moebox.offload.traffic import Traffic
+from moebox.units import GIGA
 
 NAN = float("nan")
 

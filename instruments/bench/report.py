@@ -18,7 +18,6 @@ import numpy.typing as npt
 from moebox.config import ModelConfig
 from moebox.instruments.bench.cost import Spent
 from moebox.offload.machine.floor import (
-    GIGA,
     BackboneBytes,
     Ceilings,
     DecodeBytes,
@@ -28,6 +27,7 @@ from moebox.offload.machine.floor import (
     decode_floor,
 )
 from moebox.offload.prefetch.prefetch import PrefetchReport
+from moebox.units import GIGA
 
 LAYER_FIELDS = (
     *("hits", "uploads", "part", "cpu", "cold"),

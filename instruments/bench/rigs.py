@@ -16,20 +16,22 @@ from moebox.kernels import cpu
 from moebox.offload.cpu_experts import CpuExperts
 from moebox.offload.device.base import Device
 from moebox.offload.disk.store import ExpertStore
+from moebox.offload.experts import Progress
 from moebox.offload.gpu_experts import TieredExperts
 from moebox.offload.machine.hardware import available_ram_bytes
 from moebox.offload.memory.ram_cache import Store
 from moebox.offload.memory.ram_slab import RamTier, row_stride
 from moebox.offload.routing.trace import TraceRouting
-from moebox.runtime.engine.cpu_plan import SYSTEM_SHARE, describe, gib
-from moebox.runtime.engine.cpu_runner import CpuRunner, Runner
+from moebox.runtime.engine.base import Runner
+from moebox.runtime.engine.cpu_plan import SYSTEM_SHARE, describe
+from moebox.runtime.engine.cpu_runner import CpuRunner
 from moebox.runtime.engine.engine import Engine
-from moebox.runtime.engine.gpu_plan import GpuPlan, describe_fixed, n_keys, plan_gpu_memory
+from moebox.runtime.engine.gpu_plan import GpuPlan, describe_fixed, plan_gpu_memory
 from moebox.runtime.engine.gpu_runner import CORES_FOR_UPLOADS, CacheMemory, GpuRunner
 from moebox.runtime.model.compute import GpuProcessor
 from moebox.runtime.model.kimi_k2 import KimiK2
-from moebox.runtime.model.loader import Progress
 from moebox.runtime.model.mlp import MoE
+from moebox.units import gib
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,7 @@ def checkpoint_rig(
     if isinstance(plan, GpuPlan):
         assert isinstance(runner, GpuRunner)
         watch = GpuWatch(runner.experts, config, routing)
-        lines = [f"GPU: {describe_fixed(plan)}; {plan.slots:,} slots for {n_keys(config):,} experts"]
+        lines = [f"GPU: {describe_fixed(plan)}; {plan.slots:,} slots for {config.n_keys:,} experts"]
         slots, rows = runner.experts.gpu.n_slots, plan.ram_rows
         store = None if runner.experts.cold is None else runner.experts.cold.store
     else:
@@ -137,7 +139,7 @@ def checkpoint_rig(
         store = None if plan.experts_fit else experts.cache.store
     runner.model.connect(watch)
     subject = Subject(path.name, config, len(config.moe_layers), engine.dtype.itemsize)
-    keys = n_keys(config)
+    keys = config.n_keys
     residents = {"slots": slots, "of": keys, "full_slots": slots, "full_of": keys, "rows": rows}
     return Rig(subject, runner, watch, engine.context, lines, residents, _nvme_gbps(store))
 
@@ -196,9 +198,9 @@ def shape_rig(
     model.connect(watch)
     residents = {
         "slots": experts.gpu.n_slots,
-        "of": n_keys(config),
+        "of": config.n_keys,
         "full_slots": share.full_slots,
-        "full_of": n_keys(full),
+        "full_of": full.n_keys,
         "rows": share.rows,
     }
     return Rig(subject, runner, watch, share.context, share.lines, residents)
@@ -214,7 +216,7 @@ def _cpu_rig(
     config = subject.config
     if options.vram:
         raise PlanError(f"vram = {options.vram} bytes, but the CPU computes", "Leave the VRAM budget out.")
-    keys = n_keys(config)
+    keys = config.n_keys
     if options.ram is not None and options.ram < keys * row_stride(config):
         raise PlanError(
             f"RAM budget of {gib(options.ram)} for {gib(keys * row_stride(config))} of random experts, which "
@@ -258,7 +260,7 @@ def scale_budgets(
     Raises:
         PlanError: the whole model does not fit the budgets, or the run not the machine.
     """
-    keys, full_keys = n_keys(config), n_keys(full)
+    keys, full_keys = config.n_keys, full.n_keys
     plan = plan_gpu_memory(
         full,
         vram=options.vram or None,

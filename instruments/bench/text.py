@@ -9,8 +9,9 @@ from rich.table import Table
 from rich.text import Text
 
 from moebox.instruments.bench.report import BenchReport, DecodeReport, PrefillReport, Roads
-from moebox.offload.machine.floor import GIGA, Ceilings
+from moebox.offload.machine.floor import Ceilings
 from moebox.offload.prefetch.prefetch import PrefetchReport
+from moebox.units import GIGA
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -19,7 +19,7 @@ from moebox.instruments.measure.ceilings import cpu_figures, gpu_figures
 from moebox.instruments.measure.random_model import shape_config
 from moebox.kernels.cpu import ThreadPool
 from moebox.offload.checkpoint.safetensors import Checkpoint
-from moebox.offload.device.base import open_device
+from moebox.offload.device.registry import open_device
 from moebox.offload.disk.store import PIECE_BYTES
 from moebox.offload.machine.drive_speed import DriveSpeed, measure_drive
 from moebox.offload.machine.drives import Drive, drive_at

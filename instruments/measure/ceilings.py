@@ -17,9 +17,10 @@ from moebox import _kernels
 from moebox.config import ModelConfig
 from moebox.kernels import cpu
 from moebox.offload.device.base import Device
-from moebox.offload.machine.floor import GIGA, TERA, Ceilings, expert_flops
+from moebox.offload.machine.floor import Ceilings, expert_flops
 from moebox.offload.machine.hardware import available_ram_bytes
 from moebox.offload.memory.ram_slab import RamTier, row_stride
+from moebox.units import GIGA, TERA
 
 READ_BYTES = 1 << 30
 """RAM that is read: far more than the last-level cache."""
@@ -58,7 +59,7 @@ def cpu_figures(config: ModelConfig, pool: cpu.ThreadPool) -> dict[str, float]:
 @contextmanager
 def _rows(config: ModelConfig, device: Device | None) -> Iterator[RamTier]:
     room = min(READ_BYTES, available_ram_bytes() // 8)
-    n_keys = len(config.moe_layers) * config.n_routed_experts
+    n_keys = config.n_keys
     ram = RamTier(config, max(1, min(room // row_stride(config), n_keys)), device)
     try:
         yield ram

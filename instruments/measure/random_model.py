@@ -20,7 +20,8 @@ from moebox.offload.experts import Experts
 from moebox.offload.memory.ram_cache import RamCache
 from moebox.offload.memory.ram_slab import RamTier
 from moebox.quantize.synth.shapes import synth_config
-from moebox.runtime.model.compute import CPU, Processor
+from moebox.runtime.model.base import Processor
+from moebox.runtime.model.compute import CPU
 from moebox.runtime.model.kimi_k2 import KimiK2
 from moebox.runtime.model.precision import keeps_fp32
 

@@ -24,13 +24,14 @@ from moebox.instruments.plan.gpus import (
 )
 from moebox.instruments.plan.speed import CPU_BOX, H200_BOX, ColdReads, Efficiency
 from moebox.kernels import cpu
-from moebox.offload.device.base import Device, open_device
+from moebox.offload.device.base import Device
+from moebox.offload.device.registry import open_device
 from moebox.offload.machine.drives import drive_at
 from moebox.offload.machine.floor import Ceilings
 from moebox.offload.machine.hardware import available_ram_bytes, cpu_identity, cpu_name, gpu_identity
 from moebox.offload.machine.profile import Kind, MachineProfile, Part
-from moebox.runtime.engine.cpu_plan import SYSTEM_SHARE, gib, least_rows
-from moebox.runtime.engine.gpu_plan import n_keys
+from moebox.runtime.engine.cpu_plan import SYSTEM_SHARE, least_rows
+from moebox.units import gib
 
 log = logging.getLogger("moebox")
 
@@ -245,7 +246,7 @@ class _Known:
     def disk(self) -> ColdReads | None:
         """What reading this model's experts takes; None where they are not here, not INT4
         yet, or so few that RAM must hold them all."""
-        if self.device or not self.folders or n_keys(self.config) <= least_rows(self.config):
+        if self.device or not self.folders or self.config.n_keys <= least_rows(self.config):
             return None
         identity = f"{'; '.join(self.drives)}; experts of {self.config.expert_bytes} bytes"
         names = {field.name for field in fields(ColdReads)}

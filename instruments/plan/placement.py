@@ -11,7 +11,7 @@ from moebox.config import ModelConfig
 from moebox.instruments.plan.box import Box
 from moebox.offload.memory.ram_slab import row_stride
 from moebox.runtime.engine.cpu_plan import MemoryPlan, plan_memory
-from moebox.runtime.engine.gpu_plan import RESERVE_BYTES, GpuPlan, n_keys, plan_gpu_memory
+from moebox.runtime.engine.gpu_plan import RESERVE_BYTES, GpuPlan, plan_gpu_memory
 
 GPU, RAM, DISK = "GPU", "RAM", "disk"
 SPARE_ROWS = "rows for experts that are being read"
@@ -84,7 +84,7 @@ def place(config: ModelConfig, box: Box, context: int | None, backbone: str, dty
 
 def gpu_places(config: ModelConfig, plan: GpuPlan) -> Places:
     """The parts of a plan with a GPU; slots that are kept free for what passes through hold no expert."""
-    keys, stride, rows = n_keys(config), row_stride(config), plan.ram_rows
+    keys, stride, rows = config.n_keys, row_stride(config), plan.ram_rows
     passing_bytes = (plan.slots - plan.hot) * stride
     parts = [
         Part(GPU, "backbone: attention, shared experts, dense layers, head", plan.backbone_bytes),

@@ -20,9 +20,9 @@ from moebox.instruments.plan.placement import cpu_places, gpu_places
 from moebox.instruments.plan.report import Plan, Subject, plan_on, predict
 from moebox.instruments.plan.text import plan_line
 from moebox.instruments.plan.what_if import changes
-from moebox.offload.machine.floor import GIGA
 from moebox.runtime.engine.cpu_plan import MemoryPlan
 from moebox.runtime.model.precision import check_precision
+from moebox.units import GIGA
 
 if TYPE_CHECKING:
     from moebox.quantize.source.hub import HubSource

@@ -24,13 +24,14 @@ from moebox.kernels import cpu
 from moebox.offload.checkpoint.safetensors import Checkpoint
 from moebox.offload.cpu_experts import CpuExperts
 from moebox.offload.disk.store import ExpertStore
-from moebox.offload.machine.floor import GIGA, Ceilings, backbone_bytes
+from moebox.offload.machine.floor import Ceilings, backbone_bytes
 from moebox.offload.memory.ram_slab import RamTier
 from moebox.offload.routing.trace import TraceRouting, synthetic_trace
 from moebox.runtime.engine.cpu_plan import least_rows
 from moebox.runtime.engine.cpu_runner import CpuRunner, default_dtype
 from moebox.runtime.model.kv_cache import KVCache
 from moebox.runtime.model.loader import check_quantized
+from moebox.units import GIGA
 
 EXPERTS_BYTES = 768 << 20
 """Experts of the small model: many times what caches hold, where the real model has so many."""

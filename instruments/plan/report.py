@@ -14,9 +14,9 @@ from moebox.instruments.plan.box import Box
 from moebox.instruments.plan.hits import HitCurve
 from moebox.instruments.plan.placement import RAM, Places, place
 from moebox.instruments.plan.speed import Chances, DecodePrediction, PrefillPrediction, Speeds
-from moebox.offload.machine.floor import GIGA
 from moebox.runtime.engine.cpu_runner import default_dtype
 from moebox.runtime.model.precision import planned_bytes
+from moebox.units import GIGA
 
 SHORT_CONTEXT = 4096
 """Tokens in the cache of the decode figure that comes first."""

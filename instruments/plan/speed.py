@@ -16,7 +16,6 @@ import numpy as np
 
 from moebox.config import ModelConfig
 from moebox.offload.machine.floor import (
-    GIGA,
     Ceilings,
     DecodeBytes,
     DecodeFloor,
@@ -26,6 +25,7 @@ from moebox.offload.machine.floor import (
     layer_flops,
     prefill_floor,
 )
+from moebox.units import GIGA
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,7 @@ from moebox.config import ModelConfig
 from moebox.instruments.plan.placement import DISK, GPU, RAM, Places
 from moebox.instruments.plan.report import Plan
 from moebox.instruments.plan.speed import DecodePrediction
-from moebox.offload.machine.floor import GIGA
-from moebox.runtime.engine.cpu_plan import gib
+from moebox.units import GIGA, gib
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -17,7 +17,8 @@ import psutil
 
 from moebox.config import load_config
 from moebox.errors import RequestError
-from moebox.offload.routing.counts import LAYERS_AHEAD, TIERS, Longs, Placement, RoutingCounts
+from moebox.offload.experts import TIERS
+from moebox.offload.routing.counts import LAYERS_AHEAD, Longs, Placement, RoutingCounts
 from moebox.offload.routing.identity import ModelIdentity
 from moebox.offload.routing.replay import POLICIES, hit_curve
 from moebox.offload.routing.statistics import RouterStatistics

@@ -22,23 +22,9 @@ import numpy.typing as npt
 from torch import Tensor
 
 from moebox import _kernels
-from moebox._kernels import Copier, CudaCopier, HostCopier, Residency, ThreadPool
+from moebox._kernels import Copier, Residency, ThreadPool
 from moebox.errors import DeviceError
 from moebox.kernels.cpu import _export
-
-__all__ = [
-    "AHEAD_FIELDS",
-    "FIELDS",
-    "HALF_LIFE_TOKENS",
-    "Copier",
-    "CudaCopier",
-    "DecodeRoads",
-    "HostCopier",
-    "Residency",
-]
-
-HALF_LIFE_TOKENS = 16.0
-"""Half-life of an expert's score. On traces of a small model of the family 8 to 32 were best."""
 
 FIELDS: tuple[str, ...] = tuple(_kernels.ROAD_FIELDS)
 """Columns of `DecodeRoads.stats`; `_s` are seconds.

@@ -18,8 +18,8 @@ import numpy.typing as npt
 from moebox import _kernels
 from moebox.errors import CheckpointError
 from moebox.offload.checkpoint.layout import Manifest, load_manifest
+from moebox.offload.checkpoint.locate import find_experts
 from moebox.offload.checkpoint.safetensors import Checkpoint, TensorInfo, find_shards
-from moebox.offload.experts import find_experts
 from moebox.offload.machine.drive_speed import DriveSpeed, measure_drive
 from moebox.offload.machine.drives import drive_at
 from moebox.offload.machine.profile import MachineProfile

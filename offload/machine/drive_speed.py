@@ -15,7 +15,7 @@ import numpy as np
 
 from moebox import _kernels
 from moebox.errors import CheckpointError
-from moebox.offload.machine.floor import GIGA
+from moebox.units import GIGA
 
 DEPTHS = (1, 2, 4, 8, 16, 32)
 NEARLY_ALL = 0.95

@@ -15,9 +15,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from moebox.config import ModelConfig
-
-GIGA = 1e9
-TERA = 1e12
+from moebox.units import GIGA, TERA
 
 _FP32 = ("norm.weight", "mlp.gate.weight", "e_score_correction_bias")
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")

@@ -9,23 +9,17 @@ E n_routed_experts, k num_experts_per_tok; a key is `moe_index * E + expert`.
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from itertools import islice
 
 import numpy as np
 
 from moebox import _kernels
-from moebox.errors import CheckpointError
-from moebox.offload.decode.host_step import HALF_LIFE_TOKENS, Residency
-from moebox.offload.device.base import Event
 from moebox.offload.disk.store import ExpertStore
-from moebox.offload.memory.gpu_slab import GpuTier
+from moebox.offload.memory.gpu_slab import UPLOAD_GROUP
 from moebox.offload.memory.ram_slab import RamTier
-from moebox.offload.prefill.admission import Admissions
-from moebox.offload.prefill.upload_ring import GROUP
+from moebox.offload.residency import HALF_LIFE_TOKENS, Residency
 
 LEAST_ROWS = 3
 """Times k rows of RAM: for a layer's experts, for those that come down from the GPU, and to read into."""
@@ -97,147 +91,4 @@ def least_rows(top_k: int) -> int:
 
 def spare_rows(n_rows: int, top_k: int) -> int:
     """Rows that are kept free: a token's layer reads up to k experts, a prompt's two groups at a time."""
-    return min(top_k + 2 * GROUP, n_rows // LEAST_ROWS)
-
-
-class LayerReads:
-    """One layer's cold experts of a prompt, on their way through free rows of RAM.
-
-    In the end those of the layer that score highest have the rows that its experts had before. Other layers'
-    are no rivals: their scores lack what this prompt is yet to add.
-
-    Args:
-        tier: for their rows.
-        gpu: who has a slot there gives its row up elsewhere.
-        layer: the layer's keys.
-        cold: keys to be read, in the order in which they are needed.
-        busy: keys that keep their rows until the first batch.
-    """
-
-    def __init__(
-        self, tier: ColdTier, gpu: GpuTier, layer: range, cold: Sequence[int], busy: Collection[int]
-    ) -> None:
-        self._tier, self._gpu = tier, gpu
-        self._memory = tier.ram.slab.numpy()[:, : tier.ram.layout.nbytes]
-        self._left, self._reading, self._batch = deque(cold), deque[tuple[int, int]](), list[int]()
-        self._window = max(1, min(2 * GROUP, tier.residency.reserve))
-        tier.make_room(busy)
-        self._rank(layer, cold)
-        self._go_on()
-
-    def _rank(self, layer: range, cold: Sequence[int]) -> None:
-        residency = self._tier.residency
-        rivals = layer.start + np.flatnonzero(self._tier.ram.rows[layer.start : layer.stop] >= 0)
-        keys = np.concatenate([rivals, np.array(cold)])
-        order = keys[np.lexsort((keys, -residency.scores()[keys]))].tolist()
-        rows = len(rivals) + max(0, residency.n_free - residency.reserve)
-        self._staying = set(order[:rows])
-        self._leaving = [key for key in order[rows:] if self._tier.ram.rows[key] >= 0]
-
-    def _go_on(self) -> None:
-        """Read as many as there are rows for."""
-        while self._left and len(self._reading) < self._window:
-            row = self._tier.residency.place(self._left[0])
-            if row < 0:
-                return
-            key = self._left.popleft()
-            self._reading.append((key, self._tier.store.submit(key, self._memory[row])))
-
-    def next_batch(self, let_go: Callable[[], None]) -> list[int]:
-        """Wait for the next expert, and take those behind it that are there, too: a group at most.
-
-        Args:
-            let_go: waits until nobody uses any row; called where there was none to read into.
-
-        Returns:
-            Their keys; none: that was all.
-
-        Raises:
-            CheckpointError: an expert could not be read.
-        """
-        if self._left and not self._reading:
-            let_go()
-            self._tier.make_room(())
-            self._go_on()
-        while self._reading and len(self._batch) < GROUP and (not self._batch or self._first_is_ready()):
-            self._batch.append(self._arrival())
-        return self._batch
-
-    def _first_is_ready(self) -> bool:
-        return self._tier.store.ready(self._reading[0][1])
-
-    def _arrival(self) -> int:
-        key, ticket = self._reading[0]
-        try:
-            self._tier.store.wait(ticket)
-        except CheckpointError:
-            self._reading.popleft()
-            self._tier.drop(key)
-            raise
-        self._reading.popleft()
-        self._tier.ram.rows[key] = self._tier.residency.slot(key)
-        return key
-
-    def settle(self) -> None:
-        """The batch is computed, and nobody uses its rows: who is to stay stays, and reading goes on."""
-        for key in self._batch:
-            if self._gpu.residency.slot(key) >= 0:
-                continue
-            if key not in self._staying:
-                self._tier.drop(key)
-            elif self._leaving:
-                self._make_way()
-        self._batch = []
-        self._go_on()
-
-    def _make_way(self) -> None:
-        key = self._leaving.pop()
-        if self._tier.ram.rows[key] >= 0 and self._gpu.residency.slot(key) < 0:
-            self._tier.drop(key)
-
-    def cancel(self) -> None:
-        """Read no more; what has arrived may stay."""
-        while self._reading:
-            key, ticket = self._reading.popleft()
-            self._tier.store.cancel(ticket)
-            self._tier.drop(key)
-
-
-@dataclass
-class ColdAdmissions(Admissions):
-    """The same where RAM's rows are a cache: a victim takes a free row, who moved in leaves its own later."""
-
-    tier: ColdTier = field(kw_only=True)
-    _moved: deque[tuple[Event, int]] = field(default_factory=deque)
-
-    def uploaded(self, event: Event) -> None:
-        """See `Admissions.uploaded`."""
-        while self._moved and self._moved[0][0].done():
-            self._leave_row()
-        for key in self._moved_in:
-            self._moved.append((event, key))
-            self._make_way()
-        self._moved_in.clear()
-
-    def _make_way(self) -> None:
-        residency = self.gpu.residency
-        if self.victims and residency.n_free < residency.reserve:
-            row = self.tier.residency.place(self.victims[-1])
-            if row >= 0:
-                self._move_out(row)
-
-    def finish(self) -> None:
-        """See `Admissions.finish`."""
-        while self._moved:
-            self._leave_row()
-
-    def _leave_row(self) -> None:
-        event, key = self._moved.popleft()
-        event.synchronize()
-        if self.ram.rows[key] >= 0 and self.gpu.residency.slot(key) >= 0:
-            self.tier.drop(key)
-
-    def undo(self) -> None:
-        """See `Admissions.undo`."""
-        super().undo()
-        self.finish()
+    return min(top_k + 2 * UPLOAD_GROUP, n_rows // LEAST_ROWS)

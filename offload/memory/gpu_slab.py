@@ -15,13 +15,16 @@ from torch import Tensor
 
 from moebox.config import ModelConfig
 from moebox.errors import PlanError
-from moebox.offload.decode.host_step import HALF_LIFE_TOKENS, Residency
 from moebox.offload.device.base import Device
 from moebox.offload.memory.ram_slab import RamTier, row_stride
+from moebox.offload.residency import HALF_LIFE_TOKENS, Residency
 
 log = logging.getLogger("moebox")
 
-STAGING_SLOTS = 16
+UPLOAD_GROUP = 8
+"""Experts that a prompt's layer uploads and computes together."""
+STAGING_SLOTS = 2 * UPLOAD_GROUP
+"""Slots beside the cache: the ring of two groups that a prompt's experts pass through."""
 SHRINK = 0.9
 
 
@@ -42,7 +45,7 @@ class GpuTier:
             PlanError: not even the ring fits.
         """
         self.stride = row_stride(config)
-        n_keys = len(config.moe_layers) * config.n_routed_experts
+        n_keys = config.n_keys
         self.slab = _allocate(device, n_slots, self.stride)
         self.n_slots = len(self.slab) - STAGING_SLOTS
         reserve = min(config.num_experts_per_tok, self.n_slots // 2)

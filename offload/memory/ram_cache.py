@@ -15,10 +15,10 @@ import numpy as np
 import numpy.typing as npt
 
 from moebox.kernels import cpu
-from moebox.offload.decode.host_step import HALF_LIFE_TOKENS, Residency
 from moebox.offload.disk.store import StoreTraffic
 from moebox.offload.experts import Progress
 from moebox.offload.memory.ram_slab import Bytes, RamTier, Source
+from moebox.offload.residency import HALF_LIFE_TOKENS, Residency
 
 
 class Store(Source, Protocol):

@@ -24,10 +24,10 @@ from moebox.kernels import cpu
 from moebox.offload.checkpoint.layout import ExpertLayout
 from moebox.offload.device.base import Device
 from moebox.offload.experts import Progress
+from moebox.units import PAGE_BYTES, ceil_div
 
 Bytes = npt.NDArray[np.uint8]
 
-PAGE_BYTES = 4096
 PIN_BYTES = 4 << 30
 """Bytes that are pinned at once; whole rows, since a copy may not cross from one piece to the next."""
 FAULT_BYTES = 256 << 20
@@ -75,7 +75,7 @@ class RamTier:
         self.config = config
         self.layout = ExpertLayout(config)
         self.stride = row_stride(config)
-        n_keys = len(config.moe_layers) * config.n_routed_experts
+        n_keys = config.n_keys
         self.slab = _map_anonymous(n_keys if n_rows is None else n_rows, self.stride)
         self.rows: npt.NDArray[np.int32] = np.full(n_keys, -1, np.int32)
         self._experts: dict[int, cpu.Expert] = {}
@@ -142,7 +142,7 @@ class RamTier:
 
 def row_stride(config: ModelConfig) -> int:
     """Bytes from one expert to the next, in RAM and in the GPU's slab: whole pages."""
-    return -(-config.expert_bytes // PAGE_BYTES) * PAGE_BYTES
+    return ceil_div(config.expert_bytes, PAGE_BYTES) * PAGE_BYTES
 
 
 def row_tensors(row: Tensor, layout: ExpertLayout) -> list[Tensor]:

@@ -6,10 +6,12 @@ when it outscores the weakest resident, as in decoding (`roads.py`).
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from moebox.offload.device.base import Device, Event
+from moebox.offload.memory.cold_rows import ColdTier
 from moebox.offload.memory.gpu_slab import GpuTier
 from moebox.offload.memory.ram_slab import RamTier
 
@@ -94,3 +96,43 @@ class Admissions:
         for key in self._moved_in:
             if self.ram.rows[key] >= 0 and self.gpu.residency.slot(key) >= 0:
                 self.gpu.residency.release(key)
+
+
+@dataclass
+class ColdAdmissions(Admissions):
+    """The same where RAM's rows are a cache: a victim takes a free row, who moved in leaves its own later."""
+
+    tier: ColdTier = field(kw_only=True)
+    _moved: deque[tuple[Event, int]] = field(default_factory=deque)
+
+    def uploaded(self, event: Event) -> None:
+        """See `Admissions.uploaded`."""
+        while self._moved and self._moved[0][0].done():
+            self._leave_row()
+        for key in self._moved_in:
+            self._moved.append((event, key))
+            self._make_way()
+        self._moved_in.clear()
+
+    def _make_way(self) -> None:
+        residency = self.gpu.residency
+        if self.victims and residency.n_free < residency.reserve:
+            row = self.tier.residency.place(self.victims[-1])
+            if row >= 0:
+                self._move_out(row)
+
+    def finish(self) -> None:
+        """See `Admissions.finish`."""
+        while self._moved:
+            self._leave_row()
+
+    def _leave_row(self) -> None:
+        event, key = self._moved.popleft()
+        event.synchronize()
+        if self.ram.rows[key] >= 0 and self.gpu.residency.slot(key) >= 0:
+            self.tier.drop(key)
+
+    def undo(self) -> None:
+        """See `Admissions.undo`."""
+        super().undo()
+        self.finish()

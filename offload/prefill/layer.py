@@ -27,14 +27,15 @@ from torch import Tensor
 from moebox.kernels import cpu
 from moebox.offload.device.base import Device, Event
 from moebox.offload.machine.hardware import gpu_identity
-from moebox.offload.memory.cold_rows import ColdAdmissions, ColdTier, LayerReads
-from moebox.offload.memory.gpu_slab import GpuTier
+from moebox.offload.memory.cold_rows import ColdTier
+from moebox.offload.memory.gpu_slab import UPLOAD_GROUP, GpuTier
 from moebox.offload.memory.ram_slab import RamTier
-from moebox.offload.prefill.admission import Admissions
+from moebox.offload.prefill.admission import Admissions, ColdAdmissions
+from moebox.offload.prefill.cold_reads import LayerReads
 from moebox.offload.prefill.road_costs import cpu_share, first_costs, two_roads_s
 from moebox.offload.prefill.staging import LayerRecord, Staging
 from moebox.offload.prefill.token_expert_pairs import recent_use, sort_pairs
-from moebox.offload.prefill.upload_ring import CERTAIN, GROUP, EarlyGroup, EarlyUploads, Ring
+from moebox.offload.prefill.upload_ring import CERTAIN, EarlyGroup, EarlyUploads, Ring
 from moebox.offload.routing.recorder import RoutingRecorder
 from moebox.offload.traffic import Traffic
 
@@ -300,7 +301,7 @@ class _Layer:
             n = self._next_batch()
             batch_s = self._begin_on_cpu(n) if n else float("inf")
             while self.front < self.back and self._ahead_s() < AHEAD * batch_s + AHEAD_S:
-                self._upload(min(GROUP, self.back - self.front))
+                self._upload(min(UPLOAD_GROUP, self.back - self.front))
             if self.running is not None and self.front < self.back:
                 self._end_on_cpu()
 
@@ -365,7 +366,7 @@ class _Layer:
     def _compute_next(self, slots: Sequence[int]) -> None:
         """Queue the experts that come next, which lie in these slots of the cache or of the ring."""
         n = len(slots)
-        self._compute(self.front, self.front + n, self._table(slots), GROUP)
+        self._compute(self.front, self.front + n, self._table(slots), UPLOAD_GROUP)
         self.record.uploads += n
         self.front += n
 
@@ -374,7 +375,9 @@ class _Layer:
         self.n_groups += 1
         words = table.numpy()
         words[:n] = slots
-        words[GROUP : GROUP + n + 1] = self.pairs.offsets[self.front : self.front + n + 1] - base
+        words[UPLOAD_GROUP : UPLOAD_GROUP + n + 1] = (
+            self.pairs.offsets[self.front : self.front + n + 1] - base
+        )
         return self.device.send(table)
 
     def _begin_on_cpu(self, n: int) -> float:

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 
 from moebox.offload.device.base import Device
-from moebox.offload.prefill.upload_ring import GROUP
+from moebox.offload.memory.gpu_slab import UPLOAD_GROUP
 from moebox.offload.traffic import Traffic
 
-TABLE = 2 * GROUP + 1
+TABLE = 2 * UPLOAD_GROUP + 1
 """int32 words that tell the GPU of a group: slots, then offsets."""
 ZERO_ROWS = 512
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from moebox.offload.decode.host_step import HALF_LIFE_TOKENS
 from moebox.offload.prefill.road_costs import Counts
+from moebox.offload.residency import HALF_LIFE_TOKENS
 
 
 @dataclass

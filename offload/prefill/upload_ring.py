@@ -14,12 +14,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from moebox.offload.device.base import CopyStream, Device, Event
-from moebox.offload.memory.gpu_slab import STAGING_SLOTS, GpuTier
+from moebox.offload.memory.gpu_slab import STAGING_SLOTS, UPLOAD_GROUP, GpuTier
 from moebox.offload.memory.ram_slab import RamTier
 
-GROUP = 8
-"""Experts that are computed together once they are uploaded."""
-RING = STAGING_SLOTS // GROUP
+RING = STAGING_SLOTS // UPLOAD_GROUP
 """Groups that fit the ring."""
 CERTAIN = 4
 """Tokens an expert must get on average for its use to count as certain."""
@@ -36,7 +34,7 @@ class Ring:
     @property
     def n_slots(self) -> int:
         """Of all groups."""
-        return len(self._readers) * GROUP
+        return len(self._readers) * UPLOAD_GROUP
 
     def enter(self, uploads: CopyStream) -> int:
         """Take the next turn: what `uploads` is given from here on waits until its slots are not read."""
@@ -48,7 +46,7 @@ class Ring:
 
     def slot(self, turn: int, place: int) -> int:
         """Slot number of a place in a group."""
-        return self._gpu.staging(turn * GROUP + place)
+        return self._gpu.staging(turn * UPLOAD_GROUP + place)
 
     def read_until(self, turn: int, event: Event) -> None:
         """The group's slots are read until `event`."""
@@ -80,8 +78,8 @@ class EarlyUploads:
     def start(self, keys: range) -> None:
         """Queue the most used of a layer's `keys` that are not in the cache, as many as the ring takes."""
         chosen = self._choose(keys)
-        for first in range(0, len(chosen), GROUP):
-            self._groups.append(self._upload(chosen[first : first + GROUP]))
+        for first in range(0, len(chosen), UPLOAD_GROUP):
+            self._groups.append(self._upload(chosen[first : first + UPLOAD_GROUP]))
 
     def take(self) -> list[EarlyGroup]:
         """Hand over what was started, for whichever layer it was."""

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moebox.errors import RequestError
+from moebox.offload.experts import TIERS
 from moebox.offload.routing.trace import NPZ_ERRORS
 
 FILE_FORMAT = 1
@@ -32,8 +33,6 @@ RESCALE_AT = 32.0
 
 LAYERS_AHEAD = 2
 
-TIERS = ("drive", "RAM", "GPU")
-"""What the numbers of a placement mean."""
 
 _ARRAYS = ("uses", "last_use", "pairs", "recent", "recall")
 

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from moebox._kernels import Policy, replay_hits
 from moebox.errors import RequestError
-from moebox.offload.decode.host_step import HALF_LIFE_TOKENS
+from moebox.offload.residency import HALF_LIFE_TOKENS
 from moebox.offload.routing.trace import RoutingTrace
 
 POLICIES = ("decayed", "lru", "lfu", "belady")

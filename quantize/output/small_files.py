@@ -9,13 +9,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import moebox
 from moebox.config import ModelConfig
 from moebox.offload.checkpoint.layout import MANIFEST_FILE, ExpertExtent, Manifest
 from moebox.offload.checkpoint.safetensors import INDEX_FILE
 from moebox.quantize.files import write_durably, writing
 from moebox.quantize.int4 import INT4_QUANTIZATION
 from moebox.quantize.output.shards import Shard
+from moebox.version import __version__
 
 CONFIG_FILE = "config.json"
 _ARCHITECTURES = ["DeepseekV3ForCausalLM"]
@@ -81,7 +81,7 @@ def write_manifest(
         entries: shard file -> the journal's line.
     """
     manifest = Manifest(
-        moebox=moebox.__version__,
+        moebox=__version__,
         method=method,
         source=source,
         shards={shard.file: _pick(entries[shard.file], "size", "sha256") for shard in shards},

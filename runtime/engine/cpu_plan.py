@@ -21,6 +21,7 @@ from moebox.offload.routing.counts import RECENT_TOKENS
 from moebox.runtime.model.compute import CPU_SCORES_BYTES
 from moebox.runtime.model.kv_cache import bytes_per_token
 from moebox.runtime.model.precision import planned_bytes
+from moebox.units import gib
 
 CHUNK_TOKENS = PART_TOKENS
 """Tokens of a prompt that go through the CPU at once: bounds memory, and how much an interrupt loses."""
@@ -126,7 +127,7 @@ def plan_memory(
     def plan(rows: int) -> MemoryPlan:
         return _plan(config, dtype, backbone, tokens, rows)
 
-    whole = plan(_n_keys(config))
+    whole = plan(config.n_keys)
     if whole.planned_bytes <= room:
         return whole
     return plan(bisect_right(range(whole.rows), room, key=lambda rows: plan(rows).planned_bytes) - 1)
@@ -134,14 +135,14 @@ def plan_memory(
 
 def least_rows(config: ModelConfig) -> int:
     """Experts that RAM must hold at least: those of one token's layer, and as many again on their way."""
-    return min(2 * config.num_experts_per_tok, _n_keys(config))
+    return min(2 * config.num_experts_per_tok, config.n_keys)
 
 
 def budget_for_share(
     config: ModelConfig, dtype: torch.dtype, backbone: str, context: int, share: float
 ) -> int:
     """The least `ram` with which a share (0 to 1) of all experts has a row."""
-    rows = max(least_rows(config), round(share * _n_keys(config)))
+    rows = max(least_rows(config), round(share * config.n_keys))
     return _plan(config, dtype, backbone, context, rows).planned_bytes
 
 
@@ -154,23 +155,19 @@ def _plan(config: ModelConfig, dtype: torch.dtype, backbone: str, context: int, 
         kv_bytes=context * bytes_per_token(config, dtype),
         chunk_tokens=chunk,
         workspace_bytes=workspace_bytes(config, chunk, context),
-        learned_bytes=learned_bytes(config, int(rows < _n_keys(config))),
+        learned_bytes=learned_bytes(config, int(rows < config.n_keys)),
         rows=rows,
-        n_keys=_n_keys(config),
+        n_keys=config.n_keys,
         row_bytes=row_stride(config),
         program_bytes=int(psutil.Process().memory_info().rss),
     )
-
-
-def _n_keys(config: ModelConfig) -> int:
-    return len(config.moe_layers) * config.n_routed_experts
 
 
 def _chunk_tokens(config: ModelConfig, context: int, rows: int) -> int:
     """Where experts are on disk the largest power of two that memory and context are worth."""
     chunk = CHUNK_TOKENS
     room = CHUNK_SHARE * rows * row_stride(config)
-    while rows < _n_keys(config) and 2 * chunk <= min(context, LARGEST_CHUNK_TOKENS):
+    while rows < config.n_keys and 2 * chunk <= min(context, LARGEST_CHUNK_TOKENS):
         if (2 * chunk - PART_TOKENS) * _between_layers(config) > room:
             break
         chunk *= 2
@@ -187,7 +184,7 @@ def _affordable_context(config: ModelConfig, dtype: torch.dtype, backbone: str, 
     smallest = min(SMALLEST_CONTEXT, config.max_position_embeddings)
     without, with_one = (_plan(config, dtype, backbone, tokens, 0).planned_bytes for tokens in (0, 1))
     per_token, left = with_one - without, room - without
-    beside_all = (left - _n_keys(config) * row_stride(config)) // per_token
+    beside_all = (left - config.n_keys * row_stride(config)) // per_token
     beside_least = (left - least_rows(config) * row_stride(config)) // per_token
     share = min(int(left * CACHE_SHARE) // per_token, beside_least)
     affordable = beside_all if beside_all >= smallest else max(smallest, share)
@@ -245,8 +242,3 @@ def check_context(config: ModelConfig, context: int | None) -> None:
         raise PlanError(
             f"context of {context} tokens; the model goes from 1 to {config.max_position_embeddings}"
         )
-
-
-def gib(nbytes: float) -> str:
-    """`nbytes` as text, in GiB or, if small, in MiB."""
-    return f"{nbytes / 2**30:.1f} GiB" if nbytes >= 2**30 else f"{nbytes / 2**20:.1f} MiB"

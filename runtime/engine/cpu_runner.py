@@ -5,7 +5,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,13 +17,14 @@ from moebox.offload.cpu_experts import CpuExperts
 from moebox.offload.disk.store import ExpertStore
 from moebox.offload.prefetch.prefetch import Prefetcher
 from moebox.offload.traffic import Traffic
+from moebox.runtime.engine.base import LoadOptions, Runner
 from moebox.runtime.engine.cpu_plan import CHUNK_TOKENS, MemoryPlan, plan_memory, return_large_blocks
 from moebox.runtime.engine.recording import open_recording
 from moebox.runtime.engine.router_lookahead import GateLookahead
 from moebox.runtime.model.kimi_k2 import KimiK2
 from moebox.runtime.model.kv_cache import KVCache
 from moebox.runtime.model.linear import native_bf16
-from moebox.runtime.model.loader import LoadOptions, load_backbone
+from moebox.runtime.model.loader import load_backbone
 from moebox.runtime.model.mlp import joined
 from moebox.runtime.model.precision import planned_bytes
 
@@ -33,58 +33,6 @@ MULTITHREADED_FROM = 1 << 22
 
 
 SMALL_BACKBONE_BYTES = 64 << 20
-
-
-class Runner(Protocol):
-    """Runs a loaded model, wherever its weights are.
-
-    Attributes:
-        model: the backbone's modules.
-        dtype: what they compute in.
-        chunk_tokens: tokens that go through the model at once.
-    """
-
-    model: KimiK2
-    dtype: torch.dtype
-    chunk_tokens: int
-
-    def new_cache(self, context: int) -> KVCache:
-        """An empty cache for up to `context` tokens.
-
-        Raises:
-            RequestError: there is no memory left for it.
-        """
-        ...
-
-    def forward(
-        self,
-        token_ids: list[int],
-        cache: KVCache,
-        *,
-        last_only: bool = False,
-        between_layers: Callable[[], None] | None = None,
-    ) -> Tensor:
-        """Run tokens that follow the cache, and commit them to it when they are done.
-
-        Args:
-            token_ids: 1 to `chunk_tokens` ids.
-            cache: made by `new_cache`.
-            last_only: only the last token's logits are wanted.
-            between_layers: called before each layer, or before the only step of a runner that cannot stop
-                between layers; what it raises ends the pass.
-
-        Returns:
-            fp32 [T, vocab_size] on the CPU, or [1, vocab_size] of the last.
-        """
-        ...
-
-    def traffic(self) -> Traffic:
-        """Where experts were found and what moved since loading began; differences count."""
-        ...
-
-    def close(self) -> None:
-        """End reads, and save what was learned of the routing; nothing is computed afterwards."""
-        ...
 
 
 class CpuRunner:

@@ -14,12 +14,14 @@ from torch import Tensor
 from moebox.config import ModelConfig
 from moebox.errors import MoeboxError, PlanError, RequestError
 from moebox.offload.checkpoint.safetensors import Checkpoint
+from moebox.offload.experts import Progress
 from moebox.offload.traffic import Traffic
+from moebox.runtime.engine.base import LoadOptions, Runner
 from moebox.runtime.engine.cpu_plan import MemoryPlan
-from moebox.runtime.engine.cpu_runner import Runner, load_on_cpu
+from moebox.runtime.engine.cpu_runner import load_on_cpu
 from moebox.runtime.model import precision
 from moebox.runtime.model.kv_cache import bytes_per_token
-from moebox.runtime.model.loader import LoadOptions, Progress, check_names, check_quantized, stored_bytes
+from moebox.runtime.model.loader import check_names, check_quantized, stored_bytes
 
 if TYPE_CHECKING:
     from moebox.runtime.engine.gpu_plan import GpuPlan

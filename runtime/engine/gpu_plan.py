@@ -17,10 +17,11 @@ from moebox.errors import PlanError
 from moebox.offload.memory.cold_rows import least_rows, spare_rows
 from moebox.offload.memory.gpu_slab import STAGING_SLOTS
 from moebox.offload.memory.ram_slab import row_stride
-from moebox.runtime.engine.cpu_plan import SMALLEST_CONTEXT, SYSTEM_SHARE, check_context, gib, learned_bytes
+from moebox.runtime.engine.cpu_plan import SMALLEST_CONTEXT, SYSTEM_SHARE, check_context, learned_bytes
 from moebox.runtime.model.compute import EXPANDED_BYTES
 from moebox.runtime.model.kv_cache import bytes_per_token
 from moebox.runtime.model.precision import planned_bytes
+from moebox.units import gib
 
 CHUNK_TOKENS = 8192
 """Tokens of a prompt that go through the GPU at once, where memory allows: each chunk reads every expert."""
@@ -99,7 +100,7 @@ def plan_gpu_memory(
             f"{gib(plan.fixed_bytes - room)} are missing",
             "Give a larger --vram or a smaller --context, or use --device cpu.",
         )
-    most = n_keys(config) + config.num_experts_per_tok  # some are kept free for uploads
+    most = config.n_keys + config.num_experts_per_tok  # some are kept free for uploads
     slots = min((room - plan.fixed_bytes) // row_stride(config), most)
     return _share_experts(config, plan, slots, int(free_ram * (1 - SYSTEM_SHARE)) if ram is None else ram)
 
@@ -107,11 +108,6 @@ def plan_gpu_memory(
 def least_vram_bytes(config: ModelConfig, context: int) -> int:
     """VRAM without which a model cannot be loaded: everything but experts, with the smallest chunks."""
     return _fixed_parts(config, 0, context).fixed_bytes
-
-
-def n_keys(config: ModelConfig) -> int:
-    """Routed experts of all layers."""
-    return len(config.moe_layers) * config.n_routed_experts
 
 
 def describe_fixed(plan: GpuPlan) -> str:
@@ -170,7 +166,7 @@ def workspace_bytes(config: ModelConfig, chunk: int, context: int) -> int:
 
 
 def _share_experts(config: ModelConfig, plan: GpuPlan, slots: int, ram_room: int) -> GpuPlan:
-    keys, top_k = n_keys(config), config.num_experts_per_tok
+    keys, top_k = config.n_keys, config.num_experts_per_tok
     hot = min(max(slots - top_k, 0), keys)  # the others are passed through
     rows, learned = _rows(config, ram_room, residencies=1)
     if rows + hot >= keys:
@@ -194,7 +190,7 @@ def _share_experts(config: ModelConfig, plan: GpuPlan, slots: int, ram_room: int
 def _rows(config: ModelConfig, ram_room: int, residencies: int) -> tuple[int, int]:
     """Experts that RAM holds beside what is learned of the router, and the bytes of that."""
     learned = learned_bytes(config, residencies)
-    return min(max(ram_room - learned, 0) // row_stride(config), n_keys(config)), learned
+    return min(max(ram_room - learned, 0) // row_stride(config), config.n_keys), learned
 
 
 def _check_cold_rows(config: ModelConfig, rows: int, learned: int) -> None:

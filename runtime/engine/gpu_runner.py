@@ -14,20 +14,22 @@ from moebox.config import ModelConfig
 from moebox.errors import PlanError, RequestError
 from moebox.kernels import cpu
 from moebox.offload.checkpoint.safetensors import Checkpoint
-from moebox.offload.device.base import Device, Launch, open_device
+from moebox.offload.device.base import Device, Launch
+from moebox.offload.device.registry import open_device
 from moebox.offload.disk.store import ExpertStore
 from moebox.offload.gpu_experts import TieredExperts
 from moebox.offload.machine.hardware import available_ram_bytes
 from moebox.offload.memory.ram_slab import RamTier
 from moebox.offload.traffic import Traffic
-from moebox.runtime.engine.cpu_plan import gib
+from moebox.runtime.engine.base import LoadOptions
 from moebox.runtime.engine.decode_program import DecodeProgram
 from moebox.runtime.engine.gpu_plan import GpuPlan, plan_gpu_memory
 from moebox.runtime.engine.recording import open_recording
 from moebox.runtime.model.compute import GpuProcessor
 from moebox.runtime.model.kimi_k2 import KimiK2
 from moebox.runtime.model.kv_cache import KVCache
-from moebox.runtime.model.loader import LoadOptions, load_backbone
+from moebox.runtime.model.loader import load_backbone
+from moebox.units import gib
 
 log = logging.getLogger("moebox")
 

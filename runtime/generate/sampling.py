@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from moebox.config import read_json
 from moebox.errors import MoeboxError, RequestError
-from moebox.runtime.text.output_parser import partial_suffix
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -216,35 +215,3 @@ def _leading(relative: Tensor, options: SamplingOptions, whole: float, share: fl
     weights, tokens = weights[order], tokens[order]
     order = weights.argsort(descending=True, stable=True)
     return weights[order], tokens[order]
-
-
-class StopStrings:
-    """Ends a text at the first of several strings; holds back what could become one.
-
-    Args:
-        stops: the strings; none of them is part of the text.
-    """
-
-    def __init__(self, stops: Iterable[str]) -> None:
-        self._stops = tuple(stops)
-        self._held = ""
-        self.stopped = False
-
-    def push(self, text: str) -> str:
-        """The part of the text so far that no stop string can reach; sets `stopped` at one."""
-        if not self._stops:
-            return text
-        text = self._held + text
-        found = [(text.find(stop) + len(stop), text.find(stop)) for stop in self._stops if stop in text]
-        if found:  # the one complete first, whatever the pieces it came in
-            self.stopped = True
-            self._held = ""
-            return text[: min(found)[1]]
-        keep = max(partial_suffix(text, stop) for stop in self._stops)
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep]
-
-    def finish(self) -> str:
-        """What was held back when the text ended otherwise."""
-        held, self._held = self._held, ""
-        return held

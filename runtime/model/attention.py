@@ -17,7 +17,7 @@ from moebox.runtime.model.norm import LATENT_EPS, RMSNorm
 from moebox.runtime.model.rope import rotate
 
 if TYPE_CHECKING:
-    from moebox.runtime.model.compute import Processor
+    from moebox.runtime.model.base import Processor
 
 
 class Attention(nn.Module):

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from moebox.config import ModelConfig
 from moebox.offload.experts import Experts
 from moebox.runtime.model.attention import Attention
-from moebox.runtime.model.compute import CPU, Processor
+from moebox.runtime.model.base import Processor
+from moebox.runtime.model.compute import CPU
 from moebox.runtime.model.kv_cache import KVCache
 from moebox.runtime.model.linear import Linear
 from moebox.runtime.model.mlp import MLP, MoE, joined

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
@@ -14,32 +11,12 @@ from torch import Tensor, nn
 from moebox.config import ModelConfig
 from moebox.errors import CheckpointError
 from moebox.offload.checkpoint.safetensors import TORCH_DTYPES, Checkpoint, TensorInfo
-from moebox.offload.experts import Experts
+from moebox.offload.experts import Experts, Progress
 from moebox.runtime.model import precision
-from moebox.runtime.model.compute import CPU, Processor
+from moebox.runtime.model.base import Processor
+from moebox.runtime.model.compute import CPU
 from moebox.runtime.model.kimi_k2 import KimiK2
 from moebox.runtime.model.mlp import joined
-
-Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class LoadOptions:
-    """What `Engine.load` was asked for; see there. Budgets in bytes, `context` in tokens."""
-
-    vram: int | None = None
-    ram: int | None = None
-    backbone: str = "bf16"
-    dtype: torch.dtype | None = None
-    context: int | None = None
-    threads: int | None = None
-    progress: Progress | None = None
-    stores: Sequence[Path] = ()
-    verify_reads: bool = False
-    prefetch: bool = True
-    statistics: bool = True
-    record_trace: Path | None = None
-
 
 _NOT_RUN = re.compile(r"\.rotary_emb\.inv_freq$|^(vision_tower|mm_projector)\.")
 _EXPERT = re.compile(

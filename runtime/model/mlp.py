@@ -15,7 +15,7 @@ from moebox.runtime.model.linear import Linear
 from moebox.runtime.model.router import Router
 
 if TYPE_CHECKING:
-    from moebox.runtime.model.compute import Processor
+    from moebox.runtime.model.base import Processor
 
 
 class MLP(nn.Module):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from moebox.config import ModelConfig
 
 if TYPE_CHECKING:
-    from moebox.runtime.model.compute import Processor
+    from moebox.runtime.model.base import Processor
 
 
 class Router(nn.Module):

@@ -19,6 +19,7 @@ from typing import Literal
 
 from moebox.runtime.text.messages import tool_call_id, tool_call_index
 from moebox.runtime.text.pieces import Piece, PieceKind, ToolCall
+from moebox.runtime.text.stop_strings import partial_suffix
 from moebox.runtime.text.tokenizer import Tokenizer
 
 THINK_BEGIN, THINK_END = "<think>", "</think>"
@@ -229,13 +230,6 @@ class ThinkText:
         kind: PieceKind = "reasoning" if self._phase == "reasoning" else "text"
         self._phase = "text"
         return [Piece(kind, held)] if held else []
-
-
-def partial_suffix(text: str, mark: str) -> int:
-    """Length of the longest end of `text` that is a beginning of `mark`, shorter than `mark`."""
-    return next(
-        (size for size in range(min(len(text), len(mark) - 1), 0, -1) if text.endswith(mark[:size])), 0
-    )
 
 
 def tool_name(call_id: str) -> str | None:

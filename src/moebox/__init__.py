@@ -27,12 +27,11 @@ from moebox.errors import (
     RequestError,
     TokenizerError,
 )
+from moebox.version import __version__
 
 if TYPE_CHECKING:
     from moebox.quantize.convert import QuantizeResult, quantize
     from moebox.runtime.api import Completion, Model, Piece, load
-
-__version__ = "0.1.0"
 
 __all__ = [
     "BusyError",
@@ -48,6 +47,7 @@ __all__ = [
     "QuantizeResult",
     "RequestError",
     "TokenizerError",
+    "__version__",
     "load",
     "quantize",
 ]

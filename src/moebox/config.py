@@ -110,6 +110,11 @@ class ModelConfig:
         return range(self.first_k_dense_replace, self.num_hidden_layers)
 
     @property
+    def n_keys(self) -> int:
+        """Routed experts of all layers; an expert's key is `moe_index * n_routed_experts + expert`."""
+        return len(self.moe_layers) * self.n_routed_experts
+
+    @property
     def softmax_scale(self) -> float:
         """qk_head_dim^-0.5, times the squared YaRN attention factor at every length."""
         mscale = self.yarn.attention_mscale() if self.yarn else 1.0

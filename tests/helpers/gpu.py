@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from moebox.config import ModelConfig
-from moebox.offload.device.base import open_device
+from moebox.offload.device.registry import open_device
 from moebox.offload.memory.ram_slab import row_stride
 from moebox.runtime.engine.cpu_plan import learned_bytes
-from moebox.runtime.engine.gpu_plan import least_vram_bytes, n_keys
+from moebox.runtime.engine.gpu_plan import least_vram_bytes
 
 DEVICES = ["stand-in", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -34,7 +34,7 @@ class Placement:
 
     def budgets(self, config: ModelConfig, context: int) -> dict[str, int]:
         """`vram` and `ram` of `Engine.load`."""
-        stride, keys = row_stride(config), n_keys(config)
+        stride, keys = row_stride(config), config.n_keys
         slots = self.slots or int(self.gpu * keys)
         return {
             "vram": least_vram_bytes(config, context) + slots * stride,

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from helpers.experts import Routing, random_arrays, reference
-from moebox._kernels import ColdTier, Reader
+from moebox._kernels import ColdTier, HostCopier, Reader
 from moebox.kernels.cpu import ThreadPool
-from moebox.offload.decode.host_step import DecodeRoads, HostCopier, Residency
+from moebox.offload.decode.host_step import DecodeRoads
+from moebox.offload.residency import Residency
 
 FLAG_WORDS = 16
 

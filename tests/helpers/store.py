@@ -16,7 +16,7 @@ GARBAGE = 0xEE
 def cpu_experts(checkpoint: Checkpoint, rows: int | None = None, threads: int = 2) -> CpuExperts:
     """A checkpoint's experts, by default all of them in RAM; the store ends with them."""
     config = checkpoint.config
-    n_keys = len(config.moe_layers) * config.n_routed_experts
+    n_keys = config.n_keys
     store = ExpertStore.open(checkpoint)
     return CpuExperts.load(
         config, store, cpu.ThreadPool(threads, pin=False), n_keys if rows is None else rows

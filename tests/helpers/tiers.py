@@ -17,7 +17,7 @@ from moebox._kernels import Reader
 from moebox.config import ModelConfig
 from moebox.kernels import cpu
 from moebox.offload.checkpoint.layout import ExpertLayout
-from moebox.offload.device.base import StandInDevice
+from moebox.offload.device.stand_in import StandInDevice
 from moebox.offload.disk.store import ExpertStore
 from moebox.offload.experts import group_by_expert
 from moebox.offload.gpu_experts import TieredExperts
@@ -45,7 +45,7 @@ def small_config(**changes) -> ModelConfig:
 def all_bytes(config: ModelConfig) -> Tensor:
     """What `fill_synthetic` makes of each key: uint8 [L * E, nbytes]."""
     source = SyntheticSource(config, 0)
-    rows = np.empty((len(config.moe_layers) * config.n_routed_experts, config.expert_bytes), np.uint8)
+    rows = np.empty((config.n_keys, config.expert_bytes), np.uint8)
     for key, row in enumerate(rows):
         source.read(key, row)
     return torch.from_numpy(rows)
@@ -55,7 +55,7 @@ def build(device, slots: int, exclusive: bool = False, threads: int = 1, **chang
     """Filled tiers; in exclusive mode with as few rows in RAM as will do."""
     config = small_config(**changes)
     reserve = min(config.num_experts_per_tok, slots // 2)
-    rows = len(config.moe_layers) * config.n_routed_experts - (slots - reserve if exclusive else 0)
+    rows = config.n_keys - (slots - reserve if exclusive else 0)
     ram = RamTier(config, rows, device)
     tiers = TieredExperts.build(config, device, cpu.ThreadPool(threads, pin=False), ram, slots, exclusive)
     tiers.fill_synthetic()

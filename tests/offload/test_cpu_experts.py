@@ -9,10 +9,10 @@ from helpers.tiers import EXPERTS, FIRST, LAYERS, TOP_K, small_config
 from moebox.errors import CheckpointError
 from moebox.kernels import cpu
 from moebox.offload.cpu_experts import CpuExperts
+from moebox.offload.experts import TIERS
 from moebox.offload.memory.ram_cache import RamCache
 from moebox.offload.memory.ram_slab import RamTier
 from moebox.offload.prefetch.prefetch import Prefetcher
-from moebox.offload.routing.counts import TIERS
 
 CONFIG = small_config()
 

@@ -20,7 +20,7 @@ from helpers.tiers import (
 from moebox.errors import PlanError
 from moebox.kernels import cpu
 from moebox.offload.checkpoint.safetensors import Checkpoint
-from moebox.offload.device.base import StandInDevice
+from moebox.offload.device.stand_in import StandInDevice
 from moebox.offload.disk.store import ExpertStore
 from moebox.offload.gpu_experts import TieredExperts
 from moebox.offload.memory.ram_slab import RamTier
@@ -73,7 +73,7 @@ def test_too_little_room(rows, slots, exclusive):
 def test_a_checkpoint_as_the_cpu_tier_computes_it(tmp_path, exclusive):
     checkpoint = Checkpoint.open(make_checkpoint(tmp_path / "model"))
     config, device, pool = checkpoint.config, StandInDevice(max_delay_us=0), cpu.ThreadPool(1)
-    n_keys = len(config.moe_layers) * config.n_routed_experts
+    n_keys = config.n_keys
     ram = RamTier(config, n_keys - 6 if exclusive else n_keys, device)
     tiers = TieredExperts.build(config, device, pool, ram, 6 + config.num_experts_per_tok, exclusive)
     calls = []

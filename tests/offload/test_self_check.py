@@ -8,7 +8,7 @@ import torch
 from helpers.tiers import build
 from moebox.errors import DeviceError
 from moebox.kernels.gpu.reference import ops as torch_ops
-from moebox.offload.device.base import StandInDevice
+from moebox.offload.device.stand_in import StandInDevice
 
 KERNELS = ("experts_one", "experts_many", "expert_part")
 

@@ -21,7 +21,7 @@ from helpers.tiers import (
 )
 from moebox.errors import CheckpointError
 from moebox.offload.checkpoint.safetensors import Checkpoint
-from moebox.offload.device.base import StandInDevice
+from moebox.offload.device.stand_in import StandInDevice
 from moebox.offload.traffic import Traffic
 
 NBYTES = small_config().expert_bytes
@@ -46,7 +46,7 @@ def test_totals_add_and_subtract():
 def test_the_cpu_with_and_without_a_drive(tmp_path, share):
     checkpoint = Checkpoint.open(make_checkpoint(tmp_path / "model"))
     config, generator = checkpoint.config, torch.Generator().manual_seed(1)
-    n_keys, top_k = len(config.moe_layers) * config.n_routed_experts, config.num_experts_per_tok
+    n_keys, top_k = config.n_keys, config.num_experts_per_tok
     experts = cpu_experts(checkpoint, max(2 * top_k, int(share * n_keys)))
     loaded = experts.traffic()
     assert loaded.hits == 0

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from moebox.instruments.doctor.checks.base import Check, Roots, read_text, unmeasured
-from moebox.runtime.engine.cpu_plan import gib
+from moebox.units import gib
 
 NVIDIA = "0x10de"
 DISPLAY = ("0x0300", "0x0302")

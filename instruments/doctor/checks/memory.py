@@ -13,8 +13,9 @@ from moebox.config import ModelConfig
 from moebox.instruments.doctor.checks.base import Check, Roots, read_text, unmeasured
 from moebox.offload.machine.hardware import CgroupLimit, available_ram_bytes, cgroup_limits
 from moebox.offload.machine.profile import Part
-from moebox.runtime.engine.cpu_plan import SYSTEM_SHARE, gib
+from moebox.runtime.engine.cpu_plan import SYSTEM_SHARE
 from moebox.runtime.model.precision import planned_bytes
+from moebox.units import gib
 
 LESS_THAN_BEFORE = 0.75
 """Part of the bandwidth measured earlier below which something must have changed."""

@@ -33,7 +33,7 @@ from moebox.instruments.bench.text import render_bench
 from moebox.instruments.measure import ceilings
 from moebox.instruments.measure.random_model import experts_in_ram, shape_config, synthetic_model
 from moebox.kernels import cpu
-from moebox.offload.device.base import open_device
+from moebox.offload.device.registry import open_device
 from moebox.offload.disk.store import ExpertStore
 from moebox.offload.machine.drive_speed import DriveSpeed
 from moebox.offload.machine.floor import Ceilings, PrefillFloor

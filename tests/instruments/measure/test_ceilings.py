@@ -5,7 +5,7 @@ import pytest
 from moebox.instruments.measure import ceilings
 from moebox.instruments.measure.random_model import shape_config
 from moebox.kernels.cpu import ThreadPool
-from moebox.offload.device.base import StandInDevice
+from moebox.offload.device.stand_in import StandInDevice
 from moebox.offload.machine.floor import Ceilings
 
 CONFIG = shape_config("tiny")

@@ -254,7 +254,7 @@ def test_a_model_on_the_hub_is_known_by_its_headers(tmp_path, monkeypatch):
     hub.close()
     config = load_config(source)
     assert plan.subject.config == config
-    assert plan.places.keys == n_keys(config)
+    assert plan.places.keys == config.n_keys
     assert "`moebox quantize` makes its experts INT4" in plan.subject.note
     ranges = [span for _, path, span in hub.requests if path.endswith(".safetensors")]
     assert ranges

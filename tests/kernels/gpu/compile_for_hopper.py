@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import torch
 
-import helpers.triton_compile as compiler
+import helpers.triton.compile as compiler
 from moebox.kernels.gpu.triton import attention, dense, overlap, part, router, signals
 
 ORDER = re.compile(r"griddepcontrol\.wait|ld\.(?:global|volatile)|st\.global|atom")

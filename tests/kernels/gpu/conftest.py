@@ -6,7 +6,7 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    import helpers.triton_interpreter  # noqa: F401 - patches it
+    import helpers.triton.interpreter  # noqa: F401 - patches it
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ from helpers.tiers import build
 from moebox.errors import DeviceError
 from moebox.offload.decode.host_step import AHEAD_FIELDS, FIELDS
 from moebox.offload.decode.upload_ahead import UploadsAhead
-from moebox.offload.device.base import StandInDevice
+from moebox.offload.device.stand_in import StandInDevice
 
 UPLOADS_ONLY = Spec(layers=4, slots=14, reserve=4, cpu_gbps=1e-3, recall=0.7)
 PLACEMENTS = {

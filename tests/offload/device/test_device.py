@@ -8,7 +8,9 @@ import torch
 
 from moebox.errors import DeviceError, PlanError
 from moebox.offload.decode.mailbox import Mailbox
-from moebox.offload.device.base import CudaDevice, StandInDevice, open_device
+from moebox.offload.device.cuda import CudaDevice
+from moebox.offload.device.registry import open_device
+from moebox.offload.device.stand_in import StandInDevice
 
 CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
 

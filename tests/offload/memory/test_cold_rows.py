@@ -25,7 +25,7 @@ from helpers.tiers import (
 from moebox._kernels import ColdTier, ReadFailure
 from moebox.errors import CheckpointError, PlanError
 from moebox.offload.decode.host_step import FIELDS
-from moebox.offload.device.base import StandInDevice
+from moebox.offload.device.stand_in import StandInDevice
 
 EIO = 5
 COLD = Spec(slots=6, reserve=3, rows=16, spare=4)

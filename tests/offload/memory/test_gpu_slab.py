@@ -7,7 +7,7 @@ import torch
 
 from helpers.tiers import EXPERTS, LAYERS, TOP_K, all_bytes, small_config
 from moebox.errors import PlanError
-from moebox.offload.device.base import StandInDevice
+from moebox.offload.device.stand_in import StandInDevice
 from moebox.offload.memory.gpu_slab import STAGING_SLOTS, GpuTier, spread_keys
 from moebox.offload.memory.ram_slab import RamTier, row_stride
 

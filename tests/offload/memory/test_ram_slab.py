@@ -10,7 +10,7 @@ from moebox.errors import CheckpointError, PlanError
 from moebox.kernels import cpu
 from moebox.offload.checkpoint.layout import EXPERT_TENSORS
 from moebox.offload.checkpoint.safetensors import Checkpoint
-from moebox.offload.device.base import StandInDevice
+from moebox.offload.device.stand_in import StandInDevice
 from moebox.offload.disk.store import ExpertStore
 from moebox.offload.memory import ram_slab as ram_module
 from moebox.offload.memory.ram_slab import RamTier, row_tensors

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moebox.offload.decode.host_step import Residency
+from moebox.offload.residency import Residency
 
 KEYS = 12
 

@@ -26,7 +26,7 @@ from helpers.tiers import (
     watch_cpu,
 )
 from moebox.errors import DeviceError
-from moebox.offload.device.base import StandInDevice
+from moebox.offload.device.stand_in import StandInDevice
 from moebox.offload.prefill import layer as prefill
 from moebox.offload.prefill.token_expert_pairs import recent_use, sort_pairs
 

@@ -20,9 +20,9 @@ from helpers.tiers import (
     small_config,
 )
 from moebox.errors import DeviceError
-from moebox.offload.device.base import StandInDevice
-from moebox.offload.memory.gpu_slab import STAGING_SLOTS
-from moebox.offload.prefill.upload_ring import CERTAIN, GROUP, Ring
+from moebox.offload.device.stand_in import StandInDevice
+from moebox.offload.memory.gpu_slab import STAGING_SLOTS, UPLOAD_GROUP
+from moebox.offload.prefill.upload_ring import CERTAIN, Ring
 
 LAYERS = 4
 DEEP = {"num_hidden_layers": FIRST + LAYERS}
@@ -184,7 +184,7 @@ def test_no_races(slots):
     forward_watched(tiers, MANY, 2, generator)
     assert races.find() == []
     records = settled_records(tiers)
-    assert sum(record.early for record in records) > LAYERS * GROUP
+    assert sum(record.early for record in records) > LAYERS * UPLOAD_GROUP
     assert any(record.wasted for record in records)
 
 
@@ -216,7 +216,7 @@ def test_other_experts_in_ram_after_a_chunk_that_ended_early():
     forward_watched(tiers, MANY, 1, generator)
     ends = [group.end for group in tiers.prefill.early._groups]
     tiers.settle()
-    assert len(ends) == STAGING_SLOTS // GROUP
+    assert len(ends) == STAGING_SLOTS // UPLOAD_GROUP
     assert all(end.done() for end in ends)
     tiers.fill_synthetic(seed=1)
     assert not torch.equal(tiers.ram.slab[0, : tiers.config.expert_bytes], all_bytes(tiers.config)[0])

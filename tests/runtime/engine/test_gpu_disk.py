@@ -9,11 +9,11 @@ import torch
 from helpers.gpu import PLACEMENTS
 from helpers.paths import TINY_K2
 from moebox.errors import CheckpointError
-from moebox.offload.routing.counts import TIERS
+from moebox.offload.experts import TIERS
 from moebox.offload.routing.trace import RoutingTrace
 from moebox.quantize.convert import quantize
 from moebox.runtime.api import load
-from moebox.runtime.engine.cpu_runner import Runner
+from moebox.runtime.engine.base import Runner
 
 CONTEXT = 256
 TOKENS = torch.randint(0, 3800, (70,), generator=torch.Generator().manual_seed(4)).tolist()

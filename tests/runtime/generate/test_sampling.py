@@ -8,13 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moebox.errors import MoeboxError, RequestError
-from moebox.runtime.generate.sampling import (
-    Sampler,
-    SamplingOptions,
-    StopStrings,
-    candidates,
-    generation_defaults,
-)
+from moebox.runtime.generate.sampling import Sampler, SamplingOptions, candidates, generation_defaults
+from moebox.runtime.text.stop_strings import StopStrings
 
 LOGITS = torch.tensor([1.0, 3.0, 2.0, -1.0, 0.5])
 

@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers.chat import SPECIALS, encode_answer, write_tokenizer
-from moebox.runtime.text.output_parser import OutputParser, ThinkText, partial_suffix, tool_name
+from moebox.runtime.text.output_parser import OutputParser, ThinkText, tool_name
 from moebox.runtime.text.pieces import ToolCall
+from moebox.runtime.text.stop_strings import partial_suffix
 from moebox.runtime.text.tokenizer import Tokenizer
 
 BEGIN, END = "<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"
