@@ -28,7 +28,6 @@ from moebox.offload.machine.profile import MachineProfile
 from moebox.quantize.synth.write import synth
 from moebox.runtime.engine.cpu_plan import budget_for_share, learned_bytes
 from moebox.runtime.engine.engine import Engine
-from moebox.runtime.engine.gpu_plan import n_keys
 
 GIB = 1 << 30
 K2 = shape_config("kimi-k2")
@@ -70,7 +69,7 @@ def test_every_byte_of_an_80_gb_card_has_its_place():
 
     free = plan.box.free_vram - taken(plan, GPU)
     assert 0 <= free < K2.expert_bytes
-    assert plan.places.near_experts == n_keys(K2)
+    assert plan.places.near_experts == K2.n_keys
     assert taken(plan, DISK) == 0
     assert taken(plan, RAM) == K2.experts_bytes + learned_bytes(K2, 1)
     assert plan.chances.disk == 0
@@ -81,7 +80,7 @@ def test_a_box_that_cannot_hold_the_model_reads_the_rest_from_the_disk():
     plan = k2(ram=400 * GIB)
 
     experts = [part.experts for part in plan.places.parts]
-    assert sum(experts) == n_keys(K2)
+    assert sum(experts) == K2.n_keys
     assert 0.95 * 400 * GIB - K2.expert_bytes < taken(plan, RAM) <= 0.95 * 400 * GIB
     assert plan.places.disk_experts > 0 < plan.chances.disk
     assert plan.tokens_per_s < k2().tokens_per_s

@@ -20,7 +20,6 @@ from moebox.runtime.engine.gpu_plan import (
     SMALLEST_CHUNK_TOKENS,
     GpuPlan,
     least_vram_bytes,
-    n_keys,
     plan_gpu_memory,
     workspace_bytes,
 )
@@ -43,8 +42,8 @@ def test_an_80_gb_card():
     assert made.chunk_tokens == CHUNK_TOKENS
     assert made.fixed_bytes + made.slots * row_stride(K2) <= 80 * GIB
     assert made.fixed_bytes + (made.slots + 1) * row_stride(K2) > 80 * GIB
-    assert 0.07 < made.slots / n_keys(K2) < 0.1
-    assert (made.ram_rows, made.exclusive) == (n_keys(K2), False)
+    assert 0.07 < made.slots / K2.n_keys < 0.1
+    assert (made.ram_rows, made.exclusive) == (K2.n_keys, False)
 
 
 def test_context_is_bounded_where_none_is_asked_for():
@@ -75,7 +74,7 @@ def test_budget_below_what_is_free():
 
 
 def test_all_experts_fit_the_gpu():
-    assert plan(TINY, context=100).slots == n_keys(TINY) + TINY.num_experts_per_tok
+    assert plan(TINY, context=100).slots == TINY.n_keys + TINY.num_experts_per_tok
 
 
 def test_ram_and_vram_hold_the_model_together():
@@ -123,11 +122,11 @@ def test_what_fits_neither_is_read_from_disk():
     spare = K2.num_experts_per_tok + 16
     assert made.exclusive
     assert made.ram_rows == (300 * GIB - made.learned_bytes) // row_stride(K2)
-    assert made.cold == n_keys(K2) - (made.ram_rows - spare) - (made.slots - K2.num_experts_per_tok)
+    assert made.cold == K2.n_keys - (made.ram_rows - spare) - (made.slots - K2.num_experts_per_tok)
     assert (made.hot, made.warm) == (made.slots - K2.num_experts_per_tok, made.ram_rows - spare)
     together = plan(ram=530 * GIB, context=4096)
     assert (together.exclusive, together.cold) == (True, 0)
-    assert together.hot + together.warm == n_keys(K2)
+    assert together.hot + together.warm == K2.n_keys
 
 
 def test_what_is_learned_of_the_router_has_its_place():
