@@ -1,17 +1,20 @@
-# demo: install and show the main job.  test: install and pass lint, types and tests.
+# demo: install and show the main job.  test: install and pass lint, types and tests; test-fast: all but the slow ones.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 SOURCES := $(shell find kernels/csrc offload/csrc -name "*.cpp" -o -name "*.h")
 NATIVE := CMakeLists.txt $(SOURCES)
 PARTS := cli.py quantize runtime instruments offload kernels cost src examples benchmarks tests docs
 
-.PHONY: demo test lint format docs bench clean
+.PHONY: demo test test-fast lint format docs bench clean
 
 demo: .venv/installed
 	$(BIN)/moebox demo
 
 test: .venv/tested lint
 	$(BIN)/pytest
+
+test-fast: .venv/tested lint
+	$(BIN)/pytest -m "not slow"
 
 lint: .venv/tested
 	$(BIN)/ruff check $(PARTS)
