@@ -22,14 +22,14 @@ from moebox.cost.ledger.rows import (
     REQUEST_COLUMNS,
     Row,
     idle_row,
+    record_of,
     request_row,
     spell_of,
     text_value,
-    usage_of,
 )
 from moebox.cost.ledger.schema import MIGRATIONS, upgrade, version_of
 from moebox.cost.ledger.totals import CHOSEN, Key, Totals, totals_by
-from moebox.cost.usage import IdleSpell, Usage
+from moebox.cost.usage import IdleSpell, RequestRecord
 from moebox.errors import LedgerError
 from moebox.files import locked
 from moebox.folders import data_folder
@@ -79,16 +79,16 @@ class Ledger:
                 _make(path)
             return cls(path, _connect_to_read(path) if read_only else _connect_to_write(path))
 
-    def add(self, *usages: Usage) -> None:
-        """Write requests, all or none; those whose id is there are left as they are there."""
-        self.write([request_row(usage) for usage in usages], [])
+    def add(self, *records: RequestRecord) -> None:
+        """Write all requests, or none after an error; one whose id is in the file is left out."""
+        self.write([request_row(record) for record in records], [])
 
     def add_idle(self, *spells: IdleSpell) -> None:
-        """Write spells in which nobody asked, all or none."""
+        """Write all idle spells, or none after an error."""
         self.write([], [idle_row(spell) for spell in spells])
 
     def write(self, requests: Sequence[Row], spells: Sequence[Row]) -> None:
-        """Write rows of `rows.py`, all or none; a row whose id is there already is left as it is."""
+        """Write all rows of `rows.py`, or none after an error; a row whose id is in the file is left out."""
         with _errors_named(self.path), _transaction(self._connection):
             self._connection.executemany(_insert("requests", REQUEST_COLUMNS), requests)
             self._connection.executemany(_insert("idle", IDLE_COLUMNS), spells)
@@ -99,13 +99,13 @@ class Ledger:
         until_s: float | None = None,
         model: str | None = None,
         user: str | None = None,
-    ) -> Iterator[Usage]:
+    ) -> Iterator[RequestRecord]:
         """Requests that began at `since_s` or later and before `until_s` (Unix time), in order of time."""
         columns = ", ".join(REQUEST_COLUMNS)
         statement = f"SELECT {columns} FROM requests WHERE {CHOSEN} ORDER BY begun_s, id"
         with _errors_named(self.path):
             for row in self._connection.execute(statement, _chosen(since_s, until_s, model, user)):
-                yield usage_of(row)
+                yield record_of(row)
 
     def idle(self, since_s: float | None = None, until_s: float | None = None) -> Iterator[IdleSpell]:
         """Spells in which nobody asked, in order of time; of one that lies across an end of the range only

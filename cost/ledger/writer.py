@@ -9,7 +9,7 @@ from pathlib import Path
 
 from moebox.cost.ledger.ledger import Ledger, ledger_path
 from moebox.cost.ledger.rows import Row, idle_row, request_row
-from moebox.cost.usage import IdleSpell, Usage
+from moebox.cost.usage import IdleSpell, RequestRecord
 from moebox.errors import LedgerError
 
 log = logging.getLogger("moebox")
@@ -35,7 +35,7 @@ class LedgerWriter:
         self.path = path or ledger_path()
         self._changed = threading.Condition()
         # Guarded by `_changed`.
-        self._waiting: list[Usage | IdleSpell] = []
+        self._waiting: list[RequestRecord | IdleSpell] = []
         self._taken = self._done = self._lost = 0
         self._tries = self._failed_try = 0
         self._hurry = self._closed = False
@@ -49,7 +49,7 @@ class LedgerWriter:
         self._thread.start()
         atexit.register(self.close)
 
-    def put(self, item: Usage | IdleSpell) -> None:
+    def put(self, item: RequestRecord | IdleSpell) -> None:
         """Hand over a row: some microseconds, whatever the disk does."""
         with self._changed:
             kept = self._taken + len(self._waiting) - self._done
@@ -116,9 +116,9 @@ class LedgerWriter:
                 self._done = self._taken
             self._changed.notify_all()
 
-    def _convert(self, item: Usage | IdleSpell) -> None:
+    def _convert(self, item: RequestRecord | IdleSpell) -> None:
         try:
-            if isinstance(item, Usage):
+            if isinstance(item, RequestRecord):
                 self._requests.append(request_row(item))
             else:
                 self._spells.append(idle_row(item))

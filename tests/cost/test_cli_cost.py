@@ -13,16 +13,17 @@ import pytest
 from click.testing import CliRunner
 from pytest import approx
 
+from helpers.ledger import make_record
 from moebox.cli import main_group
 from moebox.commands.cost import API_MODELS, Moment
 from moebox.cost.ledger.ledger import Ledger
 from moebox.cost.prices.api_prices import api_prices
-from moebox.cost.usage import Joules, Usage
+from moebox.cost.usage import Joules
 from moebox.errors import LedgerError, MoeboxError, PricesError
 
 
-def usage(number, ago, user="ana", model="k2"):
-    return Usage(
+def record(number, ago, user="ana", model="k2"):
+    return make_record(
         id=str(number),
         begun_s=(datetime.now() - ago).timestamp(),
         model=model,
@@ -43,7 +44,7 @@ def ledger(tmp_path, monkeypatch):
     path = tmp_path / "ledger.sqlite3"
     with Ledger.open(path) as opened:
         opened.add(
-            usage(0, timedelta(days=20)), usage(1, timedelta(days=3), "ben"), usage(2, timedelta(hours=2))
+            record(0, timedelta(days=20)), record(1, timedelta(days=3), "ben"), record(2, timedelta(hours=2))
         )
     monkeypatch.setenv("MOEBOX_LEDGER", str(path))
     monkeypatch.setenv("COLUMNS", "120")
@@ -80,10 +81,10 @@ def test_json_holds_the_ledgers_totals(ledger):
     total = data["total"]
     assert (
         (total["requests"], total["computed_tokens"])
-        == (totals.requests, totals.computed_tokens)
+        == (totals.requests, totals.usage.computed_tokens)
         == (3, 6000)
     )
-    assert total["joules"] == approx(totals.joules)
+    assert total["joules"] == approx(totals.usage.joules)
     million = total["per_million"]
     assert million["electricity"] == approx(72_000 / 3.6e6 * 0.36 / 6000 * 1e6)
     assert million["total"] == approx(million["electricity"] + million["hardware"] + million["other"])

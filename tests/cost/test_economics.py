@@ -99,7 +99,7 @@ def test_a_utilisation_that_cannot_be_is_refused(utilisation):
 
 def test_one_request_has_the_box_to_itself():
     joules = (Joules("gpu", 500.0, "counter"), Joules("cpu", 220.0, "estimated"))
-    usage = Usage("id", 0.0, "m", "u", 1000, 400, 300, 5.0, 2.0, 7.0, "stop", joules)
+    usage = Usage(1000, 400, 300, 5.0, 2.0, 7.0, energy=joules)
     assert work_of(usage) == Work(tokens=900, joules=720.0, busy_s=9.0)
     cost = cost_of(work_of(usage), PRICES)
     # 720 J -> 0.000072; 9 s -> 0.009 and 0.0009; x 1,000,000 / 900

@@ -178,7 +178,7 @@ class _Made:
 
 def _ledger(options: dict[str, Any]) -> _Made:
     from moebox.cost.report.page import report_page
-    from moebox.cost.report.report import csv_rows
+    from moebox.cost.report.rows import csv_rows
     from moebox.cost.report.text import render_report
 
     report = _report(options)
@@ -228,8 +228,9 @@ NOT_OF_A_SCENARIO = (
 
 def _scenario(name: str, options: dict[str, Any]) -> _Made:
     from moebox.cost.scenario.page import scenario_page
+    from moebox.cost.scenario.rows import scenario_rows
     from moebox.cost.scenario.scenario import find_scenario, run_scenario
-    from moebox.cost.scenario.text import render_scenario, scenario_rows
+    from moebox.cost.scenario.text import render_scenario
 
     for option in NOT_OF_A_SCENARIO:
         if options[option]:

@@ -5,7 +5,7 @@ from pytest import approx
 
 from moebox.cost import figures
 from moebox.cost.page.charts import LABEL_GAP, Axis, Chart, Series, Spot, columns, sampled, steps
-from moebox.cost.page.page import Bar, bars_of
+from moebox.cost.page.page import Bar, BarPart, scaled
 
 
 @pytest.mark.parametrize(
@@ -75,10 +75,10 @@ def test_lines_and_spots_share_their_axes():
 
 
 def test_bars_fill_by_the_longest():
-    one, two = bars_of(
+    one, two = scaled(
         [
-            (Bar("a", (), "4"), [("x", 1.0, ""), ("y", 3.0, "")]),
-            (Bar("b", (), "2"), [("x", 2.0, ""), ("y", 0.0, "")]),
+            Bar("a", [BarPart("x", 1.0, ""), BarPart("y", 3.0, "")], "4"),
+            Bar("b", [BarPart("x", 2.0, ""), BarPart("y", 0.0, "")], "2"),
         ]
     )
     assert [part.width for part in one.parts] == [25, 75]

@@ -3,7 +3,6 @@
 import io
 import json
 import shutil
-from dataclasses import replace
 from datetime import datetime, timedelta
 
 import pytest
@@ -12,6 +11,7 @@ from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 
+from helpers.ledger import changed, make_record
 from moebox.cost.ledger.ledger import Ledger
 from moebox.cost.page.page import render_page, write_page
 from moebox.cost.prices.api_prices import ApiPrice
@@ -21,7 +21,7 @@ from moebox.cost.report.report import ReportOptions, empty_report, make_report
 from moebox.cost.report.text import render_report
 from moebox.cost.scenario.page import scenario_page
 from moebox.cost.scenario.scenario import find_scenario, run_scenario
-from moebox.cost.usage import IdleSpell, Joules, Traffic, Usage
+from moebox.cost.usage import IdleSpell, Joules, Traffic
 from moebox.errors import MoeboxError
 
 EVIL = '<img src=x onerror="document.title=1"><script>document.title=2</script>&{{ 7 * 7 }}'
@@ -77,8 +77,8 @@ def browser():
     driver.quit()
 
 
-def usage(day, number, model):
-    return Usage(
+def record(day, number, model):
+    return make_record(
         id=f"{day}-{number}",
         begun_s=(FIRST + timedelta(days=day, hours=number)).timestamp(),
         model=model,
@@ -100,7 +100,7 @@ def made_report(folder, days=DAYS, **asked):
     with Ledger.open(folder / "ledger.sqlite3") as ledger:
         for day in range(days):
             if day != 3:
-                ledger.add(*(usage(day, number, EVIL if number else "k2") for number in range(3)))
+                ledger.add(*(record(day, number, EVIL if number else "k2") for number in range(3)))
         ledger.add_idle(IdleSpell(FIRST.timestamp(), 9_000.0, (Joules("gpu", 700_000.0, "counter"),)))
         prices = asked.pop("prices", Prices(hardware_price=25_000, other_per_month=40))
         asked = ReportOptions(prices, api=asked.pop("api", HOSTED), **asked)
@@ -158,7 +158,7 @@ def test_every_figure_has_its_mark(browser, pages, report):
 def test_marks_are_as_high_as_their_figures(browser, pages, report):
     opened(browser, pages / "report.html")
     heights = [mark.size["height"] for mark in marks(browser, "tokens-by-day", "answers")]
-    tokens = [line.totals.completion_tokens for line in report.days]
+    tokens = [line.totals.usage.completion_tokens for line in report.days]
     for height, count in zip(heights, tokens, strict=True):
         assert height / heights[0] == pytest.approx(count / tokens[0], rel=0.05)
     first, second = (mark.rect for mark in marks(browser, "tokens-by-day")[:2])
@@ -244,11 +244,11 @@ def test_a_page_that_cannot_be_written(report, tmp_path):
 
 
 def test_requests_that_computed_nothing(tmp_path):
-    cancelled = replace(
-        usage(0, 0, "k2"), prompt_tokens=0, cached_tokens=0, completion_tokens=0, prefill_s=0.0
+    cancelled = changed(
+        record(0, 0, "k2"), prompt_tokens=0, cached_tokens=0, completion_tokens=0, prefill_s=0.0
     )
     with Ledger.open(tmp_path / "l") as ledger:
-        ledger.add(replace(cancelled, decode_s=0.0))
+        ledger.add(changed(cancelled, decode_s=0.0))
         report = make_report(ledger, ReportOptions(Prices(hardware_price=25_000), api=HOSTED))
     assert "Nothing was computed" in render_page(report_page(report))
     render_report(report, Console(file=(shown := io.StringIO()), width=120))
