@@ -130,7 +130,7 @@ def test_a_row_after_the_end_is_said_not_raised(path, caplog):
 
 
 def test_no_more_rows_are_kept_than_memory_has_room_for(path, caplog, monkeypatch):
-    monkeypatch.setattr("moebox.cost.ledger.writer.KEPT_ROWS", 2)
+    monkeypatch.setattr("moebox.cost.ledger.writer.MAX_WAITING_ROWS", 2)
     path.parent.write_text("a file where the folder should be")
     writer = LedgerWriter(path)
     for number in range(5):
