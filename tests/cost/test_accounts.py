@@ -1,4 +1,4 @@
-"""Accounts of requests: measured, priced, written, and nothing lost at the end."""
+"""Accounts of requests: measured, priced and written, also at the end of the program."""
 
 import getpass
 import os
@@ -30,7 +30,7 @@ DONE = (USED, "stop")
 
 @pytest.fixture
 def box():
-    """A GPU that draws 100 W, by a clock that tests move."""
+    """A GPU that draws 100 W, and a clock that tests move."""
     clock = Clock()
     gpu = SteppingGpu(clock)
     return clock, gpu, EnergyMeter([GpuEnergy(gpu, clock)], clock, clock)
@@ -74,7 +74,7 @@ def test_waiting_before_the_call_is_part_of_the_time(accounts):
     assert later.begun_s - waited.begun_s == pytest.approx(100.0, abs=5)
 
 
-def test_what_requests_and_idleness_used_is_what_was_measured(accounts, box):
+def test_joules_of_requests_and_idle_spells_sum_to_the_measured_ones(accounts, box):
     clock, gpu, meter = box
     clock.wait(30)
     first = accounts.begin("m", "ada")
@@ -147,7 +147,7 @@ def test_the_end_of_the_program_writes_what_is_left(tmp_path, ending):
         assert len(list(ledger.idle())) == 2  # before it, and after it
 
 
-def test_a_user_without_a_name(monkeypatch):
+def test_the_login_name_of_a_user_without_a_name(monkeypatch):
     assert login_name()
 
     def nameless():
@@ -157,7 +157,7 @@ def test_a_user_without_a_name(monkeypatch):
     assert login_name() == str(os.getuid())
 
 
-def test_sums_of_energy_are_as_certain_as_their_parts():
+def test_the_method_of_a_sum_is_that_of_its_least_certain_part():
     some = (Joules("gpu", 5.0, "counter"), Joules("cpu", 1.0, "counter"))
     others = (Joules("dram", 3.0, "counter"), Joules("gpu", 2.0, "power"), Joules("cpu", 1.0, "estimated"))
     assert add_energy(some, others) == add_energy(others, some) == (

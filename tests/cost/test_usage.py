@@ -157,7 +157,7 @@ def test_a_new_figure_is_one_line_and_a_migration(tmp_path):
 
 
 def test_reports_need_neither_torch_nor_numpy():
-    """The command line starts in 0.2 s because of it."""
+    """Without them the command line starts in 0.2 s."""
     code = (
         "import sys\n"
         "from moebox import cli\n"

@@ -1,4 +1,4 @@
-"""The ledger: real SQLite files."""
+"""The ledger, on real SQLite files."""
 
 import os
 import sqlite3
@@ -43,7 +43,7 @@ def ledger(path):
 
 @contextmanager
 def unprivileged(folder):
-    """As a user who may read `folder` and not write it; root may write everything."""
+    """Act as a user who may read `folder` but not write it, also where the tests run as root."""
     folder.chmod(0o555)
     if os.geteuid():
         yield
@@ -57,7 +57,7 @@ def unprivileged(folder):
 
 @pytest.fixture
 def shared_folder():
-    """A folder that every user can reach."""
+    """A folder that every user can enter."""
     with tempfile.TemporaryDirectory() as name:
         yield Path(name)
         Path(name).chmod(0o755)
@@ -72,7 +72,7 @@ def test_a_request_comes_back_as_it_was(ledger, path):
         assert len(list(other.requests(model="a/b \udcff"))) == 1
 
 
-def test_the_table_holds_what_was_used_and_nothing_of_what_was_said(ledger, path):
+def test_the_columns_are_the_figures_and_hold_no_text_of_a_conversation(ledger, path):
     with closing(sqlite3.connect(path)) as connection:
         columns = {row[1] for row in connection.execute("PRAGMA table_info(requests)")}
     measured = {f"{source}_{part}" for source in SOURCES for part in ("joules", "method")}
@@ -111,20 +111,20 @@ def test_a_request_written_twice_counts_once(ledger):
         ("energy", (Joules("cpu", float("inf"), "counter"),), "inf is not finite"),
     ],
 )
-def test_a_value_that_cannot_be_is_named_and_nothing_is_written(ledger, field, value, said):
+def test_a_bad_value_is_named_and_nothing_is_written(ledger, field, value, said):
     with pytest.raises(LedgerError, match="'odd'") as caught:
         ledger.add(record("1"), record("odd", **{field: value}))
     assert said in str(caught.value)
     assert list(ledger.requests()) == []
 
 
-def test_numbers_of_numpy_are_numbers(ledger):
+def test_numbers_of_numpy_are_stored_as_numbers(ledger):
     ledger.add(record("1", prompt_tokens=np.int64(7), decode_s=np.float32(0.5)))
     (total,) = ledger.totals()
     assert (total.usage.prompt_tokens, total.usage.decode_s) == (7, 0.5)
 
 
-def test_of_an_idle_spell_the_part_in_the_range_counts(ledger):
+def test_the_part_of_an_idle_spell_within_the_range_counts(ledger):
     night = IdleSpell(NOON_S, 100.0, (Joules("gpu", 1000.0, "counter"), Joules("cpu", 10.0, "estimated")))
     instant = IdleSpell(NOON_S + 200, 0.0, (Joules("gpu", 0.5, "power"),))
     ledger.add_idle(night, instant)
@@ -165,7 +165,7 @@ requests = st.builds(
 
 
 def union_s(spans):
-    """Length of what the spans cover together, from their sorted edges."""
+    """Length of the union of the spans, from their sorted edges."""
     edges = sorted({edge for span in spans for edge in span})
     return sum(b - a for a, b in pairwise(edges) if any(begin <= a and b <= end for begin, end in spans))
 
@@ -226,14 +226,14 @@ def test_overlapping_requests_are_busy_once_and_waiting_is_not(ledger):
     assert ledger.totals()[0].busy_s == pytest.approx(14)
 
 
-def test_days_are_those_of_the_clock_on_the_wall(ledger):
+def test_days_are_those_of_local_time(ledger):
     late, early = datetime(2026, 11, 21, 23, 59), datetime(2026, 11, 22, 0, 1)
     ledger.add(record("1", late.timestamp()), record("2", early.timestamp()), record("3", early.timestamp()))
     days = ledger.totals(by="day")
     assert [(day.key, day.requests) for day in days] == [("2026-11-21", 1), ("2026-11-22", 2)]
 
 
-def test_nothing_recorded_is_no_request(ledger):
+def test_totals_of_an_empty_ledger(ledger):
     (total,) = ledger.totals()
     assert (total.requests, total.usage.joules, total.first_s) == (0, 0, None)
     assert ledger.totals(by="model") == []
@@ -355,7 +355,7 @@ def test_a_ledger_in_a_folder_that_may_not_be_written_is_readable(shared_folder)
             ledger.add(record("2"))
 
 
-def test_what_another_user_is_writing_is_readable(shared_folder):
+def test_a_ledger_that_another_user_is_writing_is_readable(shared_folder):
     path = shared_folder / "ledger"
     with Ledger.open(path) as writer:
         writer.add(record("1"))

@@ -1,4 +1,4 @@
-"""kill -9 in the middle of 1,000 writes by 4 processes: nothing committed is lost, nothing is doubled."""
+"""kill -9 during 1,000 writes by 4 processes: no committed row is lost, and none is doubled."""
 
 import os
 import signal
@@ -50,7 +50,7 @@ def start(program, path, name):
 
 
 def committed(processes, kill_after):
-    """Ids that the processes said to be written, who are all killed when there are so many of them."""
+    """Ids that the processes reported as written; all processes are killed after `kill_after` reports."""
     ids, enough = [], threading.Event()
 
     def read(process):
@@ -73,7 +73,7 @@ def committed(processes, kill_after):
 
 @pytest.mark.parametrize("program", [ROW_BY_ROW, BY_THE_THREAD], ids=["row by row", "by the thread"])
 @pytest.mark.parametrize("kill_after", [1, 400])
-def test_kill_9_loses_nothing_committed_and_doubles_nothing(tmp_path, program, kill_after):
+def test_kill_9_loses_no_committed_row_and_doubles_none(tmp_path, program, kill_after):
     path = tmp_path / "ledger.sqlite3"
     written = committed([start(program, path, str(i)) for i in range(PROCESSES)], kill_after)
     with Ledger.open(path, read_only=True) as ledger:

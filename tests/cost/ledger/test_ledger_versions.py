@@ -1,4 +1,4 @@
-"""Ledgers of other versions: files as they were, made by SQL of their time."""
+"""Ledgers of other versions, created by the SQL of those versions."""
 
 import sqlite3
 from contextlib import closing
@@ -70,7 +70,7 @@ def test_a_file_of_version_1_is_read(first_version, read_only):
     assert tables_of(first_version)[0] == len(MIGRATIONS)
 
 
-def test_a_migration_keeps_the_rows_and_lets_an_older_moebox_go_on(first_version):
+def test_a_migration_keeps_the_rows_and_an_older_moebox_can_go_on_writing(first_version):
     with Ledger.open(first_version) as older:
         with closing(sqlite3.connect(first_version, isolation_level=None)) as connection:
             upgrade(connection, first_version, (*MIGRATIONS, ADDED))

@@ -36,7 +36,7 @@ def ids(path):
         return [row.id for row in ledger.requests()]
 
 
-def test_what_was_put_is_in_the_ledger_after_a_flush(writer, path):
+def test_rows_are_in_the_ledger_after_a_flush(writer, path):
     writer.put(record("1"))
     writer.put(IDLE)
     assert writer.flush()
@@ -45,7 +45,7 @@ def test_what_was_put_is_in_the_ledger_after_a_flush(writer, path):
         assert list(ledger.idle()) == [IDLE]
 
 
-def test_what_was_put_is_written_soon_without_a_flush(writer, path):
+def test_rows_are_written_soon_without_a_flush(writer, path):
     writer.put(record("1"))
     end_s = time.monotonic() + 10
     while not (path.exists() and path.stat().st_size and ids(path)):
@@ -99,7 +99,7 @@ def test_rows_are_kept_while_the_file_cannot_be_written(writer, path, caplog):
     assert str(path) in logged.message
 
 
-def test_closing_says_how_many_rows_were_lost(path, caplog):
+def test_closing_logs_the_number_of_lost_rows(path, caplog):
     path.parent.write_text("a file where the folder should be")
     writer = LedgerWriter(path)
     writer.put(record("1"))
@@ -120,7 +120,7 @@ def test_closing_writes_what_is_left(path):
     assert {file.name for file in path.parent.iterdir()} == {"ledger.sqlite3", ".ledger.sqlite3.lock"}
 
 
-def test_a_row_after_the_end_is_said_not_raised(path, caplog):
+def test_a_row_after_closing_is_logged_and_raises_nothing(path, caplog):
     writer = LedgerWriter(path)
     writer.close()
     writer.put(record("1"))
@@ -129,7 +129,7 @@ def test_a_row_after_the_end_is_said_not_raised(path, caplog):
     assert "closed" in logged.message
 
 
-def test_no_more_rows_are_kept_than_memory_has_room_for(path, caplog, monkeypatch):
+def test_the_number_of_waiting_rows_is_limited(path, caplog, monkeypatch):
     monkeypatch.setattr("moebox.cost.ledger.writer.MAX_WAITING_ROWS", 2)
     path.parent.write_text("a file where the folder should be")
     writer = LedgerWriter(path)
@@ -141,7 +141,7 @@ def test_no_more_rows_are_kept_than_memory_has_room_for(path, caplog, monkeypatc
     assert "3 requests or idle spells could not be recorded" in caplog.text
 
 
-def test_a_row_that_cannot_be_does_not_hold_up_the_others(writer, path, caplog):
+def test_a_bad_row_does_not_delay_the_others(writer, path, caplog):
     writer.put(record("1"))
     writer.put(record("odd", decode_s=float("nan")))
     writer.put(record("2"))
@@ -150,7 +150,7 @@ def test_a_row_that_cannot_be_does_not_hold_up_the_others(writer, path, caplog):
     assert "'odd' cannot be recorded: nan is not finite" in caplog.text
 
 
-def test_a_file_that_was_deleted_is_begun_anew(writer, path):
+def test_a_deleted_file_is_created_again(writer, path):
     writer.put(record("1"))
     assert writer.flush()
     path.unlink()

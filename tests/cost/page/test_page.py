@@ -1,4 +1,4 @@
-"""The page in a real browser: a mark for each figure, silence, no network, text that can be read."""
+"""The page in a real browser: a mark for each figure, no errors, no network requests, readable text."""
 
 import io
 import json
@@ -96,7 +96,7 @@ def record(day, number, model):
 
 
 def made_report(folder, days=DAYS, **asked):
-    """Requests every day but the fourth, of two models; one has a name that wants to be markup."""
+    """Requests on every day but the fourth, of two models; the name of one contains markup."""
     with Ledger.open(folder / "ledger.sqlite3") as ledger:
         for day in range(days):
             if day != 3:
@@ -155,7 +155,7 @@ def test_every_figure_has_its_mark(browser, pages, report):
     assert len(rows) == len(report.lines) + 1
 
 
-def test_marks_are_as_high_as_their_figures(browser, pages, report):
+def test_heights_of_marks_are_proportional_to_their_figures(browser, pages, report):
     opened(browser, pages / "report.html")
     heights = [mark.size["height"] for mark in marks(browser, "tokens-by-day", "answers")]
     tokens = [line.totals.usage.completion_tokens for line in report.days]
@@ -166,7 +166,7 @@ def test_marks_are_as_high_as_their_figures(browser, pages, report):
 
 
 @pytest.mark.parametrize("name", ["report.html", "scenario.html"])
-def test_it_asks_for_nothing_and_complains_of_nothing(browser, pages, name):
+def test_a_page_makes_no_request_and_logs_no_error(browser, pages, name):
     opened(browser, pages / name)
     assert browser.get_log("browser") == []
     events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
@@ -181,7 +181,7 @@ def test_it_asks_for_nothing_and_complains_of_nothing(browser, pages, name):
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("name", ["report.html", "scenario.html"])
-def test_every_text_can_be_read(browser, pages, name, scheme):
+def test_every_text_has_enough_contrast(browser, pages, name, scheme):
     opened(browser, pages / name, scheme)
     body = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
     assert (body == "rgb(247, 245, 240)") == (scheme == "light")
@@ -199,7 +199,7 @@ def test_a_phone_shows_all_of_its_width(browser, pages, name):
     assert 300 < chart.size["width"] <= 390
 
 
-def test_names_are_text(browser, pages):
+def test_names_of_models_are_not_read_as_markup(browser, pages):
     opened(browser, pages / "report.html")
     assert browser.title.startswith("moebox cost: ")
     heads = browser.find_elements(By.CSS_SELECTOR, "[aria-label='By model'] tbody th")
@@ -225,7 +225,7 @@ def test_a_quarter_is_shown_by_weeks(tmp_path):
     assert len({mark.x for mark in money.chart.marks}) == 15
 
 
-def test_without_prices_there_is_less_to_show(tmp_path):
+def test_without_prices_the_comparisons_are_left_out(tmp_path):
     page = report_page(made_report(tmp_path, days=2, prices=Prices(), api=()))
     ids = [block.id for section in page.sections for block in section.blocks if block.id]
     assert ids == ["tokens-by-day", "money-by-day", "parts", "energy", "places"]

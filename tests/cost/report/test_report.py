@@ -1,4 +1,4 @@
-"""The report's sums beside those of the ledger, and beside sums done by hand."""
+"""The report's figures compared with sums of the ledger, and with sums done by hand."""
 
 import tempfile
 from dataclasses import replace
@@ -82,7 +82,7 @@ def test_what_one_request_costs(tmp_path):
     assert report.subscription.developers == 6
 
 
-def test_waiting_is_apart_unless_it_is_shared_out(tmp_path):
+def test_the_energy_of_waiting_is_apart_unless_it_is_shared_out(tmp_path):
     spell = IdleSpell(NOON_S + 20, 180.0, (Joules("gpu", 18_000.0, "counter"),))
     apart = report_of(tmp_path / "l", [record()], [spell], NOON_S + 200, since_s=NOON_S)
     assert apart.idle.joules == 18_000
@@ -95,7 +95,7 @@ def test_waiting_is_apart_unless_it_is_shared_out(tmp_path):
     assert not any("Waiting" in note for note in notes(shared))
 
 
-def test_idle_energy_is_as_certain_as_its_least_certain_part(tmp_path):
+def test_the_method_of_idle_energy_is_that_of_its_least_certain_part(tmp_path):
     spells = [
         IdleSpell(NOON_S, 10.0, (Joules("gpu", 5.0, "counter"), Joules("cpu", 1.0, "counter"))),
         IdleSpell(NOON_S + 10, 20.0, (Joules("gpu", 7.0, "power"),)),
@@ -105,7 +105,7 @@ def test_idle_energy_is_as_certain_as_its_least_certain_part(tmp_path):
     assert report.idle.seconds == 30
 
 
-def test_one_users_part_is_charged_by_the_whole_boxs_use(tmp_path):
+def test_a_users_part_is_charged_at_the_utilisation_by_all_users(tmp_path):
     bens = [record(1, begun_s=NOON_S + 10, user="ben"), record(2, begun_s=NOON_S + 100, user="ben")]
     records = [record(0), *bens]
     whole = report_of(tmp_path / "l", records, now_s=NOON_S + 200, by="user")
@@ -120,7 +120,7 @@ def test_one_users_part_is_charged_by_the_whole_boxs_use(tmp_path):
     assert ana.total.money == approx(whole.lines[1].money)
 
 
-def test_the_range_ends_now_and_no_sooner_than_what_ran_in_it(tmp_path):
+def test_the_range_ends_now_but_not_before_its_last_request(tmp_path):
     assert report_of(tmp_path / "l", [record()], now_s=NOON_S + 200).range_s == approx(200)
     late = report_of(tmp_path / "l", [], now_s=NOON_S + 200, until_s=NOON_S + 5000)
     assert late.until_s == NOON_S + 200
@@ -129,7 +129,7 @@ def test_the_range_ends_now_and_no_sooner_than_what_ran_in_it(tmp_path):
     assert early.utilisation == 1
 
 
-def test_a_stated_utilisation_counts_and_is_said(tmp_path):
+def test_a_stated_utilisation_is_used_and_noted(tmp_path):
     report = report_of(
         tmp_path / "l", [record()], now_s=NOON_S + 200, prices=replace(BOX, utilisation=0.5), since_s=NOON_S
     )
@@ -145,7 +145,7 @@ def test_days_are_in_order_and_add_up(tmp_path):
     assert sum(line.totals.requests for line in report.lines) == 7
 
 
-def test_words_say_who_is_cheaper(tmp_path):
+def test_headline_and_verdict_say_which_is_cheaper(tmp_path):
     asked = {"now_s": NOON_S + 200, "since_s": NOON_S, "api": (K2, DEAR)}
     report = report_of(tmp_path / "l", [record()], **asked)
     assert report.total.cost.total > 70
@@ -190,9 +190,9 @@ def test_nothing_is_charged_where_nothing_was_computed(tmp_path):
     assert report.total.money == 0 and report.total.joules_per_token is None
 
 
-def test_the_figures_are_of_one_moment(tmp_path):
+def test_all_figures_are_of_one_moment(tmp_path):
     class Busy(Ledger):
-        """Somebody else writes a request before every sum."""
+        """A ledger to which another connection adds a request before every sum."""
 
         def totals(self, *arguments, **named):
             with Ledger.open(self.path) as other:
@@ -242,7 +242,7 @@ RECORDS = st.builds(
     st.booleans(),
     st.floats(0, 9 * DAY_S),
 )
-def test_the_reports_totals_are_the_ledgers(records, by, share_idle, since_s):
+def test_totals_of_the_report_equal_those_of_the_ledger(records, by, share_idle, since_s):
     records = [replace(each, id=str(number)) for number, each in enumerate(records)]
     spell = IdleSpell(NOON_S, 9 * DAY_S, (Joules("gpu", 5e6, "power"),))
     with tempfile.TemporaryDirectory() as folder:
@@ -275,12 +275,12 @@ def test_the_reports_totals_are_the_ledgers(records, by, share_idle, since_s):
 
 
 def assert_money_adds_up(lines, total):
-    """Of lines that computed nothing no token can be charged; their seconds are nobody's then."""
+    """Lines without computed tokens have no cost, so their seconds are missing from the sum of the lines."""
     if all(line.cost is not None or not line.work.busy_s for line in lines):
         assert sum(line.money for line in lines) == approx(total.money, abs=1e-12)
 
 
-def test_a_filter_and_its_complement_make_the_whole(tmp_path):
+def test_a_filter_and_its_complement_sum_to_the_whole(tmp_path):
     records = [
         record(number, begun_s=NOON_S + 9 * number, model="k2" if number % 3 else "tiny")
         for number in range(9)
