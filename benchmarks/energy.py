@@ -155,7 +155,7 @@ def burst(seconds: float) -> None:
 def serve(meter: EnergyMeter, work: Callable[[float], None], seconds: float, seed: int) -> Served:
     """One request: bursts of work with pauses; each burst counts `TOKENS` tokens."""
     chance = random.Random(seed)
-    asked = time.monotonic()
+    called = time.monotonic()
     span = meter.begin()
     begun = time.monotonic()
     while time.monotonic() < begun + seconds:
@@ -164,7 +164,7 @@ def serve(meter: EnergyMeter, work: Callable[[float], None], seconds: float, see
         time.sleep(min(seconds / 4, chance.uniform(0, BURST_S)))
     ended = time.monotonic()
     given = gpu_joules(span.end())
-    return Served(begun, ended, given, 1e6 * (begun - asked), 1e6 * (time.monotonic() - ended))
+    return Served(begun, ended, given, 1e6 * (begun - called), 1e6 * (time.monotonic() - ended))
 
 
 def gpu_joules(energy: Sequence[Joules]) -> float:

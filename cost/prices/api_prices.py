@@ -169,8 +169,8 @@ def _near_models(name: str, ours: list[str]) -> str:
     for full in _model_names():
         known.setdefault(_plain(full if "/" in name else full.rpartition("/")[2]), full)
     close = [known[near] for near in difflib.get_close_matches(name, known, n=5, cutoff=0.6)]
-    asked = f"did you mean {', '.join(close)}? " if close else "name it as provider/model, "
-    return f"{asked}or write its prices into {own_prices_path()}"
+    near_ones = f"did you mean {', '.join(close)}? " if close else "name it as provider/model, "
+    return f"{near_ones}or write its prices into {own_prices_path()}"
 
 
 def _model_names() -> Iterator[str]:

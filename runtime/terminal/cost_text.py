@@ -25,7 +25,7 @@ def cost_line(usage: Usage, cost: TokenCost | None, currency: str) -> str | None
 def energy_text(energy: Sequence[Joules], tokens: float) -> str | None:
     """`12.4 J/token (GPU 10.1, CPU 2.0 est., DRAM 0.30 est.)`; None: no tokens, or nothing was measured.
 
-    "est." marks what the stated model of idle and per-core watts gave; all else comes from counters.
+    "est." marks what the stated model of idle and per-core watts gave; all else was measured.
     """
     if not tokens or not energy:
         return None
