@@ -259,7 +259,7 @@ def bench(as_json: bool, **options: Any) -> None:
       moebox bench /nvme/k2 --device cpu --ram 300GiB --context 8192
     """
     from moebox.instruments.bench.bench import bench as run_bench
-    from moebox.instruments.bench.rigs import BenchOptions
+    from moebox.instruments.bench.target import BenchOptions
     from moebox.instruments.bench.text import render_bench
 
     if (options["model"] is None) == (options["shape"] is None):

@@ -37,11 +37,11 @@ from moebox.commands.options import ByteSize
 from moebox.config import ModelConfig, load_config
 from moebox.instruments.bench.bench import bench
 from moebox.instruments.bench.report import BenchReport
-from moebox.instruments.bench.rigs import BenchOptions
+from moebox.instruments.bench.target import BenchOptions
 from moebox.instruments.measure.random_model import shape_config
 from moebox.instruments.plan.box import Box, BoxOptions, find_box
-from moebox.instruments.plan.hits import HitCurve, find_curve, published_curve
-from moebox.instruments.plan.report import Plan, Subject, plan_on
+from moebox.instruments.plan.hits import HitPredictor, find_hit_predictor, published_hit_predictor
+from moebox.instruments.plan.report import Plan, PlannedModel, plan_on
 from moebox.offload.device.registry import open_device
 from moebox.offload.memory.ram_slab import RamTier
 from moebox.quantize.convert import quantize
@@ -128,7 +128,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return options
 
 
-def checkpoint(folder: str, options: argparse.Namespace) -> Subject:
+def checkpoint(folder: str, options: argparse.Namespace) -> PlannedModel:
     """The one that was given, or a random INT4 one of K2's widths, in moebox's layout, with a tokenizer."""
     path = options.model
     if path is None:
@@ -138,25 +138,25 @@ def checkpoint(folder: str, options: argparse.Namespace) -> Subject:
         for name in ("tiktoken.model", "tokenizer_config.json"):
             shutil.copy(ASSETS / MODEL / name, source / name)
         quantize(source, path, delete_source=True)
-    return Subject(path.name, load_config(path), path)
+    return PlannedModel(path.name, load_config(path), path)
 
 
-def random_shape(options: argparse.Namespace) -> tuple[Subject, RamTier]:
+def random_shape(options: argparse.Namespace) -> tuple[PlannedModel, RamTier]:
     """The whole shape, and RAM with all experts of the layers that run."""
     ram = RamTier(shape_config(options.shape, options.layers), device=open_device(options.device))
     ram.fill_synthetic()
-    return Subject(options.shape, shape_config(options.shape)), ram
+    return PlannedModel(options.shape, shape_config(options.shape)), ram
 
 
-def hit_curve(subject: Subject, options: argparse.Namespace) -> HitCurve:
+def hit_curve(subject: PlannedModel, options: argparse.Namespace) -> HitPredictor:
     """How the model routes, or what stands for it."""
     if options.routing == "synthetic":
-        return published_curve(subject.config)
-    return find_curve(subject.config, subject.folder, None)
+        return published_hit_predictor(subject.config)
+    return find_hit_predictor(subject.config, subject.folder, None)
 
 
 def compare(
-    subject: Subject, curve: HitCurve, filled: RamTier | None, options: argparse.Namespace
+    subject: PlannedModel, curve: HitPredictor, filled: RamTier | None, options: argparse.Namespace
 ) -> tuple[list[Row], Box]:
     """Measure the box, predict all budgets, then measure each."""
     folders = [] if subject.folder is None else [subject.folder]
@@ -169,7 +169,7 @@ def compare(
     return [row(plan, filled, options) for plan in plans], box
 
 
-def ram_budgets(box: Box, subject: Subject, options: argparse.Namespace) -> list[Box]:
+def ram_budgets(box: Box, subject: PlannedModel, options: argparse.Namespace) -> list[Box]:
     """With each, RAM holds one of the shares of the experts."""
     config, dtype = subject.config, default_dtype(subject.config, "bf16")
     shares = [float(share) for share in options.shares.split(",")]
@@ -192,7 +192,7 @@ def row(plan: Plan, filled: RamTier | None, options: argparse.Namespace) -> Row:
     if report.decode is None:
         raise SystemExit("nothing was decoded")
     predicted = predict(plan, report.decode.cached_tokens + options.tokens // 2, options.prompt)
-    places, box = plan.places, plan.box
+    places, box = plan.placement, plan.box
     held = places.gpu_experts if box.has_gpu else places.near_experts
     budget = (box.vram if box.has_gpu else box.ram) or 0
     return Row(budget, held, places.keys, predicted, measured(report))
@@ -204,7 +204,7 @@ def bench_options(plan: Plan, options: argparse.Namespace) -> BenchOptions:
         prompt_tokens=(options.prompt,), decode_tokens=options.tokens, routing=options.routing
     )
     if not options.shape:
-        return replace(common, model=plan.subject.folder, device="cpu", ram=plan.box.ram, context=CONTEXT)
+        return replace(common, model=plan.model.folder, device="cpu", ram=plan.box.ram, context=CONTEXT)
     return replace(
         common, shape=options.shape, layers=options.layers, device=options.device, vram=plan.box.vram
     )
@@ -212,11 +212,11 @@ def bench_options(plan: Plan, options: argparse.Namespace) -> BenchOptions:
 
 def predict(plan: Plan, cached_tokens: int, prompt_tokens: int) -> Found:
     """What the plan says of a token behind so many others, and of a prompt."""
-    token = plan.speeds.decode(plan.chances, cached_tokens)
+    token = plan.speed_model.decode(plan.pick_shares, cached_tokens)
     return Found(
         token_ms=token.seconds * 1e3,
         experts_ms=token.experts_s * 1e3,
-        hits=plan.chances.gpu if plan.box.has_gpu else 1 - plan.chances.disk,
+        hits=plan.pick_shares.gpu if plan.box.has_gpu else 1 - plan.pick_shares.disk,
         prompt_s=next((prompt.seconds for prompt in plan.prefill if prompt.tokens == prompt_tokens), None),
     )
 

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from moebox.commands.options import ByteSize
-from moebox.instruments.bench.rigs import BenchOptions, Rig, make_pool, shape_rig
+from moebox.instruments.bench.target import BenchOptions, BenchTarget, make_pool, shape_target
 from moebox.instruments.measure.random_model import shape_config
 from moebox.offload.decode.host_step import FIELDS
 from moebox.offload.device.registry import open_device
@@ -85,13 +85,13 @@ def guess(trace: RoutingTrace, n_experts: int, recall: float) -> Tensor:
 
 
 class Decoding:
-    """The rig's tokens, one after the other, beside guesses of the trace."""
+    """The target's tokens, one after the other, beside guesses of the trace."""
 
-    def __init__(self, rig: Rig, routing: TraceRouting) -> None:
-        assert isinstance(rig.runner, GpuRunner)
-        self.runner, self.routing = rig.runner, routing
-        self.experts: TieredExperts = rig.runner.experts
-        self.cache = rig.runner.new_cache(min(rig.context, 2 * WARMUP_TOKENS))
+    def __init__(self, target: BenchTarget, routing: TraceRouting) -> None:
+        assert isinstance(target.runner, GpuRunner)
+        self.runner, self.routing = target.runner, routing
+        self.experts: TieredExperts = target.runner.experts
+        self.cache = target.runner.new_cache(min(target.context, 2 * WARMUP_TOKENS))
         self.runner.forward([1, 2, 3, 4], self.cache, last_only=True)
 
     def begin(self, guesses: Tensor) -> None:
@@ -218,9 +218,9 @@ def main() -> None:
     )  # fmt: skip
     routing, results = TraceRouting(trace), []
     configs = (config, shape_config(options.shape))
-    rig = shape_rig(configs, bench, device, make_pool(bench, device), routing, None)
+    target = shape_target(configs, bench, device, make_pool(bench, device), routing, None)
     with torch.inference_mode():
-        decoding = Decoding(rig, routing)
+        decoding = Decoding(target, routing)
         decoding.experts.roads.piece_bytes = options.piece
         for recall in map(float, options.recall.split(",")):
             decoding.begin(guess(trace, experts, recall))

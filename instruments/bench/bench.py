@@ -1,4 +1,4 @@
-"""`moebox bench`: ceilings of the box, then prompts, then decoding, each beside its floor."""
+"""`moebox bench`: measures the ceilings of the box, then prompts, then decoding, each beside its floor."""
 
 from __future__ import annotations
 
@@ -19,15 +19,18 @@ from moebox.cost.energy.meter import EnergyMeter
 from moebox.cost.prices.box_prices import Prices, load_prices
 from moebox.errors import RequestError
 from moebox.instruments.bench.cost import Spent
-from moebox.instruments.bench.report import (
-    BenchReport,
-    DecodeReport,
-    LayerWork,
-    PrefillReport,
-    decode_report,
-    prefill_report,
+from moebox.instruments.bench.decode_report import DecodeReport, decode_report
+from moebox.instruments.bench.prefill_report import LayerWork, PrefillReport, prefill_report
+from moebox.instruments.bench.prompt import SEED, random_ids, text_ids
+from moebox.instruments.bench.report import BenchReport
+from moebox.instruments.bench.roads import Samples
+from moebox.instruments.bench.target import (
+    BenchOptions,
+    BenchTarget,
+    checkpoint_target,
+    make_pool,
+    shape_target,
 )
-from moebox.instruments.bench.rigs import BenchOptions, Rig, checkpoint_rig, make_pool, shape_rig
 from moebox.instruments.measure.ceilings import measure_ceilings
 from moebox.instruments.measure.random_model import shape_config
 from moebox.offload.device.base import Device
@@ -44,27 +47,27 @@ log = logging.getLogger("moebox")
 
 PROMPT_RUNS = 3
 PROMPT_BUDGET_S = 10.0
-"""No further run of a prompt starts after so many seconds of it."""
+"""No further run of a prompt starts when its runs have taken this long together."""
 WARMUP_TOKENS = 64
-"""Decoded before the measured tokens where not all experts are where they are computed: four half-lives of
-an expert's score fill the cache."""
+"""Tokens decoded before the measured ones where an expert may have to be moved: four half-lives of an
+expert's score, after which the cache is full."""
 CPU_WARMUP_TOKENS = 2
-SEED = 0
+"""The same where all experts are in RAM and the CPU computes them."""
 
 
 def bench(
     options: BenchOptions, progress: Progress | None = None, filled: RamTier | None = None
 ) -> BenchReport:
-    """Measure a checkpoint or a random model.
+    """Measure a checkpoint or a random model: the box's ceilings, then prompts, then decoding.
 
     Args:
-        options: what and how.
-        progress: called with (stage, bytes done, bytes in all) while loading.
-        filled: all random experts of a shape on a GPU, in RAM already; see `shape_rig`.
+        options: the model, its budgets, and what to measure.
+        progress: called with (stage, bytes done, bytes in all) while the model is loaded.
+        filled: rows that hold all random experts of a shape already, see `shape_target`.
 
     Raises:
-        MoeboxError: as `Engine.load`; a trace that does not fit; a context that is too small; the file of
-            prices has a mistake.
+        MoeboxError: as `Engine.load`; or the trace does not fit the model, the context is too small, or the
+            file of prices has a mistake.
     """
     prices = load_prices()
     config, full = _configs(options)
@@ -75,30 +78,30 @@ def bench(
     pool = make_pool(options, device)
     ceilings = measure_ceilings(config, pool, device)
     if options.model is not None:
-        rig = checkpoint_rig(options.model, options, name, routing, progress)
+        target = checkpoint_target(options.model, options, name, routing, progress)
     else:
-        rig = shape_rig((config, full), options, device, pool, routing, progress, filled)
-    ceilings = replace(ceilings, nvme_gbps=rig.nvme_gbps)
+        target = shape_target((config, full), options, device, pool, routing, progress, filled)
+    ceilings = replace(ceilings, nvme_gbps=target.nvme_gbps)
     meter = open_meter(None if device is None else device.torch_device, prices)
-    run = _Run(rig, options, ceilings, device, meter, prices)
+    run = _Run(target, options, ceilings, device, meter, prices)
     with closing(meter), torch.inference_mode():
         prefill, decode = run.prompts(), run.decode()
     return BenchReport(
-        subject=rig.subject,
+        model=target.model,
         machine=_machine(device, pool.threads),
-        plan=rig.plan,
-        residents=rig.residents,
+        plan=target.plan,
+        residents=target.residents,
         routing=_routing(trace),
         ceilings=ceilings,
         prefill=prefill,
         decode=decode,
         notes=run.notes,
-        prefetch=rig.watch.prefetch(),
+        prefetch=target.experts.prefetch(),
     )
 
 
 def _configs(options: BenchOptions) -> tuple[ModelConfig, ModelConfig]:
-    """At the depth that runs, and at the depth that it stands for."""
+    """Configs of the model that runs and of the whole model, which is deeper if the run is shallow."""
     if options.model is not None:
         if options.shape is not None or options.layers is not None:
             raise RequestError(
@@ -113,16 +116,19 @@ def _configs(options: BenchOptions) -> tuple[ModelConfig, ModelConfig]:
 
 
 def _trace(options: BenchOptions, config: ModelConfig, device: Device | None) -> RoutingTrace | None:
-    """None: the router's own picks. By default a checkpoint routes itself, and random weights do not."""
+    """The trace that routes the run, long enough for it; None: the model's router picks.
+
+    Without `options.routing` the router of a checkpoint picks; random weights are routed by a synthetic
+    trace.
+    """
     kind = options.routing or ("model" if options.model is not None else "synthetic")
     if kind == "model":
         return None
-    layers, experts, top_k = len(config.moe_layers), config.n_routed_experts, config.num_experts_per_tok
     tokens = max(options.prompt_tokens, default=0) + options.decode_tokens + _warmup_tokens(options, device)
     if kind == "synthetic":
-        return synthetic_trace(tokens, layers, experts, top_k, SEED)
+        return synthetic_trace(tokens, *config.routing_shape, SEED)
     trace = RoutingTrace.load(Path(kind))
-    trace.check(layers, experts, top_k, tokens)
+    trace.check(*config.routing_shape, tokens)
     return trace
 
 
@@ -131,73 +137,69 @@ def _warmup_tokens(options: BenchOptions, device: Device | None) -> int:
 
 
 class _Run:
-    """The passes through one rig, and what they took."""
+    """The passes through one target, and what they took."""
 
     def __init__(
         self,
-        rig: Rig,
+        target: BenchTarget,
         options: BenchOptions,
         ceilings: Ceilings,
         device: Device | None,
         meter: EnergyMeter,
         prices: Prices,
     ) -> None:
-        self.rig, self.options, self.ceilings, self.device = rig, options, ceilings, device
+        self.target, self.options, self.ceilings, self.device = target, options, ceilings, device
         self.meter, self.prices = meter, prices
-        self.routing = rig.watch.routing
+        self.routing = target.experts.routing
         self.warmup = _warmup_tokens(options, device)
         longest = max(options.prompt_tokens, default=0)
-        self.needed = longest + (self.warmup + options.decode_tokens if options.decode_tokens else 0)
-        if self.needed > rig.context:
+        needed = longest + (self.warmup + options.decode_tokens if options.decode_tokens else 0)
+        if needed > target.context:
             raise RequestError(
-                f"prompts and decoding take {self.needed} tokens; model and memory allow {rig.context}",
+                f"prompts and decoding take {needed} tokens; model and memory allow {target.context}",
                 "Ask for fewer tokens, or for a larger --context.",
             )
-        self.cache: KVCache = rig.runner.new_cache(self.needed)
-        self.ids = _prompt_ids(options, rig.subject.config, self.needed)
+        self.cache: KVCache = target.runner.new_cache(needed)
+        self.ids = _prompt_ids(options, target.model.config, needed)
         self.notes: list[str] = []
-        if rig.subject.moe_layers == 1:
+        if target.model.moe_layers == 1:
             self.notes.append("one MoE layer: launch and dense layers are part of its time")
 
     def prompts(self) -> list[PrefillReport]:
-        """Each prompt length in turn; the cache holds the last one in the end."""
+        """Measure each prompt length in turn; afterwards the cache holds the last prompt."""
         return [self._prompt(tokens) for tokens in self.options.prompt_tokens]
 
     def _prompt(self, tokens: int) -> PrefillReport:
         if self.device is not None:
-            self._prompt_once(tokens, 0)  # kernels are compiled, memory is taken
+            self._prompt_once(tokens, 0)  # compiles kernels and takes memory
         runs: list[tuple[float, list[LayerWork]]] = []
         span = self.meter.begin()
         while len(runs) < PROMPT_RUNS and sum(seconds for seconds, _ in runs) < PROMPT_BUDGET_S:
             runs.append(self._prompt_once(tokens, len(runs) + 1))
         energy = span.end()
-        median = sorted(runs, key=lambda run: run[0])[len(runs) // 2]
-        log.info("prompt of %d tokens: %.3f s", tokens, median[0])
-        return prefill_report(
-            tokens,
-            [seconds for seconds, _ in runs],
-            median[1],
-            self.rig.subject,
-            self.ceilings,
-            Spent(tokens * len(runs), sum(seconds for seconds, _ in runs), energy, self.prices),
-        )
+        seconds = [seconds for seconds, _ in runs]
+        median_s, layers = sorted(runs, key=lambda run: run[0])[len(runs) // 2]
+        log.info("prompt of %d tokens: %.3f s", tokens, median_s)
+        spent = Spent(tokens * len(runs), sum(seconds), energy, self.prices)
+        return prefill_report(tokens, seconds, layers, self.target.model, self.ceilings, spent)
 
     def _prompt_once(self, tokens: int, run: int) -> tuple[float, list[LayerWork]]:
-        """Seconds until the last token's logits are there; each run routes another part of the trace."""
+        """Seconds until the last token's logits are there, and the layers; each run takes another part of the
+        trace."""
         self.cache.truncate(0)
         if self.routing is not None:
             self.routing.rewind(run * tokens % self.routing.trace.tokens)
-        runner, watch = self.rig.runner, self.rig.watch
-        watch.begin()
+        runner, experts = self.target.runner, self.target.experts
+        experts.begin()
         began_s = time.perf_counter()
         for first in range(0, tokens, runner.chunk_tokens):
             chunk = self.ids[first : min(first + runner.chunk_tokens, tokens)]
             runner.forward(chunk, self.cache, last_only=True)
         seconds = time.perf_counter() - began_s
-        return seconds, watch.prefill_layers(self.ceilings)
+        return seconds, experts.prefill_layers(self.ceilings)
 
     def decode(self) -> DecodeReport | None:
-        """Tokens one by one behind what the cache holds."""
+        """Decode the measured tokens one by one, after a warm-up, behind what the cache holds."""
         count = self.options.decode_tokens
         if not count:
             return None
@@ -213,37 +215,33 @@ class _Run:
         return decode_report(
             np.stack([layers for _, layers in measured]),
             token_s,
-            self.rig.subject,
+            self.target.model,
             self.ceilings,
             cached_tokens=cached,
             spent=Spent(count, sum(token_s), energy, self.prices),
         )
 
-    def _next_tokens(self) -> Iterator[tuple[float, Any]]:
-        """Seconds and layers of each token. A checkpoint goes on with its likeliest token, weights that are
-        random with any."""
-        runner, watch = self.rig.runner, self.rig.watch
+    def _next_tokens(self) -> Iterator[tuple[float, Samples]]:
+        """Decode token after token, and yield its seconds and layers.
+
+        A checkpoint goes on with its likeliest token, random weights with the next of the random ids.
+        """
+        runner, experts = self.target.runner, self.target.experts
         token = self.ids[len(self.cache)]
         while True:
-            watch.begin()
+            experts.begin()
             began_s = time.perf_counter()
             logits = runner.forward([token], self.cache)
             seconds = time.perf_counter() - began_s
-            yield seconds, watch.decode_layers()
+            yield seconds, experts.decode_layers()
             greedy = self.options.model is not None or len(self.cache) >= len(self.ids)
             token = int(logits[0].argmax()) if greedy else self.ids[len(self.cache)]
 
 
 def _prompt_ids(options: BenchOptions, config: ModelConfig, count: int) -> list[int]:
-    """Text for a checkpoint: this package's own source, again and again; any ids for random weights."""
     if options.model is None:
-        ids: list[int] = np.random.default_rng(SEED).integers(0, config.vocab_size, count).tolist()
-        return ids
-    from moebox.runtime.text.tokenizer import Tokenizer  # random weights need none
-
-    text = "\n".join(path.read_text("utf-8") for path in sorted(Path(__file__).parent.glob("*.py")))
-    ids = Tokenizer.load(options.model, config.vocab_size).encode(text)
-    return (ids * (count // len(ids) + 1))[:count]
+        return random_ids(config.vocab_size, count)
+    return text_ids(options.model, config.vocab_size, count)
 
 
 def _routing(trace: RoutingTrace | None) -> dict[str, Any]:

@@ -1,14 +1,14 @@
-"""A benchmark's report for the terminal: the figures first, then how they come about."""
+"""A benchmark's report for the terminal: the figures first, then the arithmetic behind them."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rich import box
-from rich.table import Table
-from rich.text import Text
-
-from moebox.instruments.bench.report import BenchReport, DecodeReport, PrefillReport, Roads
+from moebox.instruments.bench.decode_report import DecodeReport
+from moebox.instruments.bench.prefill_report import PrefillReport
+from moebox.instruments.bench.report import BenchReport
+from moebox.instruments.bench.roads import RoadFigures
+from moebox.instruments.text import figure_table, print_line, widen
 from moebox.offload.machine.floor import Ceilings
 from moebox.offload.prefetch.prefetch import PrefetchReport
 from moebox.units import GIGA
@@ -17,30 +17,26 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 TABLE_WIDTH = 140
-"""Columns printed even where the terminal is narrower, or none: cells that are cut off say nothing."""
+"""Columns that the widest table takes."""
 
 
 def render_bench(report: BenchReport, console: Console) -> None:
     """Print all of `report`."""
-    console.width = max(console.width, TABLE_WIDTH)
+    widen(console, TABLE_WIDTH)
     machine = report.machine
     processors = f"{machine['cpu']}, {machine['threads']} threads"
-    _line(console, f"{report.subject.name} on {machine.get('gpu', 'the CPU alone')}; {processors}")
+    print_line(console, f"{report.model.name} on {machine.get('gpu', 'the CPU alone')}; {processors}")
     for line in (*report.plan, _routing(report)):
-        _line(console, f"  {line}", "dim")
-    _line(console, _ceilings(report.ceilings))
+        print_line(console, f"  {line}", "dim")
+    print_line(console, _ceilings(report.ceilings))
     for prompt in report.prefill:
         _prefill(prompt, report, console)
     if report.decode is not None:
         _decode(report.decode, report, console)
     if report.prefetch is not None:
-        _line(console, _prefetch(report.prefetch))
+        print_line(console, _prefetch(report.prefetch))
     for note in report.notes:
-        _line(console, f"note: {note}", "dim")
-
-
-def _line(console: Console, text: str, style: str = "") -> None:
-    console.print(Text(text, style=style), soft_wrap=True)
+        print_line(console, f"note: {note}", "dim")
 
 
 def _routing(report: BenchReport) -> str:
@@ -68,28 +64,28 @@ def _ceilings(ceilings: Ceilings) -> str:
 
 
 def _prefill(prompt: PrefillReport, report: BenchReport, console: Console) -> None:
-    full, here = report.subject.full_moe_layers, report.subject.moe_layers
+    full, here = report.model.full_moe_layers, report.model.moe_layers
     in_layers = sum(layer.seconds for layer in prompt.layers)
-    _line(
+    print_line(
         console,
         f"\nprompt of {prompt.tokens:,} tokens: {prompt.tokens_per_s:,.1f} tok/s, {prompt.seconds:.3f} s "
         f"(median of {prompt.runs}), MoE layers {prompt.times_floor:.2f} times their floor",
         "bold",
     )
     if prompt.spent is not None:
-        _line(console, f"  cost: {prompt.spent}")
+        print_line(console, f"  cost: {prompt.spent}")
     if full != here:
-        _line(
+        print_line(
             console,
             f"  at {full} MoE layers: {prompt.seconds - in_layers:.3f} s + {full}/{here} x {in_layers:.3f} s "
             f"= {prompt.full_depth_s:.3f} s, {prompt.tokens / prompt.full_depth_s:,.1f} tok/s",
         )
-    table = _table("layer", "ms", "floor ms", "times", "hits", "uploads", "CPU", "disk", *_ROADS)
+    table = figure_table("layer", "ms", "floor ms", "times", "hits", "uploads", "CPU", "disk", *_ROADS)
     for layer in prompt.layers:
         table.add_row(
             str(layer.layer),
-            f"{_ms(layer.seconds, '.2')}",
-            f"{_ms(layer.floor.seconds, '.2')}",
+            _ms(layer.seconds, ".2"),
+            _ms(layer.floor.seconds, ".2"),
             f"{layer.times_floor:.2f}",
             str(layer.hits),
             str(layer.uploads),
@@ -101,7 +97,7 @@ def _prefill(prompt: PrefillReport, report: BenchReport, console: Console) -> No
 
 
 def _decode(decode: DecodeReport, report: BenchReport, console: Console) -> None:
-    _line(
+    print_line(
         console,
         f"\ndecode of {decode.tokens} tokens behind {decode.cached_tokens:,}: "
         f"{decode.tokens_per_s:.2f} tok/s, {_ms(decode.token_s)} ms a token (median "
@@ -110,29 +106,29 @@ def _decode(decode: DecodeReport, report: BenchReport, console: Console) -> None
         "bold",
     )
     if decode.spent is not None:
-        _line(console, f"  cost: {decode.spent}")
-    _line(console, f"  floor: {_floor(decode, report.ceilings)}")
-    _line(console, f"  experts: {_experts(decode)}")
-    _line(
+        print_line(console, f"  cost: {decode.spent}")
+    print_line(console, f"  floor: {_floor(decode, report.ceilings)}")
+    print_line(console, f"  experts: {_experts(decode)}")
+    print_line(
         console,
         f"  host on the critical path: {_mean_schedule_us(decode):.1f} us a layer, 95 % within "
         f"{decode.schedule_p95_s * 1e6:.1f} us",
     )
     _full_depth(decode, report, console)
     experts = ("hits", "uploads", "part", "CPU", "disk")
-    table = _table("layer", "ms", "floor ms", "of floor", *experts, "wait ms", *_ROADS)
+    table = figure_table("layer", "ms", "floor ms", "of floor", *experts, "wait ms", *_ROADS)
     for layer in decode.layers:
         table.add_row(
             str(layer.layer),
-            f"{_ms(layer.seconds)}",
-            f"{_ms(layer.floor_s)}",
+            _ms(layer.seconds),
+            _ms(layer.floor_s),
             f"{layer.of_floor:.2f}",
             f"{layer.hits:.2f}",
             f"{layer.uploads:.2f}",
             f"{layer.part:.2f}",
             f"{layer.cpu:.2f}",
             f"{layer.cold:.2f}",
-            f"{_ms(layer.wait_s)}",
+            _ms(layer.wait_s),
             *_road_cells(layer.roads),
         )
     console.print(table)
@@ -191,9 +187,9 @@ def _mean_schedule_us(decode: DecodeReport) -> float:
 
 def _full_depth(decode: DecodeReport, report: BenchReport, console: Console) -> None:
     full = decode.full_depth
-    if full.moe_layers == report.subject.moe_layers:
+    if full.moe_layers == report.model.moe_layers:
         return
-    _line(
+    print_line(
         console,
         f"  at {full.moe_layers} MoE layers: {_ms(full.fixed_s)} ms + {full.moe_layers} x "
         f"{_ms(full.layer_s)} ms = {_ms(full.token_s, '.2')} ms, {full.tokens_per_s:.2f} tok/s; "
@@ -201,7 +197,7 @@ def _full_depth(decode: DecodeReport, report: BenchReport, console: Console) -> 
         "bold",
     )
     if decode.spent_at_full_depth is not None:
-        _line(console, f"  cost at the same watts: {decode.spent_at_full_depth}")
+        print_line(console, f"  cost at the same watts: {decode.spent_at_full_depth}")
 
 
 def _ms(seconds: float, digits: str = ".3") -> str:
@@ -211,7 +207,7 @@ def _ms(seconds: float, digits: str = ".3") -> str:
 _ROADS = ("upload MB", "GB/s", "CPU MB", "GB/s", "disk MB", "GB/s")
 
 
-def _road_cells(roads: Roads) -> tuple[str, ...]:
+def _road_cells(roads: RoadFigures) -> tuple[str, ...]:
     return (
         f"{roads.upload_bytes / 1e6:,.1f}",
         _rate(roads.upload_gbps),
@@ -224,10 +220,3 @@ def _road_cells(roads: Roads) -> tuple[str, ...]:
 
 def _rate(gbps: float | None) -> str:
     return "-" if gbps is None else f"{gbps:.1f}"
-
-
-def _table(*columns: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in columns:
-        table.add_column(column, justify="right", no_wrap=True)
-    return table

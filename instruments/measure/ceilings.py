@@ -1,12 +1,11 @@
-"""What the box can do at best, measured in about two seconds before a benchmark: reads, copies, products.
+"""Ceilings of the box, measured in about two seconds before a benchmark: reads, copies, products.
 
-Everything uses memory of its own, which is given back, and more of it than caches hold where the model is
-large enough.
+Each measurement takes memory of its own and gives it back. The experts of a large model take more memory than
+the CPU's caches hold, so that memory is measured and not a cache.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -15,30 +14,35 @@ from torch import Tensor
 
 from moebox import _kernels
 from moebox.config import ModelConfig
+from moebox.instruments.measure.timing import fastest_seconds
 from moebox.kernels import cpu
-from moebox.offload.device.base import Device
+from moebox.offload.device.base import Device, Event
 from moebox.offload.machine.floor import Ceilings, expert_flops
 from moebox.offload.machine.hardware import available_ram_bytes
 from moebox.offload.memory.ram_slab import RamTier, row_stride
 from moebox.units import GIGA, TERA
 
 READ_BYTES = 1 << 30
-"""RAM that is read: far more than the last-level cache."""
+"""RAM that is read, at most: far more than the last-level cache."""
 HBM_BYTES = 1 << 30
+"""GPU memory that is read, at most."""
 BESIDE_S = 0.4
-"""How long both roads run at the same time."""
+"""How long uploads and reads of RAM run at the same time."""
 REPEATS = 5
+"""The best of so many measurements counts."""
 UPLOAD_SLOTS = 16
+"""Experts that are copied one after the other in one measurement."""
 CPU_TOKENS = 128
-"""Tokens per expert from which the CPU's kernel computes at its full rate."""
+"""Tokens per expert with which the CPU's kernel computes at its full rate."""
 CPU_EXPERTS = 4
+CPU_REPEATS = 3
 
 
 def measure_ceilings(config: ModelConfig, pool: cpu.ThreadPool, device: Device | None = None) -> Ceilings:
-    """Measure the box with experts of `config`'s size; the GPU's figures only with a `device`.
+    """Measure the box with experts of `config`'s size; figures of the GPU stay 0 without a `device`.
 
     Raises:
-        PlanError: the memory for it, `READ_BYTES` at most, is not to be had.
+        PlanError: there is no memory for it, `READ_BYTES` at most.
     """
     figures = cpu_figures(config, pool)
     if device is not None:
@@ -47,7 +51,7 @@ def measure_ceilings(config: ModelConfig, pool: cpu.ThreadPool, device: Device |
 
 
 def cpu_figures(config: ModelConfig, pool: cpu.ThreadPool) -> dict[str, float]:
-    """Those of `Ceilings` that need no GPU; raises as `measure_ceilings`."""
+    """The fields of `Ceilings` that need no GPU; raises as `measure_ceilings`."""
     with _rows(config, None) as ram:
         ram.fill_synthetic(keys=range(min(CPU_EXPERTS, ram.n_rows)))
         return {
@@ -59,8 +63,7 @@ def cpu_figures(config: ModelConfig, pool: cpu.ThreadPool) -> dict[str, float]:
 @contextmanager
 def _rows(config: ModelConfig, device: Device | None) -> Iterator[RamTier]:
     room = min(READ_BYTES, available_ram_bytes() // 8)
-    n_keys = config.n_keys
-    ram = RamTier(config, max(1, min(room // row_stride(config), n_keys)), device)
+    ram = RamTier(config, max(1, min(room // row_stride(config), config.n_keys)), device)
     try:
         yield ram
     finally:
@@ -72,7 +75,7 @@ def _read_gbps(pool: cpu.ThreadPool, ram: RamTier) -> float:
 
 
 def _cpu_tflops(config: ModelConfig, pool: cpu.ThreadPool, ram: RamTier) -> float:
-    """The expert kernel's own rate where it is bound by arithmetic."""
+    """Rate of the expert kernel with so many tokens that arithmetic, not memory, limits it."""
     n = min(CPU_EXPERTS, ram.n_rows)
     hidden = torch.randn(CPU_TOKENS, config.hidden_size).bfloat16()
     out = torch.zeros(CPU_TOKENS, config.hidden_size)
@@ -84,12 +87,12 @@ def _cpu_tflops(config: ModelConfig, pool: cpu.ThreadPool, ram: RamTier) -> floa
     def compute() -> None:
         cpu.experts_forward(pool, experts, offsets, tokens, weights, hidden, out)
 
-    best_s = min(_seconds(compute) for _ in range(3))
-    return n * CPU_TOKENS * expert_flops(config) / best_s / TERA
+    flops = n * CPU_TOKENS * expert_flops(config)
+    return flops / fastest_seconds(compute, CPU_REPEATS) / TERA
 
 
 def gpu_figures(config: ModelConfig, pool: cpu.ThreadPool, device: Device) -> dict[str, float]:
-    """Those of `Ceilings` that a GPU has its part in; raises as `measure_ceilings`."""
+    """The fields of `Ceilings` that need a GPU; raises as `measure_ceilings`."""
     with _rows(config, device) as ram:
         slots = device.empty((UPLOAD_SLOTS, ram.stride), torch.uint8)
         pcie_gbps = max(_upload_gbps(device, slots, ram) for _ in range(REPEATS))
@@ -108,11 +111,17 @@ def gpu_figures(config: ModelConfig, pool: cpu.ThreadPool, device: Device) -> di
 
 
 def _upload_gbps(device: Device, slots: Tensor, ram: RamTier) -> float:
-    begin = device.uploads.record()
-    _queue_uploads(device, slots, ram, UPLOAD_SLOTS)
-    end = device.uploads.record()
+    begin, end = _queue_uploads(device, slots, ram, UPLOAD_SLOTS)
     end.synchronize()
     return UPLOAD_SLOTS * ram.stride / end.seconds_since(begin) / GIGA
+
+
+def _queue_uploads(device: Device, slots: Tensor, ram: RamTier, count: int) -> tuple[Event, Event]:
+    """Start `count` uploads, and return the marks before and after them."""
+    begin = device.uploads.record()
+    for i in range(count):
+        device.uploads.copy(slots[i % UPLOAD_SLOTS], ram.slab[i % ram.n_rows])
+    return begin, device.uploads.record()
 
 
 def _download_gbps(device: Device, slots: Tensor, ram: RamTier) -> float:
@@ -124,30 +133,23 @@ def _download_gbps(device: Device, slots: Tensor, ram: RamTier) -> float:
     return UPLOAD_SLOTS * ram.stride / end.seconds_since(begin) / GIGA
 
 
-def _queue_uploads(device: Device, slots: Tensor, ram: RamTier, count: int) -> None:
-    for i in range(count):
-        device.uploads.copy(slots[i % UPLOAD_SLOTS], ram.slab[i % ram.n_rows])
-
-
 def _both_gbps(
     device: Device, slots: Tensor, ram: RamTier, pool: cpu.ThreadPool, pcie_gbps: float
 ) -> tuple[float, float]:
-    """GB/s of uploads and of reads, at the same time."""
+    """GB/s of uploads and of the CPU's reads of RAM while both run at the same time."""
     count = max(UPLOAD_SLOTS, min(int(BESIDE_S * pcie_gbps * GIGA / ram.stride), 1024))
-    begin = device.uploads.record()
-    _queue_uploads(device, slots, ram, count)
-    end = device.uploads.record()
+    begin, end = _queue_uploads(device, slots, ram, count)
     reads = [_read_gbps(pool, ram)]
     while not end.done():
         reads.append(_read_gbps(pool, ram))
     end.synchronize()
     if len(reads) > 1:
-        reads.pop()  # the uploads ended within it
+        reads.pop()  # the uploads ended during this read
     return count * ram.stride / end.seconds_since(begin) / GIGA, sum(reads) / len(reads)
 
 
 def _hbm_gbps(device: Device) -> tuple[float, float]:
-    """GB/s of a copy, reads and writes together, and of a sum, which only reads."""
+    """GB/s of a copy, counting reads and writes, and of a sum, which only reads."""
     nbytes = min(HBM_BYTES, device.free_vram_bytes() // 8)
     source = device.empty((nbytes // 4,), torch.float32).fill_(1.0)
     target = device.empty((nbytes // 4,), torch.float32)
@@ -157,14 +159,14 @@ def _hbm_gbps(device: Device) -> tuple[float, float]:
 
 
 def _gpu_tflops(device: Device) -> float:
-    """bf16 products of square matrices; the stand-in, which is no GPU, does a small one."""
+    """Rate of bf16 products of square matrices, small ones on the stand-in device."""
     size = 8192 if device.torch_device.type == "cuda" else 256
     a = device.empty((size, size), torch.bfloat16).fill_(0.5)
     return 2 * size**3 / _device_seconds(device, lambda: a @ a) / TERA
 
 
 def _device_seconds(device: Device, call: Callable[[], object]) -> float:
-    """The fastest of some calls, each between two marks on the compute stream."""
+    """Seconds of the fastest of `REPEATS` calls, each between two marks on the compute stream."""
     call()
     times = []
     for _ in range(REPEATS):
@@ -174,9 +176,3 @@ def _device_seconds(device: Device, call: Callable[[], object]) -> float:
         end.synchronize()
         times.append(end.seconds_since(begin))
     return min(times)
-
-
-def _seconds(call: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    call()
-    return time.perf_counter() - began

@@ -1,7 +1,8 @@
-"""A random model of a true shape, made in memory: to measure a box without a checkpoint.
+"""A model of random weights with the shape of a real one, made in memory to measure a box without a
+checkpoint.
 
-Random weights compute nothing of use, at the same cost as any others: only the routing of a real model
-differs, which is what `offload/routing/trace.py` is for. Shapes are those of `moebox synth`.
+Random weights cost as much time as trained ones. Only the routing differs, so that a benchmark routes them by
+a trace (`offload/routing/trace.py`). The shapes are those of `moebox synth`.
 """
 
 from __future__ import annotations
@@ -28,14 +29,14 @@ from moebox.runtime.model.precision import keeps_fp32
 Shape = Literal["kimi-k2", "tiny"]
 
 BLOCK = (1 << 22) - 3
-"""Random elements that a large matrix repeats; not a power of two, so that rows differ."""
+"""Random elements that a large matrix repeats; no power of two, as widths often are, so that rows differ."""
 
 
 def shape_config(shape: Shape, layers: int | None = None) -> ModelConfig:
-    """The config of a shape at its own depth, or with `layers` layers, dense ones included.
+    """The config of a shape at its own depth, or with `layers` layers, dense layers included.
 
     Raises:
-        ConfigError: no layer with experts would be left.
+        ConfigError: so few layers would include none with experts.
     """
     return parse_config(synth_config(shape, layers=layers, format="int4"), f"shape {shape}")
 
@@ -47,10 +48,10 @@ def synthetic_model(
     experts: Experts | None = None,
     seed: int = 0,
 ) -> KimiK2:
-    """A model whose backbone is random, in the memory of its processor; the same seed, the same weights.
+    """A model whose backbone is random and lies in the processor's memory; equal seeds give equal weights.
 
     Matrices have a standard deviation of 1/sqrt(columns), so that hidden states keep their size; norms are 1
-    and the routers' biases 0. `experts` as for `load_backbone`.
+    and the routers' biases are 0. `experts` is as for `load_backbone`.
     """
     with init_empty_weights():
         model = KimiK2(config, experts, dtype, processor)
@@ -79,5 +80,5 @@ def _random_matrix(shape: torch.Size, dtype: torch.dtype, block: Tensor) -> Tens
 
 
 def experts_in_ram(ram: RamTier, pool: cpu.ThreadPool) -> CpuExperts:
-    """The CPU's experts over a slab that holds all of them."""
+    """Experts that the CPU computes, all of them in the rows of `ram`."""
     return CpuExperts(ram.config, RamCache(ram), pool)

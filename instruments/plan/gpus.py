@@ -1,8 +1,9 @@
-"""GPUs and boxes by name, to plan for hardware that is not here: data sheets, and what of them is reached.
+"""GPUs by name, to plan for hardware that is not here: their data sheets, and the share of them that is
+reached.
 
-A preset's bandwidths are the vendor's; what a program gets of them was measured on one H200
-(docs/benchmarks.md) and taken over for the others: 4.27 of 4.8 TB/s, 55 of 64 GB/s, 798 of 989 TFLOP/s.
-docs/gpus.md says which figures were found again elsewhere.
+A preset's bandwidths and rates are the vendor's. The share that a program reaches was measured on one H200
+(docs/benchmarks.md) and is assumed for the others: 4.27 of 4.8 TB/s, 55 of 64 GB/s, 798 of 989 TFLOP/s.
+docs/gpus.md says which of the vendors' figures were confirmed by a second source.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from moebox.offload.machine.floor import Ceilings
 MIB = 1 << 20
 
 HBM_REACHED = 4.27 / 4.8
-"""A copy's reads and writes over the data sheet's bandwidth, on the H200."""
+"""Bandwidth of a copy, counting reads and writes, over the data sheet's, on the H200."""
 PCIE_REACHED = 55 / 64
 FLOPS_REACHED = 798 / 989
 CONTEXT_BYTES = 600 * MIB
-"""Memory that the driver and CUDA's context take before a program gets any."""
+"""Memory that the driver and CUDA's context take before a program can take any."""
 
 PCIE_5_GBPS, PCIE_4_GBPS = 64.0, 32.0
 """16 lanes, one direction."""
@@ -28,12 +29,12 @@ PCIE_5_GBPS, PCIE_4_GBPS = 64.0, 32.0
 REFERENCE_RAM_GBPS = 132.0
 REFERENCE_CPU_TFLOPS = 5.4
 REFERENCE_CPU = "16 cores of a Xeon Emerald Rapids"
-"""The CPU beside a GPU that is not here, unless told otherwise; medians of docs/benchmarks.md."""
+"""The CPU that is assumed beside a GPU that is not here; figures are medians of docs/benchmarks.md."""
 
 
 @dataclass(frozen=True)
 class GpuPreset:
-    """A GPU as its data sheet has it: memory in bytes as the driver reports it, GB/s, dense bf16 TFLOP/s."""
+    """A GPU: its memory as the driver reports it; GB/s and dense bf16 TFLOP/s as on its data sheet."""
 
     name: str
     title: str
@@ -44,11 +45,11 @@ class GpuPreset:
 
     @property
     def free_bytes(self) -> int:
-        """What a program finds free on a GPU that shows no screen."""
+        """Memory that a program finds free if the GPU drives no display."""
         return self.memory_bytes - CONTEXT_BYTES
 
     def ceilings(self, ram_gbps: float, cpu_tflops: float, nvme_gbps: float) -> Ceilings:
-        """What a box with this GPU can be expected to measure."""
+        """Ceilings that a box with this GPU, CPU and disk is expected to measure."""
         return Ceilings(
             ram_gbps=ram_gbps,
             cpu_tflops=cpu_tflops,
@@ -88,7 +89,7 @@ def find_preset(name: str) -> GpuPreset:
     """The preset called `name`.
 
     Raises:
-        PlanError: there is none; the message lists those that are near, or all.
+        PlanError: there is none; the message lists similar names, or all names.
     """
     if name in PRESETS:
         return PRESETS[name]
@@ -97,7 +98,7 @@ def find_preset(name: str) -> GpuPreset:
 
 
 def next_larger(preset: GpuPreset) -> GpuPreset | None:
-    """The preset with the next larger memory whose own speed is not lower, or None."""
+    """The preset with the next larger memory and no lower memory bandwidth, or None."""
     larger = (
         other
         for other in PRESETS.values()

@@ -1,7 +1,8 @@
-"""How often an expert will be where it is quick to reach: routing replayed against caches of any size.
+"""Predicts how often a picked expert is resident, by replaying a routing trace against a cache of any size.
 
-Three sources, the best that there is, named in every plan: a trace that the user recorded, this model's own
-statistics on this box, or the published locality of large models (`offload/routing/trace.py`).
+The trace is the best of three, and every plan names it: one that the user recorded, this model's own
+statistics on this box, or a synthetic one with the locality that is published of large models
+(`offload/routing/trace.py`).
 """
 
 from __future__ import annotations
@@ -16,102 +17,104 @@ from moebox.offload.routing.identity import ModelIdentity
 from moebox.offload.routing.replay import replay
 from moebox.offload.routing.statistics import RouterStatistics
 from moebox.offload.routing.trace import RoutingTrace, synthetic_trace
+from moebox.units import ceil_div
 
 LAYERS = 4
 """Layers that are replayed: hits depend on the share of the experts that is resident, not on their number."""
 TOKENS = 600
-"""The last tokens of a longer trace, and the length of a made-up one."""
+"""The last tokens of a longer trace, and the length of a synthetic one."""
 SEED = 1
-"""Of made-up traces: not the benchmark's, whose hits are to be foretold, not replayed."""
+"""Seed of synthetic traces: another one than the benchmark's, whose hits a plan must predict, not repeat."""
 FEWEST_TOKENS = 64
-"""A record of fewer says less about a model than what is published of others."""
+"""A model's statistics of fewer decoded tokens predict worse than what is published of other models."""
 WARMUP_SHARE = 0.25
-"""Part of a trace that settles the cache before hits are counted."""
+"""Share of a trace that brings the cache into its usual state before hits are counted."""
 
 Prompts = Callable[[int], RoutingTrace]
 
 
-class HitCurve:
-    """Share of picks that hit, by the share of all experts that is resident; replayed when first asked for.
+class HitPredictor:
+    """Predicts the share of picks that hit from the share of all experts that is resident, by a replay.
 
-    The cache is full from the start, as it is after loading: every expert is met once before the trace.
+    The replayed cache is full from the start, as after loading: every expert is picked once before the trace.
 
     Args:
         trace: what a router picked.
-        source: where it comes from, for people.
-        prompts: makes a longer trace of one layer, of so many tokens; None: prompts look like `trace`.
+        source: where the trace comes from, for people.
+        prompts: makes a longer trace of one layer, of the given number of tokens; None: prompts are routed as
+            in `trace`.
     """
 
     def __init__(self, trace: RoutingTrace, source: str, prompts: Prompts | None = None) -> None:
         self.source = source
         layers = np.unique(np.linspace(0, trace.layers - 1, LAYERS).round().astype(int))
         ids = np.ascontiguousarray(trace.ids[-TOKENS:, layers])
-        self._kept = RoutingTrace(ids, trace.n_experts, trace.source)
-        scan = _scan(self._kept)
+        self._trace = RoutingTrace(ids, trace.n_experts, trace.source)
+        scan = _scan(self._trace)
         self._filled = RoutingTrace(np.concatenate([scan, ids]), trace.n_experts, trace.source)
         self._warmup = len(scan) + int(len(ids) * WARMUP_SHARE)
         self._prompts = prompts
-        self._known: dict[int, float] = {}
+        self._hits: dict[int, float] = {}
         self._counts: dict[int, list[int]] = {}
 
     def hits(self, share: float) -> float:
-        """Hit rate with `share` of the experts resident."""
-        keys = self._kept.layers * self._kept.n_experts
+        """Hit rate, from 0 to 1, with `share` of the experts resident."""
+        keys = self._trace.layers * self._trace.n_experts
         slots = min(round(share * keys), keys)
         if slots in (0, keys):
             return float(slots == keys)
-        if slots not in self._known:
-            self._known[slots] = replay(self._filled, slots, "decayed", self._warmup)
-        return self._known[slots]
+        if slots not in self._hits:
+            self._hits[slots] = replay(self._filled, slots, "decayed", self._warmup)
+        return self._hits[slots]
 
     def expert_counts(self, tokens: int) -> list[int]:
-        """Tokens of each expert that a prompt of so many meets in a layer, in any order.
+        """For each expert that a prompt of `tokens` tokens uses in a layer: how many of them it computes.
 
-        A prompt longer than a recorded trace is taken for several of its length.
+        The order is not defined. Counts of a prompt longer than the trace are scaled up from the trace's.
         """
         if tokens not in self._counts:
-            ids = (self._prompts(tokens) if self._prompts else self._kept).ids[:tokens, 0]
+            ids = (self._prompts(tokens) if self._prompts else self._trace).ids[:tokens, 0]
             counts = np.bincount(ids.ravel()) * tokens // len(ids)
             self._counts[tokens] = [int(count) for count in counts if count]
         return self._counts[tokens]
 
 
 def _scan(trace: RoutingTrace) -> np.ndarray[tuple[int, ...], np.dtype[np.int32]]:
-    """int32 [E / k rounded up, L, k]: tokens that between them pick every expert of every layer."""
+    """int32 [ceil(E / k), L, k]: tokens that together pick every expert of every layer."""
     experts, top_k = trace.n_experts, trace.top_k
-    tokens = -(-experts // top_k)
+    tokens = ceil_div(experts, top_k)
     rows = (np.arange(tokens * top_k) % experts).reshape(tokens, 1, top_k)
     return np.repeat(rows, trace.layers, axis=1).astype(np.int32)
 
 
-def find_curve(config: ModelConfig, folder: Path | None, trace: Path | None) -> HitCurve:
-    """The best that is known of a model's routing.
+def find_hit_predictor(config: ModelConfig, folder: Path | None, trace: Path | None) -> HitPredictor:
+    """The predictor with the best source.
 
     Args:
         config: the model's.
         folder: its checkpoint, where it is here.
-        trace: a file of `--record-trace`, which comes before all else.
+        trace: a file of `--record-trace`, which is preferred to all other sources.
 
     Raises:
-        RequestError: `trace` is none, or of a model of another shape.
+        RequestError: `trace` is no trace, or is of a model of another shape.
     """
     if trace is not None:
         recorded = RoutingTrace.load(trace)
-        recorded.check(len(config.moe_layers), config.n_routed_experts, config.num_experts_per_tok, 1)
-        return HitCurve(recorded, f"{trace.name}, {recorded.tokens:,} recorded tokens, replayed")
+        recorded.check(*config.routing_shape, 1)
+        return HitPredictor(recorded, f"{trace.name}, {recorded.tokens:,} recorded tokens, replayed")
     if folder is not None:
-        seen = RouterStatistics.open(ModelIdentity.of(folder, config)).trace()
-        if seen is not None and seen.tokens >= FEWEST_TOKENS:
-            return HitCurve(seen, f"the last {seen.tokens:,} tokens of this model on this box, replayed")
-    return published_curve(config)
+        decoded = RouterStatistics.open(ModelIdentity.of(folder, config)).trace()
+        if decoded is not None and decoded.tokens >= FEWEST_TOKENS:
+            source = f"the last {decoded.tokens:,} tokens of this model on this box, replayed"
+            return HitPredictor(decoded, source)
+    return published_hit_predictor(config)
 
 
-def published_curve(config: ModelConfig) -> HitCurve:
-    """What others measured on large mixtures of experts, as far as the model's shape allows."""
-    layers = min(len(config.moe_layers), LAYERS)
-    experts, top_k = config.n_routed_experts, config.num_experts_per_tok
-    return HitCurve(
-        synthetic_trace(TOKENS, layers, experts, top_k, SEED),
+def published_hit_predictor(config: ModelConfig) -> HitPredictor:
+    """A predictor with the locality that others measured on large mixtures of experts."""
+    layers, experts, top_k = config.routing_shape
+    return HitPredictor(
+        synthetic_trace(TOKENS, min(layers, LAYERS), experts, top_k, SEED),
         "locality that is published of large models (offload/routing/trace.py), replayed",
         prompts=lambda tokens: synthetic_trace(tokens, 1, experts, top_k, SEED),
     )

@@ -1,4 +1,4 @@
-"""What goes where, byte by byte: what the planner of CPU or GPU decides, laid out for people."""
+"""What lies where, byte by byte: the memory plan that loading obeys, laid out for people."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from moebox.runtime.engine.cpu_plan import MemoryPlan, plan_memory
 from moebox.runtime.engine.gpu_plan import RESERVE_BYTES, GpuPlan, plan_gpu_memory
 
 GPU, RAM, DISK = "GPU", "RAM", "disk"
+BACKBONE = "backbone: attention, shared experts, dense layers, head"
+STATISTICS = "router statistics"
 SPARE_ROWS = "rows for experts that are being read"
-LEARNED = "router statistics"
 
 
 @dataclass(frozen=True)
-class Part:
-    """Some bytes in a place. `experts`: how many they hold, where they hold any."""
+class MemoryPart:
+    """Some bytes of one place; `experts` is how many experts they hold."""
 
     place: str
     what: str
@@ -29,20 +30,20 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Places:
-    """A memory plan.
+class MemoryPlacement:
+    """What lies on the GPU, in RAM and on the disk.
 
     Attributes:
-        parts: every byte that is taken, place by place.
+        parts: all bytes that are taken, place by place.
         context: tokens of cache.
-        chunk_tokens: of a prompt that go through at once.
+        chunk_tokens: tokens of a prompt that go through the model at once.
         keys: routed experts of the model.
-        gpu_experts: those with a slot on the GPU.
-        near_experts: different ones on the GPU or in RAM, for which the disk is not read.
+        gpu_experts: experts with a slot on the GPU.
+        near_experts: different experts on the GPU or in RAM, for which the disk is not read.
         backbone_bytes: as loaded.
     """
 
-    parts: tuple[Part, ...]
+    parts: tuple[MemoryPart, ...]
     context: int
     chunk_tokens: int
     keys: int
@@ -60,16 +61,18 @@ class Places:
         return asdict(self) | {"disk_experts": self.disk_experts}
 
 
-def place(config: ModelConfig, box: Box, context: int | None, backbone: str, dtype: torch.dtype) -> Places:
-    """Share a box's memory out, as loading there would.
+def place_memory(
+    config: ModelConfig, box: Box, context: int | None, backbone: str, dtype: torch.dtype
+) -> MemoryPlacement:
+    """Plan a box's memory with the planner that loading uses there.
 
     Raises:
         PlanError: it does not fit, with the numbers.
     """
     if not box.has_gpu:
         plan = plan_memory(config, dtype, backbone, box.ram, context, box.free_ram)
-        return cpu_places(config, plan)
-    return gpu_places(
+        return cpu_placement(config, plan)
+    return gpu_placement(
         config,
         plan_gpu_memory(
             config,
@@ -82,24 +85,21 @@ def place(config: ModelConfig, box: Box, context: int | None, backbone: str, dty
     )
 
 
-def gpu_places(config: ModelConfig, plan: GpuPlan) -> Places:
-    """The parts of a plan with a GPU; slots that are kept free for what passes through hold no expert."""
+def gpu_placement(config: ModelConfig, plan: GpuPlan) -> MemoryPlacement:
+    """The parts of a plan with a GPU; slots that are kept free for uploads count as staging."""
     keys, stride, rows = config.n_keys, row_stride(config), plan.ram_rows
     passing_bytes = (plan.slots - plan.hot) * stride
     parts = [
-        Part(GPU, "backbone: attention, shared experts, dense layers, head", plan.backbone_bytes),
-        Part(GPU, f"cache for {plan.context:,} tokens", plan.kv_bytes),
-        Part(GPU, f"workspace of prompts, {plan.chunk_tokens:,} tokens at once", plan.workspace_bytes),
-        Part(GPU, "staging of uploads", plan.staging_bytes + passing_bytes),
-        Part(GPU, "reserve: kernels, graphs, libraries", RESERVE_BYTES),
-        Part(GPU, "hot experts", plan.hot * stride, plan.hot),
-        Part(RAM, LEARNED, plan.learned_bytes),
-        Part(RAM, "warm experts" if plan.exclusive else "all experts", plan.warm * stride, plan.warm),
+        *_model_parts(GPU, plan),
+        MemoryPart(GPU, "staging of uploads", plan.staging_bytes + passing_bytes),
+        MemoryPart(GPU, "reserve: kernels, graphs, libraries", RESERVE_BYTES),
+        MemoryPart(GPU, "hot experts", plan.hot * stride, plan.hot),
+        MemoryPart(RAM, STATISTICS, plan.learned_bytes),
+        *_rows(plan.warm, rows - plan.warm, stride, "warm experts" if plan.exclusive else "all experts"),
+        *_cold(config, plan.cold),
     ]
-    if plan.warm < rows:
-        parts.append(Part(RAM, SPARE_ROWS, (rows - plan.warm) * stride))
-    return Places(
-        (*parts, *_cold(config, plan.cold)),
+    return MemoryPlacement(
+        tuple(parts),
         plan.context,
         plan.chunk_tokens,
         keys,
@@ -109,22 +109,18 @@ def gpu_places(config: ModelConfig, plan: GpuPlan) -> Places:
     )
 
 
-def cpu_places(config: ModelConfig, plan: MemoryPlan) -> Places:
-    """The parts of a plan without a GPU; where experts are missing, some rows are kept free for reads."""
+def cpu_placement(config: ModelConfig, plan: MemoryPlan) -> MemoryPlacement:
+    """The parts of a plan without a GPU; unless all experts fit, some rows are kept free for reads."""
     top_k, rows = config.num_experts_per_tok, plan.rows
     spare = 0 if plan.experts_fit else min(top_k, rows - top_k)
     parts = [
-        Part(RAM, "backbone: attention, shared experts, dense layers, head", plan.backbone_bytes),
-        Part(RAM, f"cache for {plan.context:,} tokens", plan.kv_bytes),
-        Part(RAM, f"workspace of prompts, {plan.chunk_tokens:,} tokens at once", plan.workspace_bytes),
-        Part(RAM, LEARNED, plan.learned_bytes),
-        Part(RAM, "warm experts" if spare else "all experts", (rows - spare) * plan.row_bytes, rows - spare),
+        *_model_parts(RAM, plan),
+        MemoryPart(RAM, STATISTICS, plan.learned_bytes),
+        *_rows(rows - spare, spare, plan.row_bytes, "warm experts" if spare else "all experts"),
+        *_cold(config, plan.n_keys - rows + spare),
     ]
-    if spare:
-        parts.append(Part(RAM, SPARE_ROWS, spare * plan.row_bytes))
-    cold = plan.n_keys - rows + spare
-    return Places(
-        (*parts, *_cold(config, cold)),
+    return MemoryPlacement(
+        tuple(parts),
         plan.context,
         plan.chunk_tokens,
         plan.n_keys,
@@ -134,5 +130,23 @@ def cpu_places(config: ModelConfig, plan: MemoryPlan) -> Places:
     )
 
 
-def _cold(config: ModelConfig, count: int) -> tuple[Part, ...]:
-    return (Part(DISK, "cold experts", count * config.expert_bytes, count),) if count else ()
+def _model_parts(place: str, plan: GpuPlan | MemoryPlan) -> tuple[MemoryPart, ...]:
+    """What lies where the backbone lies, besides experts."""
+    return (
+        MemoryPart(place, BACKBONE, plan.backbone_bytes),
+        MemoryPart(place, f"cache for {plan.context:,} tokens", plan.kv_bytes),
+        MemoryPart(
+            place, f"workspace of prompts, {plan.chunk_tokens:,} tokens at once", plan.workspace_bytes
+        ),
+    )
+
+
+def _rows(experts: int, spare: int, row_bytes: int, what: str) -> list[MemoryPart]:
+    parts = [MemoryPart(RAM, what, experts * row_bytes, experts)]
+    if spare > 0:
+        parts.append(MemoryPart(RAM, SPARE_ROWS, spare * row_bytes))
+    return parts
+
+
+def _cold(config: ModelConfig, count: int) -> tuple[MemoryPart, ...]:
+    return (MemoryPart(DISK, "cold experts", count * config.expert_bytes, count),) if count else ()

@@ -1,7 +1,7 @@
-"""`moebox plan`: what goes where, how often it will be found there, how fast that runs, and what would help.
+"""`moebox plan`: what lies where, how often picks hit, how fast that runs, and which change would help.
 
-Nothing is loaded, and no weights are needed: a checkpoint's `config.json`, the hub's, or a shape will do.
-Memory is shared out by the planners that loading obeys (`memory.py`, `gpu_memory.py`).
+Nothing is loaded and no weights are needed: the `config.json` of a checkpoint or of a model on the hub, or a
+shape suffices. Memory is planned by the code that loading uses (`runtime/engine/cpu_plan.py`, `gpu_plan.py`).
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from moebox.config import load_config, parse_config
 from moebox.errors import PlanError, RequestError
 from moebox.instruments.measure.random_model import Shape, shape_config
 from moebox.instruments.plan.box import BoxOptions, find_box
-from moebox.instruments.plan.hits import find_curve
-from moebox.instruments.plan.placement import cpu_places, gpu_places
-from moebox.instruments.plan.report import Plan, Subject, plan_on, predict
+from moebox.instruments.plan.hits import find_hit_predictor
+from moebox.instruments.plan.placement import cpu_placement, gpu_placement
+from moebox.instruments.plan.report import Plan, PlannedModel, plan_on, predict
 from moebox.instruments.plan.text import plan_line
 from moebox.instruments.plan.what_if import changes
 from moebox.runtime.engine.cpu_plan import MemoryPlan
@@ -29,18 +29,18 @@ if TYPE_CHECKING:
     from moebox.runtime.engine.engine import Engine
 
 LATER_CONTEXT = 262144
-"""Tokens of K2's later releases, of the same shape."""
+"""Context, in tokens, of K2's releases since 0905, which have the same shape."""
 
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """What `moebox plan` is asked.
+    """What `moebox plan` plans; either `model` or `shape` is given.
 
     Attributes:
-        model: a checkpoint's folder, or a hub id; or None, with
+        model: a checkpoint's folder, or a hub id.
         shape: "kimi-k2" or "tiny".
-        box: the box, as far as it is not this one.
-        context: tokens; None: what the planner gives.
+        box: what differs from this box.
+        context: tokens of cache; None: what the planner chooses.
         backbone: "bf16", or without a GPU "int8" or "nf4".
         trace: a file of `--record-trace` to predict hits from.
         stores: folders with more copies of the shards.
@@ -60,34 +60,35 @@ def make_plan(options: PlanOptions) -> Plan:
 
     Raises:
         PlanError: it does not fit; the message has the numbers and what is missing.
-        RequestError: neither a model nor a shape, or both; a trace that is none.
+        RequestError: neither a model nor a shape is given, or both are; or the trace is not usable.
         ConfigError, CheckpointError: the model's small files cannot be read.
     """
     check_precision(options.backbone)
-    subject = find_subject(options)
-    folders = [folder for folder in (subject.folder, *options.stores) if folder is not None]
-    box = find_box(options.box, subject.config, folders)
+    model = find_model(options)
+    folders = [folder for folder in (model.folder, *options.stores) if folder is not None]
+    box = find_box(options.box, model.config, folders)
     if box is None:
         raise PlanError("this box could not be measured", "Run: moebox doctor")
-    curve = find_curve(subject.config, subject.folder, options.trace)
-    made = plan_on(subject, box, curve, options.context, options.backbone)
-    return replace(made, changes=changes(made, curve, options.context, options.backbone))
+    predictor = find_hit_predictor(model.config, model.folder, options.trace)
+    plan = plan_on(model, box, predictor, options.context, options.backbone)
+    return replace(plan, changes=changes(plan, predictor, options.context, options.backbone))
 
 
 def loaded_line(engine: Engine) -> str:
-    """The plan that a loaded model obeys, in one line; with its speed where this box was measured before."""
+    """The plan that a loaded model obeys, in one line; with its speed if this box was measured before."""
     config, plan = engine.config, engine.plan
-    places = cpu_places(config, plan) if isinstance(plan, MemoryPlan) else gpu_places(config, plan)
+    on_cpu = isinstance(plan, MemoryPlan)
+    placement = cpu_placement(config, plan) if isinstance(plan, MemoryPlan) else gpu_placement(config, plan)
     box = find_box(BoxOptions(), config, [engine.folder], measure=False)
-    if box is None or box.has_gpu == isinstance(plan, MemoryPlan):
-        return plan_line(places, config)
-    subject = Subject(engine.folder.resolve().name, config, engine.folder)
-    made = predict(subject, box, find_curve(config, engine.folder, None), places, engine.dtype)
-    return plan_line(places, config, made.tokens_per_s)
+    if box is None or box.has_gpu == on_cpu:
+        return plan_line(placement, config)
+    model = PlannedModel(engine.folder.resolve().name, config, engine.folder)
+    predictor = find_hit_predictor(config, engine.folder, None)
+    return plan_line(placement, config, predict(model, box, predictor, placement, engine.dtype).tokens_per_s)
 
 
-def find_subject(options: PlanOptions) -> Subject:
-    """The model that is meant: its config, from a folder, the hub's headers, or a shape.
+def find_model(options: PlanOptions) -> PlannedModel:
+    """The config of a folder, of the hub's headers, or of a shape.
 
     Raises:
         RequestError, ConfigError, CheckpointError: as `make_plan`.
@@ -95,23 +96,26 @@ def find_subject(options: PlanOptions) -> Subject:
     if (options.model is None) == (options.shape is None):
         raise RequestError("nothing to plan", "Give a checkpoint's folder, a hub id, or --shape kimi-k2.")
     if options.model is None:
-        return _shape_subject(options.shape or "kimi-k2", options.context)
+        return _shape_model(options.shape or "kimi-k2", options.context)
     folder = Path(options.model)
     if folder.exists():
-        return Subject(folder.resolve().name, load_config(folder), folder)
-    return _hub_subject(options.model)
+        return PlannedModel(folder.resolve().name, load_config(folder), folder)
+    return _hub_model(options.model)
 
 
-def _shape_subject(shape: Shape, context: int | None) -> Subject:
+def _shape_model(shape: Shape, context: int | None) -> PlannedModel:
     config = shape_config(shape)
     if shape == "kimi-k2" and config.max_position_embeddings < (context or 0) <= LATER_CONTEXT:
         later = replace(config, max_position_embeddings=LATER_CONTEXT)
-        return Subject(shape, later, note=f"with {LATER_CONTEXT:,} tokens, as K2 has since the 0905 release")
-    return Subject(shape, config)
+        return PlannedModel(
+            shape, later, note=f"with {LATER_CONTEXT:,} tokens, as K2 has since the 0905 release"
+        )
+    return PlannedModel(shape, config)
 
 
-def _hub_subject(name: str) -> Subject:
-    """A model on the hub: small files and headers come to a temporary folder, no weights."""
+def _hub_model(name: str) -> PlannedModel:
+    """A model on the hub; its small files and headers are fetched to a temporary folder, its weights are
+    not."""
     from moebox.quantize.source.hub import HubSource, parse_hub_id
     from moebox.quantize.source.origin import HeaderStore
 
@@ -121,7 +125,9 @@ def _hub_subject(name: str) -> Subject:
     with tempfile.TemporaryDirectory(prefix="moebox-plan-") as folder:
         source = HubSource(*parsed, Path(folder), HeaderStore(Path(folder) / "headers"))
         try:
-            return Subject(name, parse_config(source.config, f"{name}: config.json"), note=_hub_note(source))
+            return PlannedModel(
+                name, parse_config(source.config, f"{name}: config.json"), note=_hub_note(source)
+            )
         finally:
             source.close()
 

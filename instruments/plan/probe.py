@@ -1,14 +1,14 @@
-"""What this box makes of a model's own widths: a few layers of random weights, run for some seconds.
+"""Measures what a model loses against the floor on this box: a few layers of random weights run for seconds.
 
-A plan needs to know what is lost against the floor, which differs from CPU to CPU. The small model has the
-widths, the layers' kinds and the code of the real one, with all experts in RAM.
+The losses differ from CPU to CPU. The small model has the widths, the kinds of layers and the code of the
+real model, with all experts in RAM.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -16,9 +16,10 @@ import numpy as np
 import torch
 
 from moebox.config import ModelConfig
-from moebox.instruments.bench.instrument import CpuWatch
-from moebox.instruments.bench.report import LAYER_FIELDS
+from moebox.instruments.bench.instrumented_experts import InstrumentedCpuExperts
+from moebox.instruments.bench.roads import LAYER_FIELDS
 from moebox.instruments.measure.random_model import experts_in_ram, synthetic_model
+from moebox.instruments.measure.timing import fastest_seconds, seconds_of
 from moebox.instruments.plan.speed import H200_BOX, ColdReads, Efficiency
 from moebox.kernels import cpu
 from moebox.offload.checkpoint.safetensors import Checkpoint
@@ -34,25 +35,28 @@ from moebox.runtime.model.loader import check_quantized
 from moebox.units import GIGA
 
 EXPERTS_BYTES = 768 << 20
-"""Experts of the small model: many times what caches hold, where the real model has so many."""
+"""Experts of the small model, if the model has so many: many times what the CPU's caches hold."""
 MOE_LAYERS = 2
 VOCABULARY = 8192
 DENSE_INNER = 2048
 FEW_CACHED, MANY_CACHED = 16, 2048
 WARMUP_TOKENS = 2
 DECODE_S = 1.0
-"""How long tokens are decoded, with few and with many of them cached."""
+"""How long tokens are decoded, once with few and once with many cached tokens."""
 PROMPT_TOKENS = 128
+HEAD_REPEATS = 5
 COLD_S, COLD_LAYERS = 1.5, 8
-"""How long, and how many layers at least, with experts missing."""
+"""How long layers with cold experts are measured, and how many at least."""
 BETWEEN_S = 0.002
-"""Between two of them, as attention would be: threads that sleep meanwhile take their time to wake."""
-FORGETTING_TOKENS = 1000
+"""Pause before each of those layers, as long as attention takes: worker threads sleep meanwhile, and must
+wake."""
+AGE_TOKENS = 1000
 """Many half-lives of an expert's score."""
 
 
 def small_config(config: ModelConfig) -> ModelConfig:
-    """A model of the same widths that takes a gigabyte or two; one that is small anyway stays as it is."""
+    """A model of the same widths that takes one or two gigabytes; a model that takes less is returned
+    itself."""
     if config.experts_bytes <= EXPERTS_BYTES:
         return config
     experts = EXPERTS_BYTES // (MOE_LAYERS * config.expert_bytes)
@@ -76,15 +80,15 @@ def probe_cpu(config: ModelConfig, ceilings: Ceilings, threads: int | None = Non
     """
     small = small_config(config)
     with torch.inference_mode():
-        return _Probe(small, ceilings, threads).efficiency()
+        return CpuProbe(small, ceilings, threads).efficiency()
 
 
 def probe_disk(folder: Path, stores: Sequence[Path] = (), threads: int | None = None) -> ColdReads:
-    """Compute experts of a real checkpoint that are missing, k at once and one alone; takes a few seconds.
+    """Compute layers of a real checkpoint whose experts are cold; takes a few seconds.
 
     Raises:
         CheckpointError: the experts are not INT4, or cannot be read.
-        PlanError: there is no memory for the few that it holds.
+        PlanError: there is no memory for the few experts that RAM holds.
     """
     checkpoint = Checkpoint.open(folder, stores=stores)
     check_quantized(checkpoint)
@@ -94,87 +98,118 @@ def probe_disk(folder: Path, stores: Sequence[Path] = (), threads: int | None = 
         experts = CpuExperts.load(config, store, cpu.ThreadPool(threads), rows)
         seconds = _cold_layers(experts)
         experts.cache.abandon()
-    return cold_reads(config, **seconds)
+    return cold_reads(config, seconds)
 
 
-def cold_reads(config: ModelConfig, all_s: float, alone_s: float, there_s: float) -> ColdReads:
-    """What explains the time of k missing experts, of a missing one that nothing else is computed beside, and
-    of that one when it is there."""
+@dataclass(frozen=True)
+class ColdSeconds:
+    """Seconds of a layer: with k cold picks, with one cold pick alone, and with that one pick in RAM."""
+
+    all_cold_s: float
+    one_cold_s: float
+    one_warm_s: float
+
+
+def cold_reads(config: ModelConfig, seconds: ColdSeconds) -> ColdReads:
+    """Latency and bandwidth that explain `seconds`.
+
+    With `each_s` the time of one read, `all_cold_s = latency + k * each_s + one_warm_s` and
+    `one_cold_s = latency + each_s + one_warm_s`.
+    """
     top_k = config.num_experts_per_tok
-    # On a busy box they differ by chance: then each counts at least half of what it took on average.
-    each_s = max((all_s - alone_s) / max(top_k - 1, 1), all_s / (2 * top_k))
-    return ColdReads(max(alone_s - there_s - each_s, 0.0), config.expert_bytes / each_s / GIGA)
+    each_s = (seconds.all_cold_s - seconds.one_cold_s) / max(top_k - 1, 1)
+    # On a busy box the difference is chance: a read then counts at least half of its average time.
+    each_s = max(each_s, seconds.all_cold_s / (2 * top_k))
+    latency_s = max(seconds.one_cold_s - seconds.one_warm_s - each_s, 0.0)
+    return ColdReads(latency_s, config.expert_bytes / each_s / GIGA)
 
 
-def _cold_layers(experts: CpuExperts) -> dict[str, float]:
-    """Medians, named as the arguments of `cold_reads`."""
+def _cold_layers(experts: CpuExperts) -> ColdSeconds:
+    """Medians over layers that are chosen at random."""
     config, generator = experts.config, np.random.default_rng(0)
     k = config.num_experts_per_tok
-    found: dict[str, list[float]] = {"all_s": [], "alone_s": [], "there_s": []}
-    began_s, turns = time.perf_counter(), 0
-    while time.perf_counter() - began_s < COLD_S or turns < COLD_LAYERS:
-        turns += 1
+    measured: list[tuple[float, float, float]] = []
+    began_s = time.perf_counter()
+    while time.perf_counter() - began_s < COLD_S or len(measured) < COLD_LAYERS:
         moe = int(generator.integers(len(config.moe_layers)))
         first = moe * config.n_routed_experts
         order = generator.permutation(config.n_routed_experts).tolist()
-        missing = sorted(order, key=lambda expert: experts.cache.resident(first + expert))
-        found["all_s"].append(_cold_layer(experts, moe, missing[:k]))
-        found["alone_s"].append(_cold_layer(experts, moe, missing[k : k + 1]))
-        found["there_s"].append(_layer(experts, moe, missing[k : k + 1]))
-    return {name: float(np.median(seconds)) for name, seconds in found.items()}
+        cold_first = sorted(order, key=lambda expert: experts.cache.resident(first + expert))
+        all_cold, one = cold_first[:k], cold_first[k : k + 1]
+        measured.append(
+            (
+                _cold_layer_seconds(experts, moe, all_cold),
+                _cold_layer_seconds(experts, moe, one),
+                layer_seconds(experts, moe, one),
+            )
+        )
+    return ColdSeconds(*np.median(measured, axis=0).tolist())
 
 
-def _cold_layer(experts: CpuExperts, moe: int, ids: list[int]) -> float:
-    """Seconds of a layer with picks that are missing: the next one finds them in RAM."""
-    experts.cache.residency.tick += FORGETTING_TOKENS  # what was met before them makes room
-    return _layer(experts, moe, ids)
+def _cold_layer_seconds(experts: CpuExperts, moe: int, ids: list[int]) -> float:
+    """Seconds of a layer with cold picks, which are in RAM afterwards."""
+    experts.cache.residency.tick += AGE_TOKENS  # earlier picks lose their scores, and are evicted for these
+    return layer_seconds(experts, moe, ids)
 
 
-def _layer(experts: CpuExperts, moe: int, ids: list[int]) -> float:
+def layer_seconds(experts: CpuExperts, moe: int, ids: list[int]) -> float:
+    """Seconds of the experts `ids` of a MoE layer, for one token."""
     hidden = torch.randn(1, experts.config.hidden_size)
     chosen, weights = torch.tensor([ids]), torch.full((1, len(ids)), 1 / len(ids))
     _keep_busy(BETWEEN_S)
     layer = experts.config.moe_layers[moe]
-    return _seconds(partial(experts.forward, layer, chosen, weights, hidden))
+    return seconds_of(partial(experts.forward, layer, chosen, weights, hidden))
 
 
-class _Probe:
+@dataclass(frozen=True)
+class TokenSeconds:
+    """Medians of a token: its seconds, and of one MoE layer the seconds of its experts and of all else."""
+
+    token_s: float
+    experts_s: float
+    other_s: float
+
+
+class CpuProbe:
+    """A small model on the CPU, measured with few and with many cached tokens."""
+
     def __init__(self, config: ModelConfig, ceilings: Ceilings, threads: int | None) -> None:
         self.config, self.ceilings = config, ceilings
         pool = cpu.ThreadPool(threads)
         ram = RamTier(config)
         ram.fill_synthetic()
         dtype = default_dtype(config, "bf16")
-        trace = synthetic_trace(
-            PROMPT_TOKENS, len(config.moe_layers), config.n_routed_experts, config.num_experts_per_tok
-        )
+        routing = TraceRouting(synthetic_trace(PROMPT_TOKENS, *config.routing_shape))
         model = synthetic_model(config, dtype)
-        self.watch = CpuWatch(experts_in_ram(ram, pool), config, TraceRouting(trace))
-        model.connect(self.watch)
+        self.experts = InstrumentedCpuExperts(experts_in_ram(ram, pool), config, routing)
+        model.connect(self.experts)
         self.runner = CpuRunner(model, pool, dtype)
-        self.many = min(MANY_CACHED, config.max_position_embeddings // 2)
 
     def efficiency(self) -> Efficiency:
-        """See `probe_cpu`."""
-        few, many = self._decode(FEW_CACHED), self._decode(self.many)
+        """What is reached of the ceilings.
+
+        Of the head and of a layer without experts, the one that reads its bytes faster gives the share of the
+        bandwidth. A layer's and a token's time beyond bytes / (share * bandwidth) are `layer_s` and
+        `token_s`.
+        """
+        many_cached = min(MANY_CACHED, self.config.max_position_embeddings // 2)
+        few, many = self.decode_seconds(FEW_CACHED), self.decode_seconds(many_cached)
         item = self.runner.dtype.itemsize
         parts, layers = backbone_bytes(self.config, item), len(self.config.moe_layers)
         fast = self.ceilings.fast_gbps * GIGA
-        head_s = _fastest(self._head)
-        reached = max(parts.head / head_s, parts.moe_layer / few["wait_s"]) / fast
-        layer_s = few["wait_s"] - parts.moe_layer / (reached * fast)
+        reached = max(parts.head / self.head_seconds(), parts.moe_layer / few.other_s) / fast
+        layer_s = few.other_s - parts.moe_layer / (reached * fast)
         once = parts.dense_layers + parts.head
-        token_s = few["token_s"] - layers * (few["wait_s"] + few["cpu_s"]) - once / (reached * fast)
-        width = self.config.kv_lora_rank + self.config.qk_rope_head_dim
-        cached = (self.many - FEW_CACHED) * width * item
-        attention_s = max(many["wait_s"] - few["wait_s"], cached / fast)
+        token_s = few.token_s - layers * (few.other_s + few.experts_s) - once / (reached * fast)
+        cached_bytes = (many_cached - FEW_CACHED) * self.config.kv_width * item
+        attention_s = max(many.other_s - few.other_s, cached_bytes / fast)
         picked = self.config.num_experts_per_tok * self.config.expert_bytes
         return Efficiency(
             source=f"measured on this box, {time.strftime('%Y-%m-%d')}",
             backbone=reached,
-            experts=picked / few["cpu_s"] / (self.ceilings.ram_gbps * GIGA),
+            experts=picked / few.experts_s / (self.ceilings.ram_gbps * GIGA),
             roads=H200_BOX.roads,
-            attention=cached / attention_s / fast,
+            attention=cached_bytes / attention_s / fast,
             nvme=H200_BOX.nvme,
             layer_s=max(layer_s, 0.0),
             token_s=max(token_s, 0.0),
@@ -182,48 +217,43 @@ class _Probe:
             prefill=((PROMPT_TOKENS, self._of_prefill_floor()),),
         )
 
-    def _decode(self, cached: int) -> dict[str, float]:
-        """Medians of a token: its seconds, and of a MoE layer the experts' and everything else's."""
+    def decode_seconds(self, cached: int) -> TokenSeconds:
+        """Decode behind `cached` random tokens for `DECODE_S`."""
         cache = self._cache(cached)
         seconds: list[float] = []
         layers: list[list[float]] = []
         wait, work = LAYER_FIELDS.index("wait_s"), LAYER_FIELDS.index("cpu_s")
         began_s = time.perf_counter()
         while time.perf_counter() - began_s < DECODE_S or len(seconds) <= 2 * WARMUP_TOKENS:
-            self.watch.begin()
-            token_s = _seconds(lambda: self.runner.forward([1], cache))
-            seconds.append(token_s)
-            # The first layer's wait has the dense layers and the embedding in it.
-            rows = self.watch.decode_layers()
+            self.experts.begin()
+            seconds.append(seconds_of(lambda: self.runner.forward([1], cache)))
+            rows = self.experts.decode_layers()
+            # The first layer's wait includes the dense layers and the embedding.
             later = rows[1:] if len(rows) > 1 else rows
             layers.append([float(later[:, wait].mean()), float(rows[:, work].mean())])
-        waits, works = torch.tensor(layers[WARMUP_TOKENS:]).median(0).values.tolist()
-        return {
-            "token_s": float(torch.tensor(seconds[WARMUP_TOKENS:]).median()),
-            "wait_s": waits,
-            "cpu_s": works,
-        }
+        other_s, experts_s = torch.tensor(layers[WARMUP_TOKENS:]).median(0).values.tolist()
+        token_s = float(torch.tensor(seconds[WARMUP_TOKENS:]).median())
+        return TokenSeconds(token_s, experts_s, other_s)
 
     def _cache(self, cached: int) -> KVCache:
-        """A cache of so many random tokens, with room for more."""
         cache = self.runner.new_cache(self.config.max_position_embeddings)
-        width = self.config.kv_lora_rank + self.config.qk_rope_head_dim
         for layer in range(self.config.num_hidden_layers):
-            cache.append(layer, torch.randn(cached, width).to(self.runner.dtype))
+            cache.append(layer, torch.randn(cached, self.config.kv_width).to(self.runner.dtype))
         cache.commit([0] * cached)
         return cache
 
-    def _head(self) -> None:
+    def head_seconds(self) -> float:
+        """Seconds of one token's logits."""
         hidden = torch.zeros(1, self.config.hidden_size, dtype=self.runner.dtype)
-        self.runner.model.logits(hidden)
+        return fastest_seconds(lambda: self.runner.model.logits(hidden), HEAD_REPEATS)
 
     def _of_prefill_floor(self) -> float:
-        """Part of the floor that a prompt's MoE layers reach."""
+        """Share of the floor that a prompt's MoE layers reach."""
         tokens = min(PROMPT_TOKENS, self.config.max_position_embeddings)
         cache = self.runner.new_cache(tokens)
-        self.watch.begin()
+        self.experts.begin()
         self.runner.forward([1] * tokens, cache, last_only=True)
-        layers = self.watch.prefill_layers(self.ceilings)
+        layers = self.experts.prefill_layers(self.ceilings)
         return sum(layer.floor.seconds for layer in layers) / sum(layer.seconds for layer in layers)
 
 
@@ -231,13 +261,3 @@ def _keep_busy(seconds: float) -> None:
     until_s = time.perf_counter() + seconds
     while time.perf_counter() < until_s:
         pass
-
-
-def _fastest(call: Callable[[], object], repeats: int = 5) -> float:
-    return min(_seconds(call) for _ in range(repeats))
-
-
-def _seconds(call: Callable[[], object]) -> float:
-    began_s = time.perf_counter()
-    call()
-    return time.perf_counter() - began_s

@@ -1,4 +1,4 @@
-"""A plan: the memory plan of a model on a box, and what it means in time; `--json` prints `to_dict`."""
+"""A plan: where a model lies on a box, and how fast it runs there; `--json` prints `to_dict`."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ import torch
 from moebox.config import ModelConfig
 from moebox.errors import PlanError
 from moebox.instruments.plan.box import Box
-from moebox.instruments.plan.hits import HitCurve
-from moebox.instruments.plan.placement import RAM, Places, place
-from moebox.instruments.plan.speed import Chances, DecodePrediction, PrefillPrediction, Speeds
+from moebox.instruments.plan.hits import HitPredictor
+from moebox.instruments.plan.placement import RAM, MemoryPlacement, place_memory
+from moebox.instruments.plan.speed import DecodePrediction, PickShares, PrefillPrediction, SpeedModel
 from moebox.runtime.engine.cpu_runner import default_dtype
 from moebox.runtime.model.precision import planned_bytes
 from moebox.units import GIGA
 
 SHORT_CONTEXT = 4096
-"""Tokens in the cache of the decode figure that comes first."""
+"""Cached tokens of the first decode figure."""
 PROMPTS = (512, 4096)
 PIN_GBPS = 8.0
-"""Faulting memory in and pinning it, on the H200's box."""
+"""Rate of faulting memory in and pinning it, on the H200's box."""
 
 
 @dataclass(frozen=True)
-class Subject:
-    """The model: `folder` where it is here, `note` what is to be said of it."""
+class PlannedModel:
+    """The model: `folder` where its checkpoint is here, `note` what the plan adds to its name."""
 
     name: str
     config: ModelConfig
@@ -37,7 +37,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Loading:
-    """Seconds until the first prompt can begin, in stages one after the other."""
+    """Time until the first prompt can begin, in stages one after the other."""
 
     stages: tuple[tuple[str, float, float], ...]
     """(what, bytes, GB/s)"""
@@ -50,7 +50,7 @@ class Loading:
 
 @dataclass(frozen=True)
 class Change:
-    """Another box, or other options, and what they would give. `tokens_per_s` of decoding."""
+    """A change of the box or the context: its decoding speed, and the gain, 0.5 being half as fast again."""
 
     what: str
     tokens_per_s: float
@@ -59,14 +59,27 @@ class Change:
 
 @dataclass(frozen=True)
 class Plan:
-    """All of a plan. `decode`: behind few tokens, and behind as many as fit."""
+    """All of a plan.
 
-    subject: Subject
+    Attributes:
+        model: what is planned.
+        box: what it is planned for.
+        placement: what lies where.
+        hits_from: the source of the predicted hits.
+        pick_shares: where picked experts are found.
+        speed_model: predicts tokens and prompts of other lengths.
+        decode: behind few cached tokens, and behind as many as fit.
+        prefill: a prompt of each length.
+        loading: until the first prompt can begin.
+        changes: what would help, the largest gain first.
+    """
+
+    model: PlannedModel
     box: Box
-    places: Places
+    placement: MemoryPlacement
     hits_from: str
-    chances: Chances
-    speeds: Speeds
+    pick_shares: PickShares
+    speed_model: SpeedModel
     decode: tuple[DecodePrediction, ...]
     prefill: tuple[PrefillPrediction, ...]
     loading: Loading
@@ -74,15 +87,15 @@ class Plan:
 
     @property
     def tokens_per_s(self) -> float:
-        """Of decoding, behind few tokens."""
+        """Of decoding, behind few cached tokens."""
         return self.decode[0].tokens_per_s
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, texts, lists and dicts; bytes, seconds and 1e9 bytes a second."""
         box = self.box
         return {
-            "model": self.subject.name,
-            "note": self.subject.note,
+            "model": self.model.name,
+            "note": self.model.note,
             "box": {
                 "name": box.name,
                 "free_vram": box.free_vram,
@@ -92,9 +105,9 @@ class Plan:
                 "efficiency": box.efficiency.to_dict(),
                 "sources": list(box.sources),
             },
-            "expert_bytes": self.subject.config.expert_bytes,
-            "places": self.places.to_dict(),
-            "hits": asdict(self.chances) | {"source": self.hits_from},
+            "expert_bytes": self.model.config.expert_bytes,
+            "places": self.placement.to_dict(),
+            "hits": asdict(self.pick_shares) | {"source": self.hits_from},
             "decode": [prediction.to_dict() for prediction in self.decode],
             "prefill": [prediction.to_dict() for prediction in self.prefill],
             "loading": {"seconds": self.loading.seconds, "stages": list(self.loading.stages)},
@@ -103,54 +116,70 @@ class Plan:
 
 
 def plan_on(
-    subject: Subject, box: Box, curve: HitCurve, context: int | None = None, backbone: str = "bf16"
+    model: PlannedModel,
+    box: Box,
+    predictor: HitPredictor,
+    context: int | None = None,
+    backbone: str = "bf16",
 ) -> Plan:
-    """Plan a model on a box, `curve` saying how it routes.
+    """Plan a model on a box; `predictor` says how often picks hit.
 
     Raises:
         PlanError: it does not fit.
     """
-    config = subject.config
+    config = model.config
     dtype = torch.bfloat16 if box.has_gpu else default_dtype(config, backbone)
     if box.has_gpu and backbone != "bf16":
         raise PlanError(f"backbone = {backbone!r} on a GPU, which runs it in bf16", "Leave --backbone out.")
-    return predict(subject, box, curve, place(config, box, context, backbone, dtype), dtype)
+    placement = place_memory(config, box, context, backbone, dtype)
+    return predict(model, box, predictor, placement, dtype)
 
 
-def predict(subject: Subject, box: Box, curve: HitCurve, places: Places, dtype: torch.dtype) -> Plan:
-    """What a memory plan means in time."""
-    config = subject.config
-    gpu = curve.hits(places.gpu_experts / places.keys)
-    near = max(curve.hits(places.near_experts / places.keys), gpu)
-    found = Chances(gpu, near - gpu, 1 - near)
-    whole = planned_bytes(config.backbone_shapes(), dtype, "bf16")
-    speeds = Speeds(config, box.ceilings, box.efficiency, dtype.itemsize, places.backbone_bytes / whole)
-    cached = sorted({min(SHORT_CONTEXT, places.context), places.context})
-    lengths = sorted({min(tokens, places.context, places.chunk_tokens) for tokens in PROMPTS})
-    gpu_share, disk_share = places.gpu_experts / places.keys, places.disk_experts / places.keys
+def predict(
+    model: PlannedModel,
+    box: Box,
+    predictor: HitPredictor,
+    placement: MemoryPlacement,
+    dtype: torch.dtype,
+) -> Plan:
+    """Predict how fast a model runs that is placed so."""
+    config = model.config
+    gpu_share, near_share = (
+        count / placement.keys for count in (placement.gpu_experts, placement.near_experts)
+    )
+    gpu_hits = predictor.hits(gpu_share)
+    near_hits = max(predictor.hits(near_share), gpu_hits)
+    pick_shares = PickShares(gpu_hits, near_hits - gpu_hits, 1 - near_hits)
+    unquantized = planned_bytes(config.backbone_shapes(), dtype, "bf16")
+    scale = placement.backbone_bytes / unquantized
+    speed_model = SpeedModel(config, box.ceilings, box.efficiency, dtype.itemsize, scale)
+    cached = sorted({min(SHORT_CONTEXT, placement.context), placement.context})
+    lengths = sorted({min(tokens, placement.context, placement.chunk_tokens) for tokens in PROMPTS})
+    disk_share = placement.disk_experts / placement.keys
     return Plan(
-        subject=subject,
+        model=model,
         box=box,
-        places=places,
-        hits_from=curve.source,
-        chances=found,
-        speeds=speeds,
-        decode=tuple(speeds.decode(found, tokens) for tokens in cached),
+        placement=placement,
+        hits_from=predictor.source,
+        pick_shares=pick_shares,
+        speed_model=speed_model,
+        decode=tuple(speed_model.decode(pick_shares, tokens) for tokens in cached),
         prefill=tuple(
-            speeds.prefill(curve.expert_counts(tokens), tokens, gpu_share, disk_share) for tokens in lengths
+            speed_model.prefill(predictor.expert_counts(tokens), tokens, gpu_share, disk_share)
+            for tokens in lengths
         ),
-        loading=_loading(box, places, config, whole),
+        loading=_loading(box, placement, config, unquantized),
     )
 
 
-def _loading(box: Box, places: Places, config: ModelConfig, backbone: int) -> Loading:
-    """Everything near is read from the disk once; with a GPU RAM is pinned before, and VRAM filled after."""
+def _loading(box: Box, placement: MemoryPlacement, config: ModelConfig, backbone_bytes: int) -> Loading:
+    """Stages of loading: the disk is read once; with a GPU RAM is pinned before, and VRAM filled after it."""
     disk_gbps = box.efficiency.nvme * box.ceilings.nvme_gbps
-    read = places.near_experts * config.expert_bytes + backbone
-    stages = [("read from the disk", float(read), disk_gbps)]
+    read_bytes = placement.near_experts * config.expert_bytes + backbone_bytes
+    stages = [("read from the disk", float(read_bytes), disk_gbps)]
     if box.has_gpu:
-        rows = sum(part.nbytes for part in places.parts if part.place == RAM)
-        uploaded = backbone + places.gpu_experts * config.expert_bytes
-        stages.insert(0, ("take and pin RAM", float(rows), PIN_GBPS))
+        ram_bytes = sum(part.nbytes for part in placement.parts if part.place == RAM)
+        uploaded = backbone_bytes + placement.gpu_experts * config.expert_bytes
+        stages.insert(0, ("take and pin RAM", float(ram_bytes), PIN_GBPS))
         stages.append(("upload to the GPU", float(uploaded), box.ceilings.pcie_gbps))
     return Loading(tuple(stages))

@@ -1,8 +1,13 @@
-"""How fast a plan will run: the floor of `offload/machine/floor.py`, and the losses against it, by part.
+"""How fast a plan will run: the floor of `offload/machine/floor.py`, and the losses against it.
 
-The floor divides bytes by bandwidths. What comes beside it is measured once for a box, or taken over from one
-that was measured, by name: the part of each bandwidth that the code reaches, and what a layer costs whatever
-its bytes. Shapes: L MoE layers, k experts a token, each of `expert_bytes`.
+The floor divides bytes by bandwidths. The losses are measured once for a box, or assumed to be those of a box
+that was measured: the share of each bandwidth that the code reaches, and the seconds that a layer takes
+besides its bytes. A token's time is the sum of backbone, cache, overhead and experts, where
+
+    backbone = bytes / (reached * bandwidth), cache likewise, overhead = L * layer_s + token_s,
+    experts  = L * the longest of the roads in a layer.
+
+L MoE layers, k experts a token, each of `expert_bytes`.
 """
 
 from __future__ import annotations
@@ -30,18 +35,19 @@ from moebox.units import GIGA
 
 @dataclass(frozen=True)
 class Efficiency:
-    """What the code makes of a box's ceilings.
+    """The shares of a box's ceilings that the code reaches, from 0 to 1, and the seconds that it adds.
 
     Attributes:
         source: where the figures come from.
-        backbone: of RAM's or the GPU's bandwidth, reading attention, shared experts, dense layers and head.
-        experts: of it, reading experts where the backbone lies.
-        roads: of `Ceilings.both_roads_gbps`, for experts that the CPU and PCIe share out.
-        attention: of RAM's or the GPU's bandwidth, reading the cache.
-        nvme: of the disk's bandwidth.
-        layer_s, token_s: what a layer, and what a token costs beside bytes.
-        read_s: from asking the disk to its first byte.
-        prefill: (tokens, part of the floor reached) of prompts, ascending.
+        backbone: share of RAM's or the GPU's bandwidth, reading attention, shared experts, dense layers and
+            head.
+        experts: share of the same bandwidth, reading experts where the backbone lies.
+        roads: share of `Ceilings.both_roads_gbps`, for experts that are split between the CPU and PCIe.
+        attention: share of RAM's or the GPU's bandwidth, reading the cache.
+        nvme: share of the disk's bandwidth.
+        layer_s, token_s: seconds that a layer, and a token, takes besides its bytes.
+        read_s: seconds from a read's request to the disk's first byte.
+        prefill: (tokens, share of the floor that is reached) of prompts, ascending.
     """
 
     source: str
@@ -58,10 +64,11 @@ class Efficiency:
     NAMES: ClassVar[frozenset[str]] = frozenset(
         ("backbone", "experts", "roads", "attention", "nvme", "layer_s", "token_s", "read_s")
     )
-    """Figures that the machine's profile keeps, beside those of prompts."""
+    """Figures that the machine's profile keeps, besides those of prompts."""
 
     def of_prefill_floor(self, tokens: int) -> float:
-        """Part of the floor that a prompt of this length reaches: between known lengths by their ratio."""
+        """Share of the floor that a prompt reaches: between known lengths linear in the logarithm of
+        `tokens`."""
         lengths, parts = zip(*self.prefill, strict=True)
         return float(np.interp(math.log(tokens), np.log(lengths), parts))
 
@@ -70,13 +77,13 @@ class Efficiency:
         return asdict(self)
 
     def figures(self) -> dict[str, float]:
-        """What the machine's profile keeps; `from_figures` reads it."""
+        """The figures that the machine's profile keeps; `from_figures` reads them."""
         plain = {name: value for name, value in asdict(self).items() if name in self.NAMES}
         return plain | {f"{_PREFILL}{tokens}": part for tokens, part in self.prefill}
 
     @classmethod
     def from_figures(cls, figures: Mapping[str, float], source: str) -> Efficiency | None:
-        """What `figures` gave; None where one is missing, as in a profile of another version."""
+        """The reverse of `figures`; None where one is missing, as in another version's profile."""
         prefill = sorted(
             (int(name.removeprefix(_PREFILL)), part)
             for name, part in figures.items()
@@ -101,10 +108,9 @@ H200_BOX = Efficiency(
     read_s=150e-6,
     prefill=((512, 1 / 1.77), (4096, 1 / 1.33)),
 )
-"""Backbone: dense kernels at 3.8-4.1 of 4.27 TB/s; a layer without experts 114 us, of which 71 are bytes.
-Experts: 8 resident ones 68-75 us a layer. Roads: 0.747 and 0.541 ms a layer with 3.5 and 2.4 misses.
-Attention: 76 us for 115 MB of cache."""
-
+"""Measured were, for backbone and layer_s: dense kernels at 3.8-4.1 of 4.27 TB/s, and a layer without
+experts in 114 us, of which its bytes take 71. For experts: 8 resident ones in 68-75 us a layer. For roads:
+layers with 3.5 and 2.4 misses in 0.747 and 0.541 ms. For attention: 115 MB of cache in 76 us."""
 
 CPU_BOX = Efficiency(
     source="experts as on 15 Emerald Rapids cores (docs/benchmarks.md); all else assumed, not measured",
@@ -122,15 +128,16 @@ CPU_BOX = Efficiency(
 
 @dataclass(frozen=True)
 class ColdReads:
-    """What experts on the disk cost a layer: once where one is missing, and then each, at `gbps`."""
+    """Time that cold experts add to a layer: `latency_s + cold * expert_bytes / (gbps * 1e9)`."""
 
     latency_s: float
     gbps: float
 
 
 @dataclass(frozen=True)
-class Chances:
-    """Where a pick's expert is found: shares of all picks, which add up to 1. Without a GPU `gpu` is 0."""
+class PickShares:
+    """Shares of all picks by the place where the expert is found; they add up to 1. Without a GPU `gpu` is
+    0."""
 
     gpu: float
     ram: float
@@ -139,10 +146,16 @@ class Chances:
 
 @dataclass(frozen=True)
 class DecodePrediction:
-    """One token, batch 1, behind `cached_tokens`.
+    """One token at batch 1.
 
-    `layer_roads` are seconds of all layers on each road, which run at the same time: the GPU's experts, the
-    CPU's and PCIe's, the disk's. `experts_s` is what the slowest of them takes, layer by layer.
+    Attributes:
+        cached_tokens: in the cache when the token is decoded.
+        moved: bytes of backbone and experts.
+        cache_bytes: bytes of the cache that attention reads.
+        floor: bytes over bandwidths.
+        backbone_s, attention_s, overhead_s, experts_s: the parts of `seconds`, see the module.
+        layer_roads: for each road its seconds, summed over layers: "gpu", "ram" (CPU and PCIe), "disk". The
+            roads run at the same time; `experts_s` sums the time of the slowest one, layer by layer.
     """
 
     cached_tokens: int
@@ -177,15 +190,24 @@ class DecodePrediction:
 
 
 @dataclass(frozen=True)
-class Speeds:
-    """A model on a box: predicts tokens and prompts.
+class LayerTime:
+    """Seconds of one layer's experts: each road's, by the keys of `DecodePrediction.layer_roads`, and in
+    all."""
+
+    roads: dict[str, float]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class SpeedModel:
+    """Predicts tokens and prompts of a model on a box.
 
     Attributes:
-        config: the model.
+        config: of the model.
         ceilings: of the box.
-        efficiency: what of them is reached.
-        item_bytes: of an element of the cache, and of an unquantized backbone.
-        backbone_scale: what int8 or nf4 leave of the backbone's bytes.
+        efficiency: the shares of the ceilings that are reached.
+        item_bytes: bytes of an element of the cache, and of an unquantized backbone.
+        backbone_scale: bytes of the backbone as loaded, in int8 or nf4, over its unquantized bytes.
     """
 
     config: ModelConfig
@@ -194,14 +216,13 @@ class Speeds:
     item_bytes: int = 2
     backbone_scale: float = 1.0
 
-    def decode(self, chances: Chances, cached_tokens: int = 0) -> DecodePrediction:
-        """One token with experts found as `chances` says."""
+    def decode(self, shares: PickShares, cached_tokens: int = 0) -> DecodePrediction:
+        """One token whose experts are found as `shares` says."""
         config, reached, fast = self.config, self.efficiency, self.ceilings.fast_gbps * GIGA
         layers = len(config.moe_layers)
-        width = config.kv_lora_rank + config.qk_rope_head_dim
-        cache = cached_tokens * config.num_hidden_layers * width * self.item_bytes
-        moved = self.moved(chances)
-        roads, experts_s = self._layer(chances)
+        cache = cached_tokens * config.num_hidden_layers * config.kv_width * self.item_bytes
+        moved = self.moved(shares)
+        layer = self._mean_layer(shares)
         return DecodePrediction(
             cached_tokens=cached_tokens,
             moved=moved,
@@ -210,71 +231,73 @@ class Speeds:
             backbone_s=moved.backbone / (reached.backbone * fast),
             attention_s=cache / (reached.attention * fast),
             overhead_s=layers * reached.layer_s + reached.token_s,
-            experts_s=layers * experts_s,
-            layer_roads={name: layers * seconds for name, seconds in roads.items()},
+            experts_s=layers * layer.seconds,
+            layer_roads={name: layers * seconds for name, seconds in layer.roads.items()},
         )
 
-    def moved(self, chances: Chances) -> DecodeBytes:
-        """Bytes of a token. Without a GPU an expert in RAM is a miss on the way to the CPU, as in `bench`."""
+    def moved(self, shares: PickShares) -> DecodeBytes:
+        """Bytes of a token. Without a GPU an expert in RAM counts as a miss of the CPU, as in `bench`."""
         config = self.config
-        picked = len(config.moe_layers) * config.num_experts_per_tok * config.expert_bytes
-        backbone = backbone_bytes(config, self.item_bytes).token(len(config.moe_layers))
-        backbone *= self.backbone_scale
-        from_ram = chances.ram + (0 if self.ceilings.has_gpu else chances.disk)
-        return DecodeBytes(backbone, picked * chances.gpu, picked * from_ram, picked * chances.disk)
+        layers, _, top_k = config.routing_shape
+        picked = layers * top_k * config.expert_bytes
+        backbone = backbone_bytes(config, self.item_bytes).token(layers) * self.backbone_scale
+        from_ram = shares.ram + (0 if self.ceilings.has_gpu else shares.disk)
+        return DecodeBytes(backbone, picked * shares.gpu, picked * from_ram, picked * shares.disk)
 
-    def _layer(self, chances: Chances) -> tuple[dict[str, float], float]:
-        """Mean seconds of each road in a layer, and of the layer's experts, the roads running together.
-
-        How many of a layer's picks are on the disk varies from layer to layer, and a layer waits for its own.
-        """
+    def _mean_layer(self, shares: PickShares) -> LayerTime:
+        """Mean over layers: the number of a layer's cold picks has a binomial distribution, and a layer waits
+        for its own only."""
         k = self.config.num_experts_per_tok
-        road_sums = {"gpu": 0.0, "ram": 0.0, "disk": 0.0}
-        total = 0.0
-        for missing in range(k + 1):
-            weight = math.comb(k, missing) * chances.disk**missing * (1 - chances.disk) ** (k - missing)
+        roads = {"gpu": 0.0, "ram": 0.0, "disk": 0.0}
+        mean_s = 0.0
+        for cold in range(k + 1):
+            weight = math.comb(k, cold) * shares.disk**cold * (1 - shares.disk) ** (k - cold)
             if weight:
-                roads, seconds = self._layer_with(missing, k - missing, chances)
-                total += weight * seconds
-                road_sums = {name: road_sums[name] + weight * roads[name] for name in roads}
-        return road_sums, total
+                layer = self.layer_time(cold, shares)
+                mean_s += weight * layer.seconds
+                roads = {name: roads[name] + weight * layer.roads[name] for name in roads}
+        return LayerTime(roads, mean_s)
 
-    def _layer_with(self, missing: int, present: int, chances: Chances) -> tuple[dict[str, float], float]:
-        """The same for a layer of which so many picks are on the disk.
+    def layer_time(self, cold: int, shares: PickShares) -> LayerTime:
+        """A layer of which `cold` picks are on the disk, and the others on the GPU and in RAM as in `shares`.
 
-        The CPU computes what RAM has while the disk is read, and each expert from the disk when it is there:
-        the layer ends when the CPU has done all, but not before it has done the one that came last.
+        The CPU computes the experts in RAM while the disk is read, and each cold expert when it has arrived.
+        The layer ends when the CPU has computed all, and not before it has computed the last that arrived:
+        `max(gpu, ram, disk + one expert on the CPU)`.
         """
         ceilings, reached, nbytes = self.ceilings, self.efficiency, self.config.expert_bytes
-        on_gpu = present * chances.gpu / max(chances.gpu + chances.ram, 1e-12)
+        warm = self.config.num_experts_per_tok - cold
+        on_gpu = warm * shares.gpu / max(shares.gpu + shares.ram, 1e-12)
         cpu_s = nbytes / (reached.experts * ceilings.ram_gbps * GIGA)
         if ceilings.has_gpu:
             gpu_s = on_gpu * nbytes / (reached.experts * ceilings.fast_gbps * GIGA)
-            road_s = nbytes / (reached.roads * ceilings.both_roads_gbps * GIGA)
-            ram_s = (present - on_gpu) * road_s + missing * cpu_s
+            split_s = nbytes / (reached.roads * ceilings.both_roads_gbps * GIGA)
+            ram_s = (warm - on_gpu) * split_s + cold * cpu_s
         else:
-            gpu_s, ram_s = 0.0, (present + missing) * cpu_s
-        disk_s = 0.0
-        if missing:
+            gpu_s, ram_s = 0.0, (warm + cold) * cpu_s
+        disk_s = last_s = 0.0
+        if cold:
             if not ceilings.nvme_gbps:
                 raise ValueError("experts on a disk of no bandwidth")
-            disk_s = reached.read_s + missing * nbytes / (reached.nvme * ceilings.nvme_gbps * GIGA)
-        last_s = cpu_s if missing else 0.0
-        return {"gpu": gpu_s, "ram": ram_s, "disk": disk_s}, max(gpu_s, ram_s, disk_s + last_s)
+            disk_s = reached.read_s + cold * nbytes / (reached.nvme * ceilings.nvme_gbps * GIGA)
+            last_s = cpu_s
+        return LayerTime({"gpu": gpu_s, "ram": ram_s, "disk": disk_s}, max(gpu_s, ram_s, disk_s + last_s))
 
     def prefill(
         self, counts: Sequence[int], tokens: int, gpu_share: float, disk_share: float
     ) -> PrefillPrediction:
-        """A prompt that goes through in one chunk.
+        """A prompt that is computed in one chunk.
 
         Args:
-            counts: tokens of each expert that it uses in a layer.
+            counts: for each expert that the prompt uses in a layer, its tokens.
             tokens: of the prompt.
-            gpu_share, disk_share: of the experts; the disk's are read once a layer, beside all else.
+            gpu_share: share of the experts that are on the GPU.
+            disk_share: share of the experts that are on the disk; a layer reads them once, while it computes.
         """
         config = self.config
         ordered = sorted(counts, reverse=True)
-        resident = round(gpu_share * len(ordered))  # any of them: what is resident is not what a prompt needs
+        resident = round(gpu_share * len(ordered))
+        # Which experts are resident does not depend on the prompt: they are spread evenly over `ordered`.
         step = len(ordered) / resident if resident else math.inf
         chosen = {int(i * step) for i in range(resident)}
         missing = [count for i, count in enumerate(ordered) if i not in chosen]
@@ -297,7 +320,10 @@ class Speeds:
 
 @dataclass(frozen=True)
 class PrefillPrediction:
-    """A prompt: the MoE layers, which are nearly all of it. `layer_` figures are the floor of one layer."""
+    """The MoE layers of a prompt, which take nearly all of its time.
+
+    layer_moving_s, layer_computing_s and layer_disk_s are floors of one layer.
+    """
 
     tokens: int
     layer_moving_s: float

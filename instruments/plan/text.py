@@ -1,81 +1,70 @@
-"""A plan for the terminal: the answer first, then how it comes about, then what would change it."""
+"""A plan for the terminal: the answer first, then the arithmetic behind it, then what would change it."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rich import box as boxes
 from rich.table import Table
-from rich.text import Text
 
 from moebox.config import ModelConfig
-from moebox.instruments.plan.placement import DISK, GPU, RAM, Places
+from moebox.instruments.plan.placement import DISK, GPU, RAM, MemoryPlacement
 from moebox.instruments.plan.report import Plan
 from moebox.instruments.plan.speed import DecodePrediction
+from moebox.instruments.text import figure_table, print_line, widen
 from moebox.units import GIGA, gib
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 TABLE_WIDTH = 110
-"""Columns printed even where the terminal is narrower, or none: cells that are cut off say nothing."""
-NO_CHANGE = 0.02
-"""Gains of less are called nothing: they are below what a prediction can tell."""
+"""Columns that the widest table takes."""
+LEAST_GAIN = 0.02
+"""Smaller gains are shown as no difference: predictions are not so exact."""
 
 
 def render_plan(plan: Plan, console: Console) -> None:
     """Print all of `plan`."""
-    console.width = max(console.width, TABLE_WIDTH)
-    _line(console, f"{plan.subject.name} on {plan.box.name}", "bold")
-    if plan.subject.note:
-        _line(console, f"  {plan.subject.note}", "dim")
+    widen(console, TABLE_WIDTH)
+    print_line(console, f"{plan.model.name} on {plan.box.name}", "bold")
+    if plan.model.note:
+        print_line(console, f"  {plan.model.note}", "dim")
     console.print(_answer(plan))
-    _line(console, "what goes where", "bold")
-    console.print(_places(plan))
+    print_line(console, "what goes where", "bold")
+    console.print(_placement(plan))
     _hits(plan, console)
     for decode in plan.decode:
         _decode(plan, decode, console)
-    layers = len(plan.subject.config.moe_layers)
-    _line(console, f"prefill; moving experts, computing and disk are those of one of {layers} layers", "bold")
+    layers = len(plan.model.config.moe_layers)
+    parts = f"prefill; moving experts, computing and disk are those of one of {layers} layers"
+    print_line(console, parts, "bold")
     console.print(_prefill(plan))
-    _line(console, f"loading: {_seconds(plan.loading.seconds)}", "bold")
+    print_line(console, f"loading: {_seconds(plan.loading.seconds)}", "bold")
     console.print(_loading(plan))
     if plan.changes:
-        _line(console, "what would help most", "bold")
+        print_line(console, "what would help most", "bold")
         console.print(_changes(plan))
-    _line(console, "where the figures are from", "bold")
+    print_line(console, "where the figures are from", "bold")
     for source in plan.box.sources:
-        _line(console, f"  {source}", "dim")
+        print_line(console, f"  {source}", "dim")
 
 
-def plan_line(places: Places, config: ModelConfig, tokens_per_s: float | None = None) -> str:
-    """A memory plan in one line, for `run` and `chat`; with its speed where that can be foretold."""
+def plan_line(placement: MemoryPlacement, config: ModelConfig, tokens_per_s: float | None = None) -> str:
+    """A memory plan in one line, for `run` and `chat`; with its speed where that can be predicted."""
     size = config.expert_bytes
-    parts = [f"backbone {gib(places.backbone_bytes)}"]
-    if places.gpu_experts:
-        parts.append(f"{places.gpu_experts:,} experts ({gib(places.gpu_experts * size)}) on the GPU")
-    warm = sum(part.experts for part in places.parts if part.place == RAM)
-    parts.append(f"{warm:,} of {places.keys:,} experts ({gib(warm * size)}) in RAM")
-    if places.disk_experts:
-        parts.append(f"{places.disk_experts:,} on disk only")
-    parts.append(f"context {places.context:,}")
+    parts = [f"backbone {gib(placement.backbone_bytes)}"]
+    if placement.gpu_experts:
+        parts.append(f"{placement.gpu_experts:,} experts ({gib(placement.gpu_experts * size)}) on the GPU")
+    warm = sum(part.experts for part in placement.parts if part.place == RAM)
+    parts.append(f"{warm:,} of {placement.keys:,} experts ({gib(warm * size)}) in RAM")
+    if placement.disk_experts:
+        parts.append(f"{placement.disk_experts:,} on disk only")
+    parts.append(f"context {placement.context:,}")
     speed = "" if tokens_per_s is None else f"; about {_rate(tokens_per_s)} tok/s"
     return f"plan: {', '.join(parts)}{speed}"
 
 
-def _line(console: Console, text: str, style: str = "") -> None:
-    console.print(Text(text, style=style), soft_wrap=True)
-
-
-def _table(*columns: tuple[str, str]) -> Table:
-    table = Table(box=boxes.SIMPLE_HEAD, pad_edge=False)
-    for name, side in columns:
-        table.add_column(name, justify="right" if side == "right" else "left", no_wrap=True)
-    return table
-
-
 def _answer(plan: Plan) -> Table:
-    """What a stranger wants to know."""
+    """Tokens a second, and the time until the first prompt."""
     table = Table.grid(padding=(0, 2))
     for decode in plan.decode:
         behind = f"writing behind {decode.cached_tokens:,} tokens of context"
@@ -88,14 +77,14 @@ def _answer(plan: Plan) -> Table:
     return table
 
 
-def _places(plan: Plan) -> Table:
-    table = _table(("where", ""), ("what", ""), ("bytes", "right"), ("", "right"), ("experts", "right"))
+def _placement(plan: Plan) -> Table:
+    table = figure_table("where", "what", "bytes", "", "experts", left=2)
     rooms = {
-        GPU: plan.box.free_vram if plan.box.vram is None else plan.box.vram,
+        GPU: plan.box.vram_room,
         RAM: plan.box.free_ram if plan.box.ram is None else plan.box.ram,
     }
     for place in (GPU, RAM, DISK):
-        parts = [part for part in plan.places.parts if part.place == place]
+        parts = [part for part in plan.placement.parts if part.place == place]
         for number, part in enumerate(parts):
             experts = f"{part.experts:,}" if part.experts else ""
             name = "" if number else place
@@ -108,16 +97,17 @@ def _places(plan: Plan) -> Table:
 
 
 def _hits(plan: Plan, console: Console) -> None:
-    chances, config = plan.chances, plan.subject.config
-    picks = len(config.moe_layers) * config.num_experts_per_tok
-    places = {"on the GPU": chances.gpu, "in RAM": chances.ram, "on disk": chances.disk}
+    shares, config = plan.pick_shares, plan.model.config
+    layers, _, top_k = config.routing_shape
+    picks = layers * top_k
+    places = {"on the GPU": shares.gpu, "in RAM": shares.ram, "on disk": shares.disk}
     found = ", ".join(f"{share:.1%} {where}" for where, share in places.items() if share > 0)
-    _line(console, f"a token picks {picks:,} experts of {config.expert_bytes:,} bytes: {found}", "bold")
-    _line(console, f"  {plan.hits_from}", "dim")
+    print_line(console, f"a token picks {picks:,} experts of {config.expert_bytes:,} bytes: {found}", "bold")
+    print_line(console, f"  {plan.hits_from}", "dim")
 
 
 def _decode(plan: Plan, decode: DecodePrediction, console: Console) -> None:
-    _line(
+    print_line(
         console,
         f"\ndecode behind {decode.cached_tokens:,} tokens of context: {_ms(decode.seconds)} ms a token = "
         f"{_rate(decode.tokens_per_s)} tok/s",
@@ -127,41 +117,50 @@ def _decode(plan: Plan, decode: DecodePrediction, console: Console) -> None:
 
 
 def _token(plan: Plan, decode: DecodePrediction) -> Table:
-    """Each part of a token: bytes over bandwidth is the floor; what of it is reached gives what to expect."""
+    """For each part of a token: its bytes over the bandwidth are its floor; floor over the reached share is
+    the expected time."""
+    unit, scale = ("GB", GIGA) if decode.moved.backbone >= GIGA else ("MB", 1e6)
+    table = figure_table("", unit, "GB/s", "floor ms", "reached", "expected ms", left=1)
+    for name, nbytes, gbps, floor_s, reached, seconds in _token_parts(plan, decode):
+        if nbytes:
+            cells = (f"{nbytes / scale:.2f}", gbps, _ms(floor_s), f"{reached:.0%}", _ms(seconds))
+            table.add_row(name, *cells)
+    layers = len(plan.model.config.moe_layers)
+    table.add_row(f"{layers} layers, whatever their bytes", "", "", "", "", _ms(decode.overhead_s))
+    table.add_row("* experts, all roads at the same time", "", "", "", "", _ms(decode.experts_s))
+    of_floor = f"{decode.of_floor:.0%}"
+    table.add_row("together", "", "", _ms(decode.floor.seconds), of_floor, _ms(decode.seconds), style="bold")
+    return table
+
+
+def _token_parts(
+    plan: Plan, decode: DecodePrediction
+) -> tuple[tuple[str, float, str, float, float, float], ...]:
+    """(name, bytes, GB/s, floor in seconds, reached share, expected seconds) of each part of a token."""
     ceilings, reached, floor = plan.box.ceilings, plan.box.efficiency, decode.floor
     moved, roads, fast = decode.moved, decode.layer_roads, f"{ceilings.fast_gbps:,.0f}"
     backbone_s = moved.backbone / (ceilings.fast_gbps * GIGA)
     cache_s = floor.backbone_s - backbone_s
-    both = f"{ceilings.ram_gbps:.0f} + {ceilings.pcie_gbps:.0f}" if ceilings.has_gpu else fast
-    ram_reached = reached.roads if ceilings.has_gpu else reached.experts
-    ram = "experts in RAM, by CPU and over PCIe" if ceilings.has_gpu else "experts, by the CPU"
+    if ceilings.has_gpu:
+        ram, ram_reached = "experts in RAM, by CPU and over PCIe*", reached.roads
+        ram_gbps = f"{ceilings.ram_gbps:.0f} + {ceilings.pcie_gbps:.0f}"
+    else:
+        ram, ram_reached, ram_gbps = "experts, by the CPU*", reached.experts, fast
     disk = f"{ceilings.nvme_gbps:g}"
-    rows = (
+    return (
         ("backbone", moved.backbone, fast, backbone_s, reached.backbone, decode.backbone_s),
         ("cache", decode.cache_bytes, fast, cache_s, reached.attention, decode.attention_s),
         ("experts on the GPU*", moved.hits, fast, floor.hits_s, reached.experts, roads["gpu"]),
-        (f"{ram}*", moved.ram_misses, both, floor.misses_s, ram_reached, roads["ram"]),
+        (ram, moved.ram_misses, ram_gbps, floor.misses_s, ram_reached, roads["ram"]),
         ("experts read from the disk*", moved.nvme_misses, disk, floor.nvme_s, reached.nvme, roads["disk"]),
     )
-    unit, scale = ("GB", GIGA) if moved.backbone >= GIGA else ("MB", 1e6)
-    columns = (unit, "GB/s", "floor ms", "reached", "expected ms")
-    table = _table(("", ""), *((name, "right") for name in columns))
-    for name, nbytes, gbps, floor_s, part, seconds in rows:
-        if nbytes:
-            cells = (f"{nbytes / scale:.2f}", gbps, _ms(floor_s), f"{part:.0%}", _ms(seconds))
-            table.add_row(name, *cells)
-    layers = len(plan.subject.config.moe_layers)
-    table.add_row(f"{layers} layers, whatever their bytes", "", "", "", "", _ms(decode.overhead_s))
-    table.add_row("* experts, all roads at the same time", "", "", "", "", _ms(decode.experts_s))
-    of_floor = f"{decode.of_floor:.0%}"
-    table.add_row("together", "", "", _ms(floor.seconds), of_floor, _ms(decode.seconds), style="bold")
-    return table
 
 
 def _prefill(plan: Plan) -> Table:
-    """A layer's floor is the longest of its parts; without a GPU the CPU moves and computes, one by one."""
-    names = ("tokens", "moving ms", "computing ms", "disk ms", "floor s", "reached", "expected s", "tok/s")
-    table = _table(*((name, "right") for name in names))
+    """A layer's floor is the longest of its parts; without a GPU the CPU moves and computes one after the
+    other."""
+    columns = ("tokens", "moving ms", "computing ms", "disk ms", "floor s", "reached", "expected s", "tok/s")
+    table = figure_table(*columns)
     for prefill in plan.prefill:
         table.add_row(
             f"{prefill.tokens:,}",
@@ -177,18 +176,19 @@ def _prefill(plan: Plan) -> Table:
 
 
 def _loading(plan: Plan) -> Table:
-    table = _table(("", ""), ("GB", "right"), ("GB/s", "right"), ("s", "right"))
+    table = figure_table("", "GB", "GB/s", "s", left=1)
     for what, nbytes, gbps in plan.loading.stages:
         table.add_row(what, f"{nbytes / GIGA:,.3f}", f"{gbps:.2f}", f"{nbytes / (gbps * GIGA):,.1f}")
     return table
 
 
 def _changes(plan: Plan) -> Table:
-    table = _table(("", ""), ("tok/s", "right"), ("", ""))
+    table = figure_table("", "tok/s", left=1)
+    table.add_column("", no_wrap=True)
     table.add_row("as it is", _rate(plan.tokens_per_s), "")
     for change in plan.changes:
         gain = f"{change.gain:+.0%}" if change.gain < 1 else f"{1 + change.gain:.1f} times as fast"
-        gain = gain if abs(change.gain) >= NO_CHANGE else "no difference"
+        gain = gain if abs(change.gain) >= LEAST_GAIN else "no difference"
         table.add_row(change.what, _rate(change.tokens_per_s), gain)
     return table
 

@@ -47,7 +47,7 @@ class ModelIdentity:
         name = folder.resolve().name
         numbers = {key: value for key, value in asdict(config).items() if key not in ("prefix", "model_type")}
         digest = hashlib.sha256(_canonical([numbers, _contents(folder, name)])).hexdigest()[:16]
-        return cls(name, digest, len(config.moe_layers), config.n_routed_experts, config.num_experts_per_tok)
+        return cls(name, digest, *config.routing_shape)
 
     @property
     def shape(self) -> tuple[int, int, int]:

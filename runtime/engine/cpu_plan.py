@@ -110,7 +110,7 @@ def plan_memory(
         raise PlanError(
             f"RAM budget of {gib(ram)}, but only {gib(available)} are free", "Give a smaller budget."
         )
-    room = int(available * (1 - SYSTEM_SHARE)) if ram is None else ram
+    room = usable_ram(available, ram)
     smallest = context or min(SMALLEST_CONTEXT, config.max_position_embeddings)
     least = _plan(config, dtype, backbone, smallest, least_rows(config))
     if least.planned_bytes > room:
@@ -129,6 +129,11 @@ def plan_memory(
     if whole.planned_bytes <= room:
         return whole
     return plan(bisect_right(range(whole.rows), room, key=lambda rows: plan(rows).planned_bytes) - 1)
+
+
+def usable_ram(free_bytes: int, budget: int | None = None) -> int:
+    """Bytes of RAM that a model may take: its budget, or `free_bytes` without the system's share."""
+    return int(free_bytes * (1 - SYSTEM_SHARE)) if budget is None else budget
 
 
 def least_rows(config: ModelConfig) -> int:

@@ -18,7 +18,7 @@ from moebox.kernels.gpu.base import ROUND_PAIRS
 from moebox.offload.memory.cold_rows import least_rows, spare_rows
 from moebox.offload.memory.gpu_slab import STAGING_SLOTS
 from moebox.offload.memory.ram_slab import row_stride
-from moebox.runtime.engine.cpu_plan import SMALLEST_CONTEXT, SYSTEM_SHARE, check_context, learned_bytes
+from moebox.runtime.engine.cpu_plan import SMALLEST_CONTEXT, check_context, learned_bytes, usable_ram
 from moebox.runtime.model.compute import EXPANDED_BYTES
 from moebox.runtime.model.kv_cache import bytes_per_token
 from moebox.runtime.model.precision import planned_bytes
@@ -101,7 +101,7 @@ def plan_gpu_memory(
         )
     most = config.n_keys + config.num_experts_per_tok  # some are kept free for uploads
     slots = min((room - plan.fixed_bytes) // row_stride(config), most)
-    return _share_experts(config, plan, slots, int(free_ram * (1 - SYSTEM_SHARE)) if ram is None else ram)
+    return _share_experts(config, plan, slots, usable_ram(free_ram, ram))
 
 
 def least_vram_bytes(config: ModelConfig, context: int) -> int:

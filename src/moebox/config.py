@@ -116,6 +116,16 @@ class ModelConfig:
         return len(self.moe_layers) * self.n_routed_experts
 
     @property
+    def routing_shape(self) -> tuple[int, int, int]:
+        """MoE layers, routed experts of a layer, experts a token picks: (L, E, k) of a routing trace."""
+        return len(self.moe_layers), self.n_routed_experts, self.num_experts_per_tok
+
+    @property
+    def kv_width(self) -> int:
+        """Elements that the cache keeps of a token in a layer: the latent and the rotated key."""
+        return self.kv_lora_rank + self.qk_rope_head_dim
+
+    @property
     def softmax_scale(self) -> float:
         """qk_head_dim^-0.5, times the squared YaRN attention factor at every length."""
         mscale = self.yarn.attention_mscale() if self.yarn else 1.0
@@ -166,7 +176,7 @@ class ModelConfig:
         shapes: dict[str, tuple[int, ...]] = {
             "input_layernorm.weight": (hidden,),
             "post_attention_layernorm.weight": (hidden,),
-            "self_attn.kv_a_proj_with_mqa.weight": (self.kv_lora_rank + self.qk_rope_head_dim, hidden),
+            "self_attn.kv_a_proj_with_mqa.weight": (self.kv_width, hidden),
             "self_attn.kv_a_layernorm.weight": (self.kv_lora_rank,),
             "self_attn.kv_b_proj.weight": (
                 heads * (self.qk_nope_head_dim + self.v_head_dim),

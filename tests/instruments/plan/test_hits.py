@@ -6,7 +6,12 @@ import pytest
 from moebox.config import load_config
 from moebox.errors import RequestError
 from moebox.instruments.measure.random_model import shape_config
-from moebox.instruments.plan.hits import FEWEST_TOKENS, HitCurve, find_curve, published_curve
+from moebox.instruments.plan.hits import (
+    FEWEST_TOKENS,
+    HitPredictor,
+    find_hit_predictor,
+    published_hit_predictor,
+)
 from moebox.offload.routing.identity import ModelIdentity
 from moebox.offload.routing.replay import replay
 from moebox.offload.routing.statistics import RouterStatistics
@@ -26,12 +31,11 @@ def model(tmp_path):
 
 
 def routed(config, tokens, seed=0):
-    shape = (len(config.moe_layers), config.n_routed_experts, config.num_experts_per_tok)
-    return synthetic_trace(tokens, *shape, seed=seed)
+    return synthetic_trace(tokens, *config.routing_shape, seed=seed)
 
 
-def test_published_curve_of_a_large_model():
-    curve = published_curve(shape_config("kimi-k2"))
+def test_published_hit_predictor_of_a_large_model():
+    curve = published_hit_predictor(shape_config("kimi-k2"))
 
     hits = [curve.hits(share) for share in (0.0, 0.1, 0.22, 0.44, 1.0)]
 
@@ -40,7 +44,7 @@ def test_published_curve_of_a_large_model():
 
 
 def test_hits_do_not_depend_on_how_many_layers_there_are():
-    deep, shallow = (HitCurve(synthetic_trace(300, layers, 64, 6), "") for layers in (12, 4))
+    deep, shallow = (HitPredictor(synthetic_trace(300, layers, 64, 6), "") for layers in (12, 4))
 
     assert deep.hits(0.3) == pytest.approx(shallow.hits(0.3), abs=0.04)
 
@@ -49,11 +53,11 @@ def test_a_cache_that_is_full_from_the_start_meets_no_expert_for_the_first_time(
     """A short trace would otherwise count every first meeting as a miss, whatever the cache."""
     trace = synthetic_trace(60, 2, 64, 6)
 
-    assert HitCurve(trace, "").hits(120 / 128) > replay(trace, 120, warmup=15) + 0.02
+    assert HitPredictor(trace, "").hits(120 / 128) > replay(trace, 120, warmup=15) + 0.02
 
 
 def test_prompts_use_more_experts_the_longer_they_are():
-    curve = published_curve(shape_config("kimi-k2"))
+    curve = published_hit_predictor(shape_config("kimi-k2"))
 
     short, long = curve.expert_counts(16), curve.expert_counts(600)
 
@@ -64,13 +68,13 @@ def test_prompts_use_more_experts_the_longer_they_are():
 def test_a_prompt_longer_than_a_recorded_trace_is_several_of_its_length():
     ids = np.tile(np.array([[[0, 1]], [[0, 2]]], np.int32), (20, 1, 1))
 
-    counts = HitCurve(RoutingTrace(ids, 4), "").expert_counts(80)
+    counts = HitPredictor(RoutingTrace(ids, 4), "").expert_counts(80)
 
     assert sorted(counts) == [40, 40, 80]
 
 
 def test_without_anything_known_the_published_figures_are_taken(model):
-    assert "published" in find_curve(load_config(model), model, None).source
+    assert "published" in find_hit_predictor(load_config(model), model, None).source
 
 
 def test_the_models_own_statistics_come_before_published_figures(model):
@@ -80,10 +84,10 @@ def test_the_models_own_statistics_come_before_published_figures(model):
     statistics.add(seen.ids, prefill=False)
     statistics.save()
 
-    curve = find_curve(config, model, None)
+    curve = find_hit_predictor(config, model, None)
 
     assert f"last {FEWEST_TOKENS} tokens of this model" in curve.source
-    assert curve.hits(0.6) == HitCurve(seen, "").hits(0.6)
+    assert curve.hits(0.6) == HitPredictor(seen, "").hits(0.6)
 
 
 def test_a_few_tokens_say_less_than_published_figures(model):
@@ -92,7 +96,7 @@ def test_a_few_tokens_say_less_than_published_figures(model):
     statistics.add(routed(config, FEWEST_TOKENS - 1).ids, prefill=False)
     statistics.save()
 
-    assert "published" in find_curve(config, model, None).source
+    assert "published" in find_hit_predictor(config, model, None).source
 
 
 def test_a_recorded_trace_comes_first_and_must_be_of_the_model(model, tmp_path):
@@ -100,6 +104,6 @@ def test_a_recorded_trace_comes_first_and_must_be_of_the_model(model, tmp_path):
     routed(config, 40).save(tmp_path / "own.npz")
     synthetic_trace(40, 2, 64, 6).save(tmp_path / "other.npz")
 
-    assert find_curve(config, model, tmp_path / "own.npz").source.startswith("own.npz, 40 recorded")
+    assert find_hit_predictor(config, model, tmp_path / "own.npz").source.startswith("own.npz, 40 recorded")
     with pytest.raises(RequestError, match="64 experts"):
-        find_curve(config, model, tmp_path / "other.npz")
+        find_hit_predictor(config, model, tmp_path / "other.npz")

@@ -12,14 +12,15 @@ from helpers.convert import Hub, make_source
 from moebox.cli import main_group
 from moebox.config import load_config
 from moebox.errors import CheckpointError, PlanError, RequestError
+from moebox.instruments.measure import cpu_load
 from moebox.instruments.measure.random_model import shape_config
 from moebox.instruments.plan import box as plan_box
 from moebox.instruments.plan import probe as plan_probe
 from moebox.instruments.plan.box import BoxOptions, find_box
-from moebox.instruments.plan.hits import find_curve
+from moebox.instruments.plan.hits import find_hit_predictor
 from moebox.instruments.plan.placement import DISK, GPU, RAM
 from moebox.instruments.plan.plan import PlanOptions, loaded_line, make_plan
-from moebox.instruments.plan.report import Subject, plan_on
+from moebox.instruments.plan.report import PlannedModel, plan_on
 from moebox.instruments.plan.speed import CPU_BOX, ColdReads
 from moebox.instruments.plan.text import render_plan
 from moebox.offload.machine.hardware import cpu_identity
@@ -47,11 +48,11 @@ def model(tmp_path_factory):
 
 @pytest.fixture
 def measured(monkeypatch):
-    """This box, its measurements made up: they are the probe's own tests' business."""
+    """This box with made-up measurements; test_probe.py tests real ones."""
     monkeypatch.setattr(plan_box, "cpu_figures", lambda *_: {"ram_gbps": 10.0, "cpu_tflops": 0.1})
     monkeypatch.setattr(plan_probe, "probe_cpu", lambda *_: replace(CPU_BOX, layer_s=0.002))
     monkeypatch.setattr(plan_probe, "probe_disk", lambda *_: ColdReads(0.0005, 0.4))
-    monkeypatch.setattr(plan_box.cpu_checks, "busy_cpus", lambda: 0.0)
+    monkeypatch.setattr(cpu_load, "busy_cpus", lambda: 0.0)
 
 
 def k2(gpu="h100-80gb", ram=640 * GIB, context=32768, **box):
@@ -60,8 +61,13 @@ def k2(gpu="h100-80gb", ram=640 * GIB, context=32768, **box):
     )
 
 
+def budget_for(config, share):
+    """RAM, in bytes, that holds a share of the experts beside the backbone and 512 tokens, without a GPU."""
+    return budget_for_share(config, default_dtype(config, "bf16"), "bf16", 512, share)
+
+
 def taken(plan, place):
-    return sum(part.nbytes for part in plan.places.parts if part.place == place)
+    return sum(part.nbytes for part in plan.placement.parts if part.place == place)
 
 
 def test_every_byte_of_an_80_gb_card_has_its_place():
@@ -69,20 +75,20 @@ def test_every_byte_of_an_80_gb_card_has_its_place():
 
     free = plan.box.free_vram - taken(plan, GPU)
     assert 0 <= free < K2.expert_bytes
-    assert plan.places.near_experts == K2.n_keys
+    assert plan.placement.near_experts == K2.n_keys
     assert taken(plan, DISK) == 0
     assert taken(plan, RAM) == K2.experts_bytes + learned_bytes(K2, 1)
-    assert plan.chances.disk == 0
-    assert plan.chances.gpu + plan.chances.ram == pytest.approx(1)
+    assert plan.pick_shares.disk == 0
+    assert plan.pick_shares.gpu + plan.pick_shares.ram == pytest.approx(1)
 
 
 def test_a_box_that_cannot_hold_the_model_reads_the_rest_from_the_disk():
     plan = k2(ram=400 * GIB)
 
-    experts = [part.experts for part in plan.places.parts]
+    experts = [part.experts for part in plan.placement.parts]
     assert sum(experts) == K2.n_keys
     assert 0.95 * 400 * GIB - K2.expert_bytes < taken(plan, RAM) <= 0.95 * 400 * GIB
-    assert plan.places.disk_experts > 0 < plan.chances.disk
+    assert plan.placement.disk_experts > 0 < plan.pick_shares.disk
     assert plan.tokens_per_s < k2().tokens_per_s
 
 
@@ -92,7 +98,7 @@ def test_without_a_gpu_everything_is_in_ram_or_on_the_disk():
     assert taken(plan, GPU) == 0
     assert taken(plan, RAM) <= 0.95 * 200 * GIB
     assert taken(plan, DISK) + taken(plan, RAM) > K2.experts_bytes
-    assert plan.chances.gpu == 0 < plan.chances.disk
+    assert plan.pick_shares.gpu == 0 < plan.pick_shares.disk
 
 
 def test_a_card_that_is_too_small_is_refused_with_the_numbers():
@@ -122,7 +128,7 @@ def test_an_int8_backbone_on_a_gpu_is_refused():
 def test_later_releases_of_k2_have_a_longer_context():
     plan = k2(context=262144)
 
-    assert plan.places.context == 262144
+    assert plan.placement.context == 262144
     assert [decode.cached_tokens for decode in plan.decode] == [4096, 262144]
     with pytest.raises(PlanError, match="context of 262145 tokens"):
         k2(context=262145)
@@ -141,7 +147,7 @@ def test_ram_for_all_experts_is_ram_for_all_experts():
 
     more = next(what for what in changes if what.startswith("RAM for all experts"))
     enough = int(more.rpartition(": ")[2].partition(".")[0])
-    assert k2(ram=enough * GIB).places.disk_experts == 0
+    assert k2(ram=enough * GIB).placement.disk_experts == 0
     assert k2(ram=enough * GIB).tokens_per_s == pytest.approx(changes[more].tokens_per_s)
 
 
@@ -152,7 +158,7 @@ def test_a_box_without_a_disk_tier_gains_nothing_from_a_second_drive():
 def test_ram_that_nobody_named_holds_all_experts():
     plan = k2(ram=None)
 
-    assert plan.places.disk_experts == 0
+    assert plan.placement.disk_experts == 0
     assert any("assumed, enough for all experts" in source for source in plan.box.sources)
 
 
@@ -169,7 +175,7 @@ def test_this_box_is_measured_once_and_known_afterwards(model, measured, monkeyp
 
 
 def test_what_is_measured_on_a_busy_box_is_not_kept(model, measured, monkeypatch):
-    monkeypatch.setattr(plan_box.cpu_checks, "busy_cpus", lambda: 100.0)
+    monkeypatch.setattr(cpu_load, "busy_cpus", lambda: 100.0)
 
     plan = make_plan(PlanOptions(str(model)))
 
@@ -185,18 +191,17 @@ def test_more_ram_than_this_box_has_means_another_box(model):
 
 
 def test_a_budget_on_this_box_is_obeyed_as_run_obeys_it(model, measured):
-    config = load_config(model)
-    budget = budget_for_share(config, default_dtype(config, "bf16"), "bf16", 512, 0.75)
+    budget = budget_for(load_config(model), 0.75)
 
     plan = make_plan(PlanOptions(str(model), box=BoxOptions(ram=budget), context=512))
     engine = Engine.load(model, device="cpu", ram=budget, context=512, statistics=False)
 
     assert taken(plan, RAM) == engine.plan.planned_bytes
-    assert 0 < plan.places.disk_experts < plan.places.keys
+    assert 0 < plan.placement.disk_experts < plan.placement.keys
     line = loaded_line(engine)
     engine.close()
-    assert f"{plan.places.near_experts} of {plan.places.keys} experts" in line
-    assert f"{plan.places.disk_experts} on disk only" in line
+    assert f"{plan.placement.near_experts} of {plan.placement.keys} experts" in line
+    assert f"{plan.placement.disk_experts} on disk only" in line
     assert "tok/s" in line
 
 
@@ -229,12 +234,11 @@ def test_figures_of_another_version_are_measured_again(model, measured):
 def test_less_ram_is_never_faster(model, measured):
     config = load_config(model)
     box = find_box(BoxOptions(), config, [model])
-    curve = find_curve(config, model, None)
-    dtype = default_dtype(config, "bf16")
-    budgets = [budget_for_share(config, dtype, "bf16", 512, share) for share in (0.5, 0.75, 1)]
+    curve = find_hit_predictor(config, model, None)
+    budgets = [budget_for(config, share) for share in (0.5, 0.75, 1)]
 
     rates = [
-        plan_on(Subject("tiny", config, model), replace(box, ram=budget), curve, 512).tokens_per_s
+        plan_on(PlannedModel("tiny", config, model), replace(box, ram=budget), curve, 512).tokens_per_s
         for budget in budgets
     ]
 
@@ -254,9 +258,9 @@ def test_a_model_on_the_hub_is_known_by_its_headers(tmp_path, monkeypatch):
 
     hub.close()
     config = load_config(source)
-    assert plan.subject.config == config
-    assert plan.places.keys == config.n_keys
-    assert "`moebox quantize` makes its experts INT4" in plan.subject.note
+    assert plan.model.config == config
+    assert plan.placement.keys == config.n_keys
+    assert "`moebox quantize` makes its experts INT4" in plan.model.note
     ranges = [span for _, path, span in hub.requests if path.endswith(".safetensors")]
     assert ranges
     assert all(ranges), "a whole shard was fetched"
@@ -288,7 +292,7 @@ def test_the_terminal_shows_every_place_and_the_arithmetic(capsys):
     render_plan(plan, Console(highlight=False))
 
     shown = capsys.readouterr().out
-    for part in plan.places.parts:
+    for part in plan.placement.parts:
         assert part.what in shown
         assert f"{part.nbytes:,}" in shown
     for wanted in ("132 + 55", "what would help most", "docs/benchmarks.md", "262,144", "published"):

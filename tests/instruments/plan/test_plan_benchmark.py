@@ -59,9 +59,9 @@ def test_a_shape_is_filled_once_and_planned_at_full_depth(benchmark, quick, monk
 def test_predictions_of_the_whole_k2_on_an_h200(benchmark):
     options = benchmark.parse(["--shape", "kimi-k2", "--gpu", "h200-141gb"])
     config = benchmark.shape_config("kimi-k2")
-    subject = benchmark.Subject("kimi-k2", config)
+    subject = benchmark.PlannedModel("kimi-k2", config)
     box = benchmark.find_box(benchmark.BoxOptions(gpu=options.gpu), config, [])
-    curve = benchmark.published_curve(config)
+    curve = benchmark.published_hit_predictor(config)
 
     plans = [
         benchmark.plan_on(subject, budget, curve) for budget in benchmark.gpu_budgets(box, config, options)
@@ -70,7 +70,7 @@ def test_predictions_of_the_whole_k2_on_an_h200(benchmark):
 
     assert (options.layers, options.prompt, options.tokens) == (9, 4096, 128)
     assert [plan.box.vram for plan in plans] == [40e9, 80e9, 110e9, 143e9]
-    assert all(plan.places.disk_experts == 0 for plan in plans)
+    assert all(plan.placement.disk_experts == 0 for plan in plans)
     assert [one.token_ms for one in found] == sorted((one.token_ms for one in found), reverse=True)
     assert [one.hits for one in found] == sorted(one.hits for one in found)
     assert found[-1].prompt_s > 0

@@ -9,8 +9,17 @@ from helpers.runtime import make_checkpoint
 from moebox.errors import CheckpointError
 from moebox.instruments.measure.random_model import shape_config
 from moebox.instruments.plan import probe as plan_probe
-from moebox.instruments.plan.probe import cold_reads, probe_cpu, probe_disk, small_config
-from moebox.instruments.plan.speed import CPU_BOX, Chances, Speeds
+from moebox.instruments.plan.probe import (
+    ColdSeconds,
+    CpuProbe,
+    TokenSeconds,
+    cold_reads,
+    layer_seconds,
+    probe_cpu,
+    probe_disk,
+    small_config,
+)
+from moebox.instruments.plan.speed import CPU_BOX, PickShares, SpeedModel
 from moebox.kernels import cpu
 from moebox.offload.cpu_experts import CpuExperts
 from moebox.offload.machine.floor import Ceilings
@@ -49,22 +58,24 @@ def test_a_model_that_is_small_is_measured_as_it_is():
 @pytest.mark.parametrize("head_s", [1e-6, 1.0])
 def test_the_parts_add_up_to_what_was_measured(monkeypatch, head_s):
     """However fast the head is: what bytes do not explain is a layer's own."""
-    few = {"token_s": 0.060, "wait_s": 0.004, "cpu_s": 0.003}
-    many = few | {"wait_s": 0.005}
-    monkeypatch.setattr(plan_probe._Probe, "_decode", lambda _, cached: few if cached < 100 else many)
-    monkeypatch.setattr(plan_probe, "_fastest", lambda _: head_s)
+    few = TokenSeconds(token_s=0.060, experts_s=0.003, other_s=0.004)
+    many = replace(few, other_s=0.005)
+    monkeypatch.setattr(CpuProbe, "decode_seconds", lambda _, cached: few if cached < 100 else many)
+    monkeypatch.setattr(CpuProbe, "head_seconds", lambda _: head_s)
     config = shape_config("tiny")
 
     reached = probe_cpu(config, CEILINGS)
 
     item_bytes = default_dtype(config, "bf16").itemsize
-    token = Speeds(config, CEILINGS, reached, item_bytes).decode(Chances(0, 1, 0))
+    token = SpeedModel(config, CEILINGS, reached, item_bytes).decode(PickShares(0, 1, 0))
     layers = len(config.moe_layers)
-    assert token.experts_s == pytest.approx(layers * few["cpu_s"])
-    assert token.seconds == pytest.approx(few["token_s"], rel=0.05)
-    later = Speeds(config, CEILINGS, reached, item_bytes).decode(Chances(0, 1, 0), plan_probe.MANY_CACHED)
+    assert token.experts_s == pytest.approx(layers * few.experts_s)
+    assert token.seconds == pytest.approx(few.token_s, rel=0.05)
+    later = SpeedModel(config, CEILINGS, reached, item_bytes).decode(
+        PickShares(0, 1, 0), plan_probe.MANY_CACHED
+    )
     per_layer_s = (later.seconds - token.seconds) / config.num_hidden_layers
-    assert per_layer_s == pytest.approx(many["wait_s"] - few["wait_s"], rel=0.05)
+    assert per_layer_s == pytest.approx(many.other_s - few.other_s, rel=0.05)
 
 
 def test_a_real_probe_gives_figures_that_can_be_kept():
@@ -87,11 +98,11 @@ def test_reading_from_the_disk_is_measured_on_the_checkpoint_itself(tmp_path):
 def test_what_is_computed_beside_a_read_is_no_part_of_it():
     """Of a drive that takes 2 ms to answer and 15 ms an expert, beside a CPU that takes 5."""
     config = shape_config("kimi-k2")
-    cold = cold_reads(config, all_s=0.002 + 8 * 0.015 + 0.005, alone_s=0.002 + 0.015 + 0.005, there_s=0.005)
+    cold = cold_reads(config, ColdSeconds(0.002 + 8 * 0.015 + 0.005, 0.002 + 0.015 + 0.005, 0.005))
 
     assert cold.latency_s == pytest.approx(0.002)
     assert config.expert_bytes / cold.gbps / 1e9 == pytest.approx(0.015)
-    busy = cold_reads(config, all_s=0.1, alone_s=0.2, there_s=0.3)
+    busy = cold_reads(config, ColdSeconds(0.1, 0.2, 0.3))
     assert busy.latency_s == 0
     assert config.expert_bytes / busy.gbps / 1e9 == pytest.approx(0.1 / 16)
 
@@ -141,7 +152,7 @@ def test_a_layer_takes_what_the_plan_says_however_many_experts_are_missing(monke
     config, compute_s = replace(shape_config("tiny"), n_routed_experts=32), 0.005
     k, nbytes = config.num_experts_per_tok, config.expert_bytes
     ceilings = Ceilings(ram_gbps=nbytes / compute_s / 1e9, nvme_gbps=nbytes / read_s / 1e9)
-    speeds = Speeds(config, ceilings, replace(CPU_BOX, experts=1.0, nvme=1.0, read_s=0.0))
+    speeds = SpeedModel(config, ceilings, replace(CPU_BOX, experts=1.0, nvme=1.0, read_s=0.0))
     drive = ClockedDrive(read_s)
 
     def compute(pool, experts, *_):
@@ -151,17 +162,17 @@ def test_a_layer_takes_what_the_plan_says_however_many_experts_are_missing(monke
     experts = CpuExperts.load(config, drive, cpu.ThreadPool(1), 16)
 
     for missing in [*range(k + 1), *range(k, -1, -1)]:
-        _, planned_s = speeds._layer_with(missing, k - missing, Chances(0, 0.5, 0.5))
-        assert planned_s == pytest.approx(_layer_with(experts, drive, missing), rel=0.2), missing
+        planned_s = speeds.layer_time(missing, PickShares(0, 0.5, 0.5)).seconds
+        assert planned_s == pytest.approx(layer_time(experts, drive, missing), rel=0.2), missing
 
 
-def _layer_with(experts, drive: ClockedDrive, missing: int) -> float:
-    """Seconds of a layer of which so many picks are on the disk."""
+def layer_time(experts, drive: ClockedDrive, missing: int) -> float:
+    """Seconds of a layer of which `missing` picks are on the disk."""
     resident = [experts.cache.resident(key) for key in range(experts.config.n_routed_experts)]
     order = sorted(range(len(resident)), key=lambda key: resident[key])
     ids = order[:missing] + order[len(order) - experts.config.num_experts_per_tok + missing :]
     began_s = drive.now_s
-    plan_probe._layer(experts, 0, ids)
+    layer_seconds(experts, 0, ids)
     assert experts.last.cold == missing
     return drive.now_s - began_s
 

@@ -6,7 +6,7 @@ import pytest
 
 from moebox.instruments.measure.random_model import shape_config
 from moebox.instruments.plan.gpus import find_preset
-from moebox.instruments.plan.speed import CPU_BOX, H200_BOX, Chances, Efficiency, Speeds
+from moebox.instruments.plan.speed import CPU_BOX, H200_BOX, Efficiency, PickShares, SpeedModel
 from moebox.offload.machine.floor import Ceilings
 
 K2 = shape_config("kimi-k2")
@@ -21,9 +21,9 @@ GPU = find_preset("h200-141gb").ceilings(132, 5.4, 7)
 )
 def test_the_h200_box_comes_out_as_it_was_measured(ram_gbps, hits, measured_ms, floor_ms):
     """Rows of docs/benchmarks.md, "Decoding, 8 MoE layers", at 60 layers."""
-    speeds = Speeds(K2, replace(GPU, ram_gbps=ram_gbps), H200_BOX)
+    speeds = SpeedModel(K2, replace(GPU, ram_gbps=ram_gbps), H200_BOX)
 
-    token = speeds.decode(Chances(hits, 1 - hits, 0))
+    token = speeds.decode(PickShares(hits, 1 - hits, 0))
 
     assert token.floor.seconds * 1e3 == pytest.approx(floor_ms, rel=0.01)
     assert token.seconds * 1e3 == pytest.approx(measured_ms, rel=0.1)
@@ -31,25 +31,25 @@ def test_the_h200_box_comes_out_as_it_was_measured(ram_gbps, hits, measured_ms, 
 
 @pytest.mark.parametrize(("tokens", "measured_ms"), [(512, 77.5), (4096, 134)])
 def test_its_prompts_come_out_as_they_were_measured(tokens, measured_ms):
-    from moebox.instruments.plan.hits import published_curve
+    from moebox.instruments.plan.hits import published_hit_predictor
 
-    counts = published_curve(K2).expert_counts(tokens)
-    prompt = Speeds(K2, GPU, H200_BOX).prefill(counts, tokens, 0, 0)
+    counts = published_hit_predictor(K2).expert_counts(tokens)
+    prompt = SpeedModel(K2, GPU, H200_BOX).prefill(counts, tokens, 0, 0)
 
     assert prompt.seconds / 60 * 1e3 == pytest.approx(measured_ms, rel=0.1)
 
 
 def test_where_nothing_is_lost_a_token_takes_its_floor():
-    token = Speeds(K2, CPU, PERFECT).decode(Chances(0, 1, 0), 1000)
+    token = SpeedModel(K2, CPU, PERFECT).decode(PickShares(0, 1, 0), 1000)
 
     assert token.seconds == pytest.approx(token.floor.seconds)
     assert token.of_floor == pytest.approx(1)
 
 
 def test_where_the_disk_is_all_that_counts_a_token_takes_what_the_disk_does():
-    slow = Speeds(K2, replace(CPU, nvme_gbps=0.1), PERFECT)
+    slow = SpeedModel(K2, replace(CPU, nvme_gbps=0.1), PERFECT)
 
-    token = slow.decode(Chances(0, 0, 1))
+    token = slow.decode(PickShares(0, 0, 1))
 
     assert token.floor.seconds == pytest.approx(token.floor.nvme_s)
     assert token.floor.nvme_s < token.seconds < 1.05 * token.floor.nvme_s
@@ -57,7 +57,7 @@ def test_where_the_disk_is_all_that_counts_a_token_takes_what_the_disk_does():
 
 def test_an_expert_that_is_read_is_computed_too():
     """The last one of a layer when it is there, the others while the disk is read."""
-    token = Speeds(K2, CPU, PERFECT).decode(Chances(0, 0, 1))
+    token = SpeedModel(K2, CPU, PERFECT).decode(PickShares(0, 0, 1))
 
     read_s = 480 * K2.expert_bytes / 5e9
     last_s = 60 * K2.expert_bytes / 100e9
@@ -65,31 +65,31 @@ def test_an_expert_that_is_read_is_computed_too():
 
 
 def test_a_first_byte_is_waited_for_only_in_layers_that_read():
-    late = Speeds(K2, CPU, replace(PERFECT, read_s=0.01))
+    late = SpeedModel(K2, CPU, replace(PERFECT, read_s=0.01))
 
-    nothing, all_of_it = late.decode(Chances(0, 1, 0)), late.decode(Chances(0, 0, 1))
+    nothing, all_of_it = late.decode(PickShares(0, 1, 0)), late.decode(PickShares(0, 0, 1))
 
-    perfect = Speeds(K2, CPU, PERFECT)
-    assert nothing.seconds == perfect.decode(Chances(0, 1, 0)).seconds
-    more_s = all_of_it.seconds - perfect.decode(Chances(0, 0, 1)).seconds
+    perfect = SpeedModel(K2, CPU, PERFECT)
+    assert nothing.seconds == perfect.decode(PickShares(0, 1, 0)).seconds
+    more_s = all_of_it.seconds - perfect.decode(PickShares(0, 0, 1)).seconds
     assert more_s == pytest.approx(60 * 0.01)
 
 
 def test_each_better_part_makes_it_faster():
-    base = Chances(0.3, 0.6, 0.1)
-    before = Speeds(K2, GPU, H200_BOX).decode(base, 4096).seconds
+    base = PickShares(0.3, 0.6, 0.1)
+    before = SpeedModel(K2, GPU, H200_BOX).decode(base, 4096).seconds
     faster = {"ram_gbps": 264, "nvme_gbps": 14, "pcie_gbps": 110}
 
     for name, value in faster.items():
         ceilings = replace(GPU, **{name: value})
-        assert Speeds(K2, ceilings, H200_BOX).decode(base, 4096).seconds <= before
-    for chances in (Chances(0.4, 0.5, 0.1), Chances(0.3, 0.65, 0.05)):
-        assert Speeds(K2, GPU, H200_BOX).decode(chances, 4096).seconds < before
+        assert SpeedModel(K2, ceilings, H200_BOX).decode(base, 4096).seconds <= before
+    for chances in (PickShares(0.4, 0.5, 0.1), PickShares(0.3, 0.65, 0.05)):
+        assert SpeedModel(K2, GPU, H200_BOX).decode(chances, 4096).seconds < before
 
 
 def test_a_long_context_costs_the_reading_of_its_cache():
-    speeds = Speeds(K2, GPU, H200_BOX)
-    short, long = (speeds.decode(Chances(1, 0, 0), tokens) for tokens in (0, 100_000))
+    speeds = SpeedModel(K2, GPU, H200_BOX)
+    short, long = (speeds.decode(PickShares(1, 0, 0), tokens) for tokens in (0, 100_000))
 
     assert long.cache_bytes == 100_000 * 61 * 576 * 2
     measured_s = 61 * 76e-6  # docs/benchmarks.md: a layer's attention over 100,000 tokens
@@ -97,7 +97,7 @@ def test_a_long_context_costs_the_reading_of_its_cache():
 
 
 def test_experts_on_the_disk_make_a_prompt_wait_for_the_disk():
-    speeds = Speeds(K2, GPU, H200_BOX)
+    speeds = SpeedModel(K2, GPU, H200_BOX)
     counts = [10] * 384
 
     near, half = (speeds.prefill(counts, 480, 0.0, share) for share in (0.0, 0.5))

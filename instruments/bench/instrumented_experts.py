@@ -1,4 +1,4 @@
-"""Stands between the model and its experts during a benchmark: injects a trace, and sees where time goes.
+"""The experts of a model that is being measured: they route by a trace, and time each layer.
 
 L MoE layers, T tokens, E n_routed_experts, k num_experts_per_tok.
 """
@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from moebox.config import ModelConfig
-from moebox.instruments.bench.report import LAYER_FIELDS, LayerWork, Samples
+from moebox.instruments.bench.prefill_report import ROAD_FIELDS, LayerWork
+from moebox.instruments.bench.roads import LAYER_FIELDS, Samples
 from moebox.offload.cpu_experts import CpuExperts
 from moebox.offload.decode.host_step import FIELDS
 from moebox.offload.device.base import Device, Event
@@ -31,30 +32,38 @@ from moebox.units import GIGA
 NAN = float("nan")
 
 
-class Watch(Experts, Protocol):
-    """The experts of a model that is being measured."""
+class InstrumentedExperts(Experts, Protocol):
+    """Experts that route by a trace, if there is one, and time each layer.
+
+    Attributes:
+        routing: the trace; None: the model's router picks.
+    """
 
     routing: TraceRouting | None
 
     def begin(self) -> None:
-        """Call right before each pass."""
+        """Forget the last pass; called right before each pass."""
 
     def decode_layers(self) -> Samples:
         """float64 [L, len(LAYER_FIELDS)] of the token that has just been decoded."""
         ...
 
     def prefill_layers(self, ceilings: Ceilings) -> list[LayerWork]:
-        """Each MoE layer of the prompt that has just gone through, all chunks together."""
+        """Each MoE layer of the prompt that has just been computed, all chunks together."""
         ...
 
     def prefetch(self) -> PrefetchReport | None:
-        """What was read ahead in all decoding so far; None: nothing can be."""
+        """What all decoding so far has read or uploaded ahead; None where nothing is moved ahead."""
         ...
 
 
 @dataclass
-class _Seen:
-    """A layer of one chunk: routed ids [T, k], who was on the GPU, and what each road took."""
+class _ChunkLayer:
+    """One layer of one chunk.
+
+    `ids` [T, k] are the picks, `resident` [E] the experts that were on the GPU; seconds include attention,
+    `layer_s` does not.
+    """
 
     layer: int
     ids: Tensor
@@ -70,29 +79,28 @@ class _Seen:
     layer_s: float = NAN
 
 
-class CpuWatch:
-    """Over the CPU's experts: everything happens when it is called, so a clock suffices. See `Watch`.
+class InstrumentedCpuExperts:
+    """`InstrumentedExperts` on the CPU, which computes within the call, so that a clock suffices.
 
-    A layer's `read_s` are the seconds in which the drives were busy since the layer before: with prefetch
-    they read for others, too, so that only the sum over layers goes with the sum of bytes. Of the time that
-    the CPU computes, cold experts have their share by number.
+    A layer's `read_s` is the time in which the drives were busy since the layer before. With prefetch they
+    also read for other layers, so that only the sum of `read_s` over layers belongs to the sum of bytes. Of
+    the time in which the CPU computes a layer, `cpu_s` is the share of the experts that were in RAM, by
+    number.
     """
 
     def __init__(self, experts: CpuExperts, config: ModelConfig, routing: TraceRouting | None) -> None:
         self.nbytes = experts.nbytes
         self.routing = routing
         self._experts, self._config = experts, config
-        self._seen: list[_Seen] = []
+        self._layers: list[_ChunkLayer] = []
         self._ended_s = self._read_s = 0.0
 
     def begin(self) -> None:
-        """See `Watch`."""
-        self._seen.clear()
+        self._layers.clear()
         self._read_s = self._experts.read_s
         self._ended_s = time.perf_counter()
 
     def forward(self, layer: int, expert_ids: Tensor, weights: Tensor, hidden: Tensor) -> Tensor:
-        """See `Experts.forward`."""
         moe = layer - self._config.first_k_dense_replace
         if self.routing is not None:
             expert_ids = self.routing.prefill(moe, len(hidden))
@@ -101,131 +109,107 @@ class CpuWatch:
         ended_s = time.perf_counter()
         last, before_s, self._read_s = self._experts.last, self._read_s, self._experts.read_s
         in_ram = last.hits / (last.hits + last.cold)
-        seen = _Seen(moe, expert_ids, ended_s - self._ended_s, cpu=last.hits, cold=last.cold)
-        seen.layer_s, seen.read_s = ended_s - began_s, self._read_s - before_s
-        seen.cpu_s = (seen.layer_s - last.wait_s) * in_ram
-        self._seen.append(seen)
+        measured = _ChunkLayer(moe, expert_ids, ended_s - self._ended_s, cpu=last.hits, cold=last.cold)
+        measured.layer_s, measured.read_s = ended_s - began_s, self._read_s - before_s
+        measured.cpu_s = (measured.layer_s - last.wait_s) * in_ram
+        self._layers.append(measured)
         self._ended_s = time.perf_counter()
         return out
 
     def traffic(self) -> Traffic:
-        """See `Experts.traffic`."""
         return self._experts.traffic()
 
     def decode_layers(self) -> Samples:
-        """See `Watch`."""
+        unused = dict.fromkeys(LAYER_FIELDS, 0.0)
         rows = [
-            {
-                "cpu": seen.cpu,
-                "cold": seen.cold,
-                "wait_s": seen.seconds - seen.layer_s,
-                "cpu_s": seen.cpu_s,
-                "read_s": seen.read_s,
-                "layer_s": seen.layer_s,
-            }
-            for seen in self._seen
+            unused | vars(measured) | {"wait_s": measured.seconds - measured.layer_s}
+            for measured in self._layers
         ]
-        empty = dict.fromkeys(LAYER_FIELDS, 0.0) | {"upload_s": NAN}
-        return np.array([[(empty | row)[name] for name in LAYER_FIELDS] for row in rows])
+        return np.array([[row[name] for name in LAYER_FIELDS] for row in rows])
 
     def prefill_layers(self, ceilings: Ceilings) -> list[LayerWork]:
-        """See `Watch`."""
-        return _by_layer(self._seen, self._config, ceilings)
+        return _by_layer(self._layers, self._config, ceilings)
 
     def prefetch(self) -> PrefetchReport | None:
-        """See `Watch`."""
         prefetcher = self._experts.prefetcher
         return prefetcher.report() if isinstance(prefetcher, Prefetcher) else None
 
 
-class GpuWatch:
-    """Over the tiers: marks on the compute stream, read when all is over. See `Watch`."""
+class InstrumentedGpuExperts:
+    """`InstrumentedExperts` with a GPU: marks on the compute stream are read when the pass is over."""
 
     def __init__(self, experts: TieredExperts, config: ModelConfig, routing: TraceRouting | None) -> None:
         self.nbytes = experts.nbytes
         self._experts, self._config = experts, config
         self._device: Device = experts.device
-        self._seen: list[_Seen] = []
+        self._layers: list[_ChunkLayer] = []
         self._marks: list[Event] = []
         self.routing = experts.routing = routing
         self._columns = [FIELDS.index(name) for name in LAYER_FIELDS]
 
     def begin(self) -> None:
-        """See `Watch`."""
-        self._seen.clear()
+        self._layers.clear()
         self._marks = [self._device.mark()]
 
     def forward(self, layer: int, expert_ids: Tensor, weights: Tensor, hidden: Tensor) -> Tensor:
-        """See `Experts.forward`."""
         moe = layer - self._config.first_k_dense_replace
         resident = self._experts.gpu.residency.table().reshape(-1, self._config.n_routed_experts)[moe] >= 0
         out = self._experts.forward(layer, expert_ids, weights, hidden)
         ids = expert_ids if self.routing is None else self.routing.last
-        self._seen.append(_Seen(moe, ids, resident=resident))
+        self._layers.append(_ChunkLayer(moe, ids, resident=resident))
         self._marks.append(self._device.mark())
         return out
 
     def traffic(self) -> Traffic:
-        """See `Experts.traffic`."""
         return self._experts.traffic()
 
     def decode_layers(self) -> Samples:
-        """See `Watch`."""
         self._experts.settle()
         return self._experts.roads.stats[:, self._columns]
 
     def prefill_layers(self, ceilings: Ceilings) -> list[LayerWork]:
-        """See `Watch`."""
         self._device.synchronize()
         self._experts.settle()
-        records = list(self._experts.prefill.records)[-len(self._seen) :]
-        for i, (seen, record) in enumerate(zip(self._seen, records, strict=True)):
-            seen.seconds = self._marks[i + 1].seconds_since(self._marks[i])
-            seen.hits, seen.uploads, seen.cpu = record.residents, record.uploads, record.cpu
-            seen.upload_s, seen.cpu_s = record.upload_s, record.cpu_s
-            seen.cold, seen.read_s = record.cold, record.read_s
-        return _by_layer(self._seen, self._config, ceilings)
+        records = list(self._experts.prefill.records)[-len(self._layers) :]
+        for i, (measured, record) in enumerate(zip(self._layers, records, strict=True)):
+            measured.seconds = self._marks[i + 1].seconds_since(self._marks[i])
+            measured.hits, measured.uploads, measured.cpu = record.residents, record.uploads, record.cpu
+            measured.upload_s, measured.cpu_s = record.upload_s, record.cpu_s
+            measured.cold, measured.read_s = record.cold, record.read_s
+        return _by_layer(self._layers, self._config, ceilings)
 
     def prefetch(self) -> PrefetchReport | None:
-        """See `Watch`: uploads on a guess."""
         experts = self._experts
         if experts.ahead is None or (self.routing is not None and experts.guesses is None):
             return None
         return experts.ahead.report()
 
 
-def _by_layer(seen: Sequence[_Seen], config: ModelConfig, ceilings: Ceilings) -> list[LayerWork]:
+def _by_layer(measured: Sequence[_ChunkLayer], config: ModelConfig, ceilings: Ceilings) -> list[LayerWork]:
     return [
-        _layer_work([chunk for chunk in seen if chunk.layer == layer], config, ceilings)
+        _layer_work([chunk for chunk in measured if chunk.layer == layer], config, ceilings)
         for layer in range(len(config.moe_layers))
     ]
 
 
-def _layer_work(chunks: list[_Seen], config: ModelConfig, ceilings: Ceilings) -> LayerWork:
+def _layer_work(chunks: list[_ChunkLayer], config: ModelConfig, ceilings: Ceilings) -> LayerWork:
     """All chunks of one layer together."""
     floors, cached = [], 0
     for chunk in chunks:
         floors.append(_floor(chunk, cached, config, ceilings))
         cached += len(chunk.ids)
     return LayerWork(
-        seconds=sum(chunk.seconds for chunk in chunks),
-        hits=sum(chunk.hits for chunk in chunks),
-        uploads=sum(chunk.uploads for chunk in chunks),
-        cpu=sum(chunk.cpu for chunk in chunks),
-        cold=sum(chunk.cold for chunk in chunks),
-        upload_s=sum(chunk.upload_s for chunk in chunks),
-        cpu_s=sum(chunk.cpu_s for chunk in chunks),
-        read_s=sum(chunk.read_s for chunk in chunks),
         floor=PrefillFloor(
             sum(floor.seconds for floor in floors),
             sum(floor.moving_s for floor in floors),
             sum(floor.computing_s for floor in floors),
             sum(floor.cpu_experts for floor in floors),
         ),
+        **{name: sum(getattr(chunk, name) for chunk in chunks) for name in ("seconds", *ROAD_FIELDS)},
     )
 
 
-def _floor(chunk: _Seen, cached: int, config: ModelConfig, ceilings: Ceilings) -> PrefillFloor:
+def _floor(chunk: _ChunkLayer, cached: int, config: ModelConfig, ceilings: Ceilings) -> PrefillFloor:
     counts = torch.bincount(chunk.ids.cpu().reshape(-1), minlength=config.n_routed_experts).numpy()
     resident = np.zeros(len(counts), bool) if chunk.resident is None else chunk.resident
     other = layer_flops(config, len(chunk.ids), cached)
@@ -234,8 +218,5 @@ def _floor(chunk: _Seen, cached: int, config: ModelConfig, ceilings: Ceilings) -
     floor = prefill_floor(missing, config.expert_bytes, expert_flops(config), other, ceilings)
     if not ceilings.nvme_gbps:
         return floor
-    return replace(floor, seconds=max(floor.seconds, _read_floor_s(chunk, config, ceilings)))
-
-
-def _read_floor_s(chunk: _Seen, config: ModelConfig, ceilings: Ceilings) -> float:
-    return chunk.cold * config.expert_bytes / (ceilings.nvme_gbps * GIGA)
+    read_s = chunk.cold * config.expert_bytes / (ceilings.nvme_gbps * GIGA)
+    return replace(floor, seconds=max(floor.seconds, read_s))

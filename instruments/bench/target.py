@@ -1,4 +1,4 @@
-"""What a benchmark runs: a checkpoint, or a random model at any depth with budgets scaled to it."""
+"""What a benchmark runs: a checkpoint, or a random model at any depth with budgets scaled to that depth."""
 
 from __future__ import annotations
 
@@ -9,8 +9,12 @@ import torch
 
 from moebox.config import ModelConfig
 from moebox.errors import PlanError
-from moebox.instruments.bench.instrument import CpuWatch, GpuWatch, Watch
-from moebox.instruments.bench.report import Subject
+from moebox.instruments.bench.instrumented_experts import (
+    InstrumentedCpuExperts,
+    InstrumentedExperts,
+    InstrumentedGpuExperts,
+)
+from moebox.instruments.bench.measured_model import MeasuredModel
 from moebox.instruments.measure.random_model import Shape, experts_in_ram, synthetic_model
 from moebox.kernels import cpu
 from moebox.offload.cpu_experts import CpuExperts
@@ -23,7 +27,7 @@ from moebox.offload.memory.ram_cache import Store
 from moebox.offload.memory.ram_slab import RamTier, row_stride
 from moebox.offload.routing.trace import TraceRouting
 from moebox.runtime.engine.base import Runner
-from moebox.runtime.engine.cpu_plan import SYSTEM_SHARE, describe
+from moebox.runtime.engine.cpu_plan import describe, usable_ram
 from moebox.runtime.engine.cpu_runner import CpuRunner
 from moebox.runtime.engine.engine import Engine
 from moebox.runtime.engine.gpu_plan import GpuPlan, describe_fixed, plan_gpu_memory
@@ -31,7 +35,9 @@ from moebox.runtime.engine.gpu_runner import CORES_FOR_UPLOADS, CacheMemory, Gpu
 from moebox.runtime.model.compute import GpuProcessor
 from moebox.runtime.model.kimi_k2 import KimiK2
 from moebox.runtime.model.mlp import MoE
-from moebox.units import gib
+from moebox.units import ceil_div, gib
+
+MAKE_CHECKPOINT = "`moebox synth DST --format int4`, then `moebox bench DST`"
 
 
 @dataclass(frozen=True)
@@ -69,23 +75,24 @@ class BenchOptions:
 
 
 @dataclass(frozen=True)
-class Rig:
+class BenchTarget:
     """A loaded model, ready to be measured.
 
     Attributes:
-        subject: what it is.
-        runner: runs passes.
-        watch: the experts between.
+        model: its name, config and depth.
+        runner: computes prompts and tokens.
+        experts: between the model and its experts; they time each layer.
         context: tokens that a cache may hold.
-        plan: how budgets became slots, line by line.
-        residents: {"slots", "of", "full_slots", "full_of"}: experts on the GPU, here and at full depth;
-            "rows": experts in RAM.
-        nvme_gbps: of the drives where experts stay on disk, measured; 0: none do, or it could not be.
+        plan: lines that say how the budgets became slots and rows.
+        residents: experts on the GPU, of how many: "slots" of "of" in the run, "full_slots" of "full_of" at
+            full depth; "rows": experts in RAM.
+        nvme_gbps: measured bandwidth of the drives where experts stay on disk; 0 where none do, or where it
+            could not be measured.
     """
 
-    subject: Subject
+    model: MeasuredModel
     runner: Runner
-    watch: Watch
+    experts: InstrumentedExperts
     context: int
     plan: list[str]
     residents: dict[str, int]
@@ -93,19 +100,19 @@ class Rig:
 
 
 def make_pool(options: BenchOptions, device: Device | None) -> cpu.ThreadPool:
-    """As many threads as asked for; by default all cores, with a GPU all but those that feed it."""
+    """`options.threads` threads; by default one for each core, less `CORES_FOR_UPLOADS` with a GPU."""
     if options.threads or device is None:
         return cpu.ThreadPool(options.threads)
     return cpu.ThreadPool(max(1, cpu.allowed_cpus() - CORES_FOR_UPLOADS))
 
 
-def checkpoint_rig(
+def checkpoint_target(
     path: Path,
     options: BenchOptions,
     device: str,
     routing: TraceRouting | None,
     progress: Progress | None,
-) -> Rig:
+) -> BenchTarget:
     """Load a checkpoint as `moebox run` does.
 
     Raises:
@@ -124,24 +131,24 @@ def checkpoint_rig(
         statistics=False,
     )
     runner, config, plan = engine.runner, engine.config, engine.plan
-    watch: Watch
+    experts: InstrumentedExperts
     store: Store | None
     if isinstance(plan, GpuPlan):
         assert isinstance(runner, GpuRunner)
-        watch = GpuWatch(runner.experts, config, routing)
+        experts = InstrumentedGpuExperts(runner.experts, config, routing)
         lines = [f"GPU: {describe_fixed(plan)}; {plan.slots:,} slots for {config.n_keys:,} experts"]
         slots, rows = runner.experts.gpu.n_slots, plan.ram_rows
         store = None if runner.experts.cold is None else runner.experts.cold.store
     else:
-        experts = _experts_of(runner.model)
-        watch = CpuWatch(experts, config, routing)
+        cpu_experts = _experts_of(runner.model)
+        experts = InstrumentedCpuExperts(cpu_experts, config, routing)
         lines, slots, rows = [f"RAM: {describe(plan)}"], 0, plan.rows
-        store = None if plan.experts_fit else experts.cache.store
-    runner.model.connect(watch)
-    subject = Subject(path.name, config, len(config.moe_layers), engine.dtype.itemsize)
+        store = None if plan.experts_fit else cpu_experts.cache.store
+    runner.model.connect(experts)
+    model = MeasuredModel(path.name, config, len(config.moe_layers), engine.dtype.itemsize)
     keys = config.n_keys
     residents = {"slots": slots, "of": keys, "full_slots": slots, "full_of": keys, "rows": rows}
-    return Rig(subject, runner, watch, engine.context, lines, residents, _nvme_gbps(store))
+    return BenchTarget(model, runner, experts, engine.context, lines, residents, _nvme_gbps(store))
 
 
 def _experts_of(model: KimiK2) -> CpuExperts:
@@ -152,13 +159,16 @@ def _experts_of(model: KimiK2) -> CpuExperts:
 
 
 def _nvme_gbps(store: Store | None) -> float:
-    """Of all drives together; 0 where their shards are too few to tell, or not read past the page cache."""
+    """GB/s of all drives together.
+
+    0 where the shards are too small to measure a drive, or are read through the page cache.
+    """
     if not isinstance(store, ExpertStore):
         return 0.0
     return sum(speed.gbps for speed in store.measure_depth().values())
 
 
-def shape_rig(
+def shape_target(
     configs: tuple[ModelConfig, ModelConfig],
     options: BenchOptions,
     device: Device | None,
@@ -166,10 +176,16 @@ def shape_rig(
     routing: TraceRouting | None,
     progress: Progress | None,
     filled: RamTier | None = None,
-) -> Rig:
-    """Make a random model; `configs` are the depth to run and the depth that budgets are for.
+) -> BenchTarget:
+    """Make a model of random weights.
 
     Args:
+        configs: of the depth that runs, and of the whole model, for which the budgets are meant.
+        options: what to measure.
+        device: the GPU; None: the CPU computes.
+        pool: computes the CPU's experts.
+        routing: the trace; None: the model's router picks.
+        progress: called while experts are filled.
         filled: rows that hold all random experts of the run already, for runs with several budgets.
 
     Raises:
@@ -177,68 +193,77 @@ def shape_rig(
     """
     config, full = configs
     name = f"{options.shape}, random, {config.num_hidden_layers} of {full.num_hidden_layers} layers"
-    subject = Subject(name, config, len(full.moe_layers))
+    model = MeasuredModel(name, config, len(full.moe_layers))
     if device is None:
-        return _cpu_rig(subject, pool, options, routing, progress)
+        return _cpu_target(model, pool, options, routing, progress)
     free_ram = available_ram_bytes() + (0 if filled is None else filled.slab.nbytes)
-    share = scale_budgets(config, full, options, device.free_vram_bytes(), free_ram)
-    if filled is not None and share.exclusive:
+    budgets = scale_budgets(config, full, options, device.free_vram_bytes(), free_ram)
+    if filled is not None and budgets.exclusive:
         raise PlanError("a RAM budget below all experts, but RAM holds them all", "Leave the RAM budget out.")
-    processor = GpuProcessor(device.torch_device, device.ops)
-    model = synthetic_model(config, torch.bfloat16, processor)
-    memory = CacheMemory(model, device, share.context)
-    ram = RamTier(config, share.rows, device, progress) if filled is None else filled
-    experts = TieredExperts.build(config, device, pool, ram, share.slots, share.exclusive)
+    backbone = synthetic_model(config, torch.bfloat16, GpuProcessor(device.torch_device, device.ops))
+    memory = CacheMemory(backbone, device, budgets.context)
+    ram = RamTier(config, budgets.rows, device, progress) if filled is None else filled
+    experts = TieredExperts.build(config, device, pool, ram, budgets.slots, budgets.exclusive)
     if filled is None:
         experts.fill_synthetic()
     if options.prefetch:
         experts.upload_ahead()
-    runner = GpuRunner(model, device, experts, memory, share.chunk_tokens)
-    watch = GpuWatch(experts, config, routing)
-    model.connect(watch)
+    runner = GpuRunner(backbone, device, experts, memory, budgets.chunk_tokens)
+    instrumented = InstrumentedGpuExperts(experts, config, routing)
+    backbone.connect(instrumented)
     residents = {
         "slots": experts.gpu.n_slots,
         "of": config.n_keys,
-        "full_slots": share.full_slots,
+        "full_slots": budgets.full_slots,
         "full_of": full.n_keys,
-        "rows": share.rows,
+        "rows": budgets.rows,
     }
-    return Rig(subject, runner, watch, share.context, share.lines, residents)
+    return BenchTarget(model, runner, instrumented, budgets.context, budgets.lines, residents)
 
 
-def _cpu_rig(
-    subject: Subject,
+def _cpu_target(
+    model: MeasuredModel,
     pool: cpu.ThreadPool,
     options: BenchOptions,
     routing: TraceRouting | None,
     progress: Progress | None,
-) -> Rig:
-    config = subject.config
+) -> BenchTarget:
+    config = model.config
     if options.vram:
         raise PlanError(f"vram = {options.vram} bytes, but the CPU computes", "Leave the VRAM budget out.")
     keys = config.n_keys
-    if options.ram is not None and options.ram < keys * row_stride(config):
+    rows_bytes = keys * row_stride(config)
+    if options.ram is not None and options.ram < rows_bytes:
         raise PlanError(
-            f"RAM budget of {gib(options.ram)} for {gib(keys * row_stride(config))} of random experts, which "
-            "lie nowhere else",
-            "Measure the disk with a checkpoint: `moebox synth DST --format int4`, then `moebox bench DST`.",
+            f"RAM budget of {gib(options.ram)} for {gib(rows_bytes)} of random experts, which lie nowhere "
+            "else",
+            f"Measure the disk with a checkpoint: {MAKE_CHECKPOINT}.",
         )
     _check_ram(config, keys, available_ram_bytes())
     ram = RamTier(config, progress=progress)
     ram.fill_synthetic()
-    model = synthetic_model(config, torch.bfloat16)
-    watch = CpuWatch(experts_in_ram(ram, pool), config, routing)
-    model.connect(watch)
-    runner = CpuRunner(model, pool, torch.bfloat16)
+    backbone = synthetic_model(config, torch.bfloat16)
+    experts = InstrumentedCpuExperts(experts_in_ram(ram, pool), config, routing)
+    backbone.connect(experts)
+    runner = CpuRunner(backbone, pool, torch.bfloat16)
     lines = [f"RAM: experts {gib(config.experts_bytes)}; no GPU"]
     residents = {"slots": 0, "of": keys, "full_slots": 0, "full_of": keys, "rows": keys}
     context = min(options.context or config.max_position_embeddings, config.max_position_embeddings)
-    return Rig(subject, runner, watch, context, lines, residents)
+    return BenchTarget(model, runner, experts, context, lines, residents)
 
 
 @dataclass(frozen=True)
-class Share:
-    """What a shallow run gets of the whole model's budgets."""
+class ScaledBudgets:
+    """What a shallow run gets of the whole model's budgets.
+
+    Attributes:
+        slots, rows: experts of the run on the GPU and in RAM.
+        exclusive: an expert on the GPU is not also in RAM.
+        context: tokens that a cache may hold.
+        chunk_tokens: tokens of a prompt that go through the model at once.
+        full_slots: experts of the whole model on the GPU.
+        lines: the arithmetic, for the report.
+    """
 
     slots: int
     rows: int
@@ -251,14 +276,14 @@ class Share:
 
 def scale_budgets(
     config: ModelConfig, full: ModelConfig, options: BenchOptions, free_vram: int, free_ram: int
-) -> Share:
-    """Plan the whole model, then give the run the same share of its experts.
+) -> ScaledBudgets:
+    """Plan the whole model, then give the run the same share of its experts, rounded up.
 
-    A budget may be more than the machine has: the run takes only its share of it. `vram` = 0 keeps no expert
-    on the GPU.
+    A budget may be more than the machine has, because the run takes only its share of it. `vram` = 0 keeps no
+    expert on the GPU.
 
     Raises:
-        PlanError: the whole model does not fit the budgets, or the run not the machine.
+        PlanError: the whole model does not fit the budgets, or the run does not fit the machine.
     """
     keys, full_keys = config.n_keys, full.n_keys
     plan = plan_gpu_memory(
@@ -270,10 +295,10 @@ def scale_budgets(
         context=options.context,
     )
     full_slots = 0 if options.vram == 0 else plan.slots
-    passing = min(full_slots, full.num_experts_per_tok)  # free for a layer's uploads, at any depth
-    slots = passing + _scaled(full_slots - passing, keys, full_keys)
-    rows = _scaled(plan.ram_rows, keys, full_keys)
-    _check_held(rows + (slots - passing if plan.exclusive else 0), keys)
+    passing = min(full_slots, full.num_experts_per_tok)  # kept free for a layer's uploads, at any depth
+    slots = passing + ceil_div((full_slots - passing) * keys, full_keys)
+    rows = ceil_div(plan.ram_rows * keys, full_keys)
+    _check_all_held(rows + (slots - passing if plan.exclusive else 0), keys)
     _check_ram(config, rows, free_ram)
     vram = free_vram if options.vram is None else options.vram
     lines = _plan_lines(plan, full_slots - passing, full_keys, vram)
@@ -281,11 +306,7 @@ def scale_budgets(
         f"this run: {len(config.moe_layers)} of {len(full.moe_layers)} MoE layers, so {slots - passing:,} of "
         f"{keys:,} experts and {passing} slots that uploads pass through; {rows:,} experts in RAM"
     )
-    return Share(slots, rows, plan.exclusive, plan.context, plan.chunk_tokens, full_slots, lines)
-
-
-def _scaled(count: int, keys: int, full_keys: int) -> int:
-    return -(-count * keys // full_keys)
+    return ScaledBudgets(slots, rows, plan.exclusive, plan.context, plan.chunk_tokens, full_slots, lines)
 
 
 def _plan_lines(plan: GpuPlan, lasting: int, keys: int, vram: int) -> list[str]:
@@ -297,17 +318,16 @@ def _plan_lines(plan: GpuPlan, lasting: int, keys: int, vram: int) -> list[str]:
     ]
 
 
-def _check_held(held: int, keys: int) -> None:
+def _check_all_held(held: int, keys: int) -> None:
     if held < keys:
         raise PlanError(
             f"the budgets hold {held:,} of {keys:,} random experts, which lie nowhere else",
-            "Give more --ram or --vram, or measure the disk with a checkpoint: `moebox synth DST --format "
-            "int4`, then `moebox bench DST`.",
+            f"Give more --ram or --vram, or measure the disk with a checkpoint: {MAKE_CHECKPOINT}.",
         )
 
 
 def _check_ram(config: ModelConfig, rows: int, free_ram: int) -> None:
-    needed, room = rows * row_stride(config), int(free_ram * (1 - SYSTEM_SHARE))
+    needed, room = rows * row_stride(config), usable_ram(free_ram)
     if needed > room:
         raise PlanError(
             f"{rows:,} experts take {gib(needed)} of RAM, {gib(room)} are free",
