@@ -1,4 +1,4 @@
-"""`moebox doctor`: every check in turn. It writes nothing but the machine's profile, what it measured."""
+"""`moebox doctor`: makes every check in turn, and writes what it measured to the machine's profile."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ import torch
 
 from moebox.errors import MoeboxError
 from moebox.folders import data_folder
-from moebox.instruments.doctor.checks import checkpoint as model_checks
-from moebox.instruments.doctor.checks import cpu, drives, gpu, memory, software
-from moebox.instruments.doctor.checks.base import Check, Roots
+from moebox.instruments.doctor.checks import checkpoint, cpu, drives, gpu, memory, software
+from moebox.instruments.doctor.checks.base import Check, Roots, Topic
+from moebox.instruments.doctor.checks.checkpoint import Say
 from moebox.instruments.measure.ceilings import cpu_figures, gpu_figures
+from moebox.instruments.measure.cpu_load import busy_cpus
 from moebox.instruments.measure.random_model import shape_config
 from moebox.kernels.cpu import ThreadPool
 from moebox.offload.checkpoint.safetensors import Checkpoint
@@ -27,13 +28,18 @@ from moebox.offload.machine.hardware import cpu_identity, gpu_identity
 from moebox.offload.machine.profile import Kind, MachineProfile, profile_path
 from moebox.quantize.files import free_bytes
 
-Say = Callable[[str], None]
-Found = TypeVar("Found")
+Measured = TypeVar("Measured")
 
 
 @dataclass(frozen=True)
 class DoctorOptions:
-    """What to look at beside the machine: a model's folder, other folders with its shards, all its bytes."""
+    """What is checked besides the machine.
+
+    Attributes:
+        model: a model's folder.
+        stores: more folders with its shards.
+        deep: read all its bytes.
+    """
 
     model: Path | None = None
     stores: Sequence[Path] = ()
@@ -42,7 +48,7 @@ class DoctorOptions:
 
 @dataclass
 class DoctorReport:
-    """All checks in their order, and where the profile is kept."""
+    """All checks in their order, and the file of the machine's profile."""
 
     checks: list[Check] = field(default_factory=list)
     profile: Path = field(default_factory=profile_path)
@@ -62,24 +68,25 @@ class DoctorReport:
 
 
 def examine(options: DoctorOptions, say: Say = lambda text: None) -> DoctorReport:
-    """Make all checks; what was measured goes into the user's profile.
+    """Make all checks, and keep what was measured in the user's profile.
 
     Args:
+        options: the model, if there is one.
         say: called with what is being done.
     """
     return DoctorReport(list(_Examination(options, say).checks()))
 
 
 class _Examination:
-    """One run: the checks share what they measure."""
+    """The checks of one run, which share what they find and measure."""
 
     def __init__(self, options: DoctorOptions, say: Say) -> None:
         self.options, self.say = options, say
         self.roots = Roots()
         self.profile = MachineProfile.load()
         self.gpus = gpu.find_gpus()
-        self.checkpoint: Checkpoint | None = None
-        self.doubtful = False
+        self.model: Checkpoint | None = None
+        self.is_busy = False
         self.kept_earlier = False
 
     def checks(self) -> Iterator[Check]:
@@ -98,18 +105,18 @@ class _Examination:
 
     def _model(self) -> Iterator[Check]:
         if self.options.model is None:
-            yield Check("model.files", "skip", "no MODEL was given", fix="`moebox doctor MODEL` looks at it.")
+            yield Topic("model.files").skipped("no MODEL was given", "`moebox doctor MODEL` looks at it.")
             return
         self.say(f"reading the headers of {self.options.model}")
-        check, self.checkpoint = model_checks.files(self.options.model, self.options.stores)
+        check, self.model = checkpoint.files(self.options.model, self.options.stores)
         yield check
-        if self.checkpoint is not None:
-            yield model_checks.experts(self.checkpoint)
-            yield model_checks.tokenizer(self.checkpoint)
-            yield model_checks.checksums(self.checkpoint, self.options.deep, self.say)
+        if self.model is not None:
+            yield checkpoint.experts(self.model)
+            yield checkpoint.tokenizer(self.model)
+            yield checkpoint.checksums(self.model, self.options.deep, self.say)
 
     def _machine(self) -> Iterator[Check]:
-        config = self.checkpoint.config if self.checkpoint else None
+        config = self.model.config if self.model else None
         yield cpu.instruction_set()
         yield cpu.cores()
         yield cpu.numa(self.roots)
@@ -121,17 +128,17 @@ class _Examination:
         yield gpu.driver(self.gpus)
 
     def _measured(self) -> Iterator[Check]:
-        """CPU and RAM, then the first GPU, with experts of K2's size: small ones would lie in caches."""
+        """Measure RAM, CPU and the first GPU with experts of K2's size, which no cache holds."""
         config, pool = shape_config("kimi-k2"), ThreadPool()
         self.say("looking whether the cores are free")
-        load = cpu.load(cpu.busy_cpus(), pool.threads)
-        self.doubtful = load.status == "warn"
+        load = cpu.load(busy_cpus(), pool.threads)
+        self.is_busy = load.status == "warn"
         yield load
         self.say("reading memory")
         identity = cpu_identity(pool.threads)
         figures = _try(lambda: cpu_figures(config, pool))
         yield memory.bandwidth(figures, pool.threads, self.profile.find("cpu", identity))
-        self._note("cpu", identity, figures, "ram_gbps")
+        self._keep("cpu", identity, figures, "ram_gbps")
         if not self.gpus:
             yield gpu.pcie(None, {})
             return
@@ -139,59 +146,57 @@ class _Examination:
         device = open_device("cuda:0")
         figures = _try(lambda: gpu_figures(config, pool, device))
         yield gpu.pcie(self.gpus[0], figures)
-        self._note("gpu", gpu_identity(device.torch_device), figures, "pcie_gbps")
+        self._keep("gpu", gpu_identity(device.torch_device), figures, "pcie_gbps")
 
     def _drives(self) -> Iterator[Check]:
-        """What the shards lie on, or the model's folder where they cannot be read; then free space."""
-        if self.checkpoint is None:
+        """Measure every drive that shards lie on; then look for free space."""
+        if self.model is None:
             yield drives.not_measured()
         else:
-            for drive, files in _by_drive(self.checkpoint).items():
+            for drive, files in _by_drive(self.model).items():
                 yield drives.kind(drive)
-                yield from drives.link(drive, self.roots)
+                yield from drives.links(drive, self.roots)
                 self.say(f"reading {drive.name}")
                 speed = _try(partial(measure_drive, files, PIECE_BYTES))
                 yield drives.bandwidth(drive, speed, self.profile.find("drive", drive.identity))
                 if isinstance(speed, DriveSpeed) and speed.direct:
-                    self._note("drive", drive.identity, speed.figures(), "gbps")
+                    self._keep("drive", drive.identity, speed.figures(), "gbps")
         yield drives.space(data_folder(), "statistics and the machine's profile", free_bytes(data_folder()))
 
-    def _note(self, kind: Kind, identity: str, figures: Mapping[str, float] | Exception, name: str) -> None:
-        """Keep figures, but those of a busy machine only where they beat what is known."""
+    def _keep(self, kind: Kind, identity: str, figures: Mapping[str, float] | Exception, name: str) -> None:
+        """Keep figures in the profile; on a busy machine only if `name` is better than the profile's."""
         if isinstance(figures, Exception):
             return
         before = self.profile.find(kind, identity)
-        if self.doubtful and before is not None and before.figures.get(name, 0.0) > figures[name]:
+        if self.is_busy and before is not None and before.figures.get(name, 0.0) > figures[name]:
             self.kept_earlier = True
             return
         self.profile.put(kind, identity, figures)
 
     def _keep_profile(self) -> Check:
-        path = profile_path()
+        topic, path = Topic("profile"), profile_path()
         if self.profile.save():
             kept = "; those of an idler machine were not replaced" if self.kept_earlier else ""
-            return Check("profile", "pass", f"bandwidths are kept in {path}{kept}")
-        return Check(
-            "profile",
-            "warn",
+            return topic.passed(f"bandwidths are kept in {path}{kept}")
+        return topic.warning(
             f"{path} cannot be written",
             "`moebox plan` and loading do not know this machine's bandwidths and start from guesses.",
             "Make the folder writable, or name another by XDG_DATA_HOME.",
         )
 
 
-def _try(measure: Callable[[], Found]) -> Found | Exception:
-    """What was measured, or why it could not be: no memory, a broken file."""
+def _try(measure: Callable[[], Measured]) -> Measured | Exception:
+    """What `measure` returns, or its error: no memory, a broken file."""
     try:
         return measure()
     except (MoeboxError, OSError, torch.OutOfMemoryError) as error:
         return error
 
 
-def _by_drive(checkpoint: Checkpoint) -> dict[Drive, list[Path]]:
-    """The shards' copies, by the drive that they lie on."""
+def _by_drive(model: Checkpoint) -> dict[Drive, list[Path]]:
+    """All files of shards, copies included, by the drive that they lie on."""
     found: dict[Drive, list[Path]] = {}
-    for paths in checkpoint.shards.values():
+    for paths in model.shards.values():
         for path in paths:
             found.setdefault(drive_at(path), []).append(path)
     return found

@@ -1,4 +1,4 @@
-"""A doctor's report for the terminal: a line for each check, and below it what it costs and what to do."""
+"""The report of `moebox doctor` for the terminal: for each check what was seen, what it costs, what to do."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from rich.text import Text
 
 from moebox.instruments.doctor.checks.base import Check
 from moebox.instruments.doctor.doctor import DoctorReport
+from moebox.instruments.text import widen
 
 MARKS = {
     "pass": ("ok", "green"),
@@ -17,24 +18,24 @@ MARKS = {
     "fail": ("FAIL", "bold red"),
     "skip": ("skip", "dim"),
 }
-_NARROWEST = 80
+LEAST_WIDTH = 80
 
 
 def render_doctor(report: DoctorReport, console: Console) -> None:
     """Print all of `report`."""
-    console.width = max(console.width, _NARROWEST)
+    widen(console, LEAST_WIDTH)
     table = Table(box=None, show_header=False, padding=(0, 1))
     table.add_column(no_wrap=True)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for check in report.checks:
         mark, style = MARKS[check.status]
-        table.add_row(Text(mark, style), check.id, _told(check))
+        table.add_row(Text(mark, style), check.id, _findings(check))
     console.print(table)
     console.print(_summary(report))
 
 
-def _told(check: Check) -> Text:
+def _findings(check: Check) -> Text:
     text = Text(f"{check.subject}: {check.seen}" if check.subject else check.seen)
     if check.status == "skip":
         text.stylize("dim")

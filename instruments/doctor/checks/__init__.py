@@ -1,1 +1,1 @@
-"""What `moebox doctor` looks at: a module for each part of the machine, a function for each check."""
+"""The checks of `moebox doctor`: a module for each part of the machine, a function for each check."""

@@ -1,4 +1,5 @@
-"""A model's files: headers, extents and sizes, the reads they take, tokenizer, and in depth all checksums."""
+"""A model's files: headers, extents and sizes, reads for each expert, tokenizer, and on request all
+checksums."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from moebox.errors import CheckpointError, MoeboxError
-from moebox.instruments.doctor.checks.base import Check
+from moebox.instruments.doctor.checks.base import Check, Topic
 from moebox.offload.checkpoint.layout import ALIGNMENT, MANIFEST_FILE, load_manifest
 from moebox.offload.checkpoint.safetensors import Checkpoint
 from moebox.offload.disk.store import ExpertStore
@@ -17,28 +18,36 @@ from moebox.runtime.text.template import Template
 from moebox.runtime.text.tokenizer import MODEL_FILE, Tokenizer
 
 Say = Callable[[str], None]
+"""Called with what is being done."""
+NO_TEXT = "`run`, `chat` and `bench` do not start."
 
 
 def files(folder: Path, stores: Sequence[Path] = ()) -> tuple[Check, Checkpoint | None]:
-    """Config, index, every shard's header, every copy's size; the checkpoint where it is whole."""
+    """Check config, index, every shard's header and every copy's size.
+
+    Returns:
+        The result, and the checkpoint unless the check failed.
+    """
     try:
         refuse_unfinished(folder)
         checkpoint = Checkpoint.open(folder, stores)
         _check_sizes(checkpoint)
     except MoeboxError as error:
         return _failed("model.files", error, "The model does not load."), None
-    places = [path for paths in checkpoint.shards.values() for path in paths]
+    n_shards, n_files = len(checkpoint.shards), sum(map(len, checkpoint.shards.values()))
     nbytes = sum(info.nbytes for info in checkpoint.tensors.values())
-    copies = f", {len(places)} copies of them" if len(places) > len(checkpoint.shards) else ""
+    copies = f", {n_files} copies of them" if n_files > n_shards else ""
+    topic = Topic("model.files", figures={"bytes": float(nbytes)})
     seen = (
-        f"{len(checkpoint.tensors):,} tensors, {format_bytes(nbytes)} in {len(checkpoint.shards)} shard(s)"
-        f"{copies}: headers and sizes fit together"
+        f"{len(checkpoint.tensors):,} tensors, {format_bytes(nbytes)} in {n_shards} shard(s){copies}: "
+        "headers and sizes fit together"
     )
-    return Check("model.files", "pass", seen, figures={"bytes": float(nbytes)}), checkpoint
+    return topic.passed(seen), checkpoint
 
 
 def _check_sizes(checkpoint: Checkpoint) -> None:
-    """Beside the headers: what the manifest says of each shard. `CheckpointError`"""
+    """Raise `CheckpointError` if a shard has another size than the manifest says; headers know nothing of
+    it."""
     manifest = load_manifest(checkpoint.folder)
     for file, entry in (manifest.shards if manifest else {}).items():
         for path in checkpoint.shards.get(file, []):
@@ -51,9 +60,9 @@ def _check_sizes(checkpoint: Checkpoint) -> None:
 
 
 def experts(checkpoint: Checkpoint) -> Check:
-    """Whether the experts are INT4 and where the manifest says, and how many reads each takes."""
+    """Check that the experts are INT4 and where the manifest says, and count the reads that each takes."""
     try:
-        with ExpertStore.open(checkpoint, depth=1) as store:  # no drive is measured for it
+        with ExpertStore.open(checkpoint, depth=1) as store:  # a given depth: no drive is measured
             runs = [store.runs(key) for key in range(store.n_keys)]
     except MoeboxError as error:
         fix = f"`moebox quantize {checkpoint.folder} FOLDER` makes INT4 experts of it."
@@ -61,60 +70,52 @@ def experts(checkpoint: Checkpoint) -> Check:
     scattered = sum(len(reads) > 1 for reads in runs)
     aligned = sum(len(reads) == 1 and reads[0][1] % ALIGNMENT == 0 for reads in runs)
     figures = {"experts": len(runs), "in_one_read": len(runs) - scattered, "aligned": aligned}
+    topic = Topic("model.experts", figures=figures)
     seen = f"{len(runs):,} experts of {format_bytes(checkpoint.config.expert_bytes)}"
     if not scattered:
-        seen += f", one read each, {aligned:,} of them from a page's start"
-        return Check("model.experts", "pass", seen, figures=figures)
-    return Check(
-        "model.experts",
-        "warn",
+        return topic.passed(f"{seen}, one read each, {aligned:,} of them from a page's start")
+    return topic.warning(
         f"{seen}, {scattered:,} of them in several places",
         "An expert from the drive takes up to six reads instead of one.",
         f"`moebox quantize {checkpoint.folder} FOLDER` writes each in one piece, bit for bit the same.",
-        figures=figures,
     )
 
 
 def tokenizer(checkpoint: Checkpoint) -> Check:
-    """Whether text can go in and out: tokenizer and chat template."""
+    """Check that tokenizer and chat template load."""
+    topic = Topic("model.tokenizer")
     if not (checkpoint.folder / MODEL_FILE).exists():
-        return Check(
-            "model.tokenizer",
-            "warn",
+        return topic.warning(
             f"{checkpoint.folder}: no {MODEL_FILE}",
-            "`run`, `chat` and `bench` do not start.",
+            NO_TEXT,
             f"Copy {MODEL_FILE}, tokenizer_config.json and the chat template from the original model.",
         )
     try:
         loaded = Tokenizer.load(checkpoint.folder, checkpoint.config.vocab_size)
         Template.load(checkpoint.folder, loaded)
     except MoeboxError as error:
-        return _failed("model.tokenizer", error, "`run`, `chat` and `bench` do not start.")
-    return Check("model.tokenizer", "pass", f"{checkpoint.config.vocab_size:,} tokens, and a chat template")
+        return _failed(topic.id, error, NO_TEXT)
+    return topic.passed(f"{checkpoint.config.vocab_size:,} tokens, and a chat template")
 
 
 def checksums(checkpoint: Checkpoint, deep: bool, say: Say) -> Check:
-    """With `deep`, every byte of every shard is read and compared with its SHA-256."""
+    """With `deep`, read every byte of every shard, and compare it with its SHA-256."""
+    topic = Topic("model.checksums")
     manifest = load_manifest(checkpoint.folder)
     if manifest is None:
-        seen = (
+        return topic.skipped(
             f"no {MANIFEST_FILE}: moebox did not write this checkpoint, and there is nothing to compare with"
         )
-        return Check("model.checksums", "skip", seen)
     if not deep:
-        return Check(
-            "model.checksums", "skip", "not read", fix="`--deep` reads every byte and compares checksums."
-        )
+        return topic.skipped("not read", "`--deep` reads every byte and compares checksums.")
     try:
         verify_shards(checkpoint, manifest, lambda report: say(report.line()))
     except CheckpointError as error:
-        return _failed("model.checksums", error, "Weights are wrong: answers may be nonsense.")
-    return Check(
-        "model.checksums",
-        "pass",
-        f"SHA-256 of all {len(checkpoint.shards)} shard(s) and checksums of all experts match",
+        return _failed(topic.id, error, "Weights are wrong: answers may be nonsense.")
+    return topic.passed(
+        f"SHA-256 of all {len(checkpoint.shards)} shard(s) and checksums of all experts match"
     )
 
 
 def _failed(id: str, error: MoeboxError, costs: str, fix: str = "") -> Check:
-    return Check(id, "fail", error.what, costs, error.fix or fix)
+    return Topic(id).failed(error.what, costs, error.fix or fix)

@@ -9,45 +9,41 @@ from pathlib import Path
 
 import psutil
 
-from moebox.instruments.doctor.checks.base import Check, Roots, read_text
+from moebox.instruments.doctor.checks.base import Check, Roots, Topic, read_text
+from moebox.instruments.measure.cpu_load import is_quiet
 from moebox.kernels.cpu import allowed_cpus, isa_paths
 from moebox.offload.machine.hardware import cpu_name
-
-BUSY_SHARE = 0.1
-"""Part of the cores that other programs may use before measured bandwidths are doubted."""
-BUSY_SAMPLE_S = 0.5
+from moebox.units import GIGA
 
 
 def instruction_set(paths: Sequence[str] | None = None) -> Check:
-    """Which of the kernels' variants runs here; `paths` best first, by default this machine's."""
+    """Which variant of the kernels runs; `paths` are those that can, best first, by default this
+    machine's."""
     paths = isa_paths() if paths is None else paths
-    best = paths[0]
+    topic, best = Topic("cpu.isa"), paths[0]
     seen = f"{cpu_name()}: {best}, the best of {', '.join(paths)}"
     if best == "scalar":
-        return Check(
-            "cpu.isa",
-            "warn",
+        return topic.warning(
             f"{cpu_name()}: no AVX2, plain code runs",
             "Experts are computed several times slower than the memory could deliver them.",
             "Use an x86 CPU with AVX2 or, better, AVX-512; in a virtual machine, pass the host's CPU through "
             "(`-cpu host`).",
         )
     if best == "avx2":
-        return Check(
-            "cpu.isa",
-            "warn",
+        return topic.warning(
             seen,
             "Arithmetic is the limit, not memory: experts were read at 57 to 68 % of the memory's bandwidth, "
             "with AVX-512 at 82 to 90 % (docs/benchmarks.md).",
             "Nothing on this CPU. If it has AVX-512 and a virtual machine hides it, pass the host's CPU "
             "through (`-cpu host`).",
         )
-    return Check("cpu.isa", "pass", seen)
+    return topic.passed(seen)
 
 
 @dataclass(frozen=True)
 class Cores:
-    """CPUs of the machine, of them those in the affinity mask, of these those within the cgroup's quota."""
+    """CPUs of the machine, those of them in the affinity mask, and those of these within the cgroup's
+    quota."""
 
     online: int
     physical: int
@@ -55,8 +51,8 @@ class Cores:
     allowed: int
 
     @classmethod
-    def look(cls) -> Cores:
-        """This machine's."""
+    def of_this_machine(cls) -> Cores:
+        """Ask the system."""
         online = psutil.cpu_count() or 1
         physical = psutil.cpu_count(logical=False) or online
         return cls(online, physical, len(os.sched_getaffinity(0)), allowed_cpus())
@@ -64,79 +60,63 @@ class Cores:
 
 def cores(found: Cores | None = None) -> Check:
     """How many cores moebox computes on."""
-    found = found or Cores.look()
+    found = found or Cores.of_this_machine()
     figures = {"allowed": found.allowed, "online": found.online, "physical": found.physical}
+    topic = Topic("cpu.cores", figures=figures)
     seen = f"{found.allowed} of {found.online} CPUs ({found.physical} cores)"
     if found.allowed >= min(found.online, found.physical) and found.allowed > 1:
-        return Check("cpu.cores", "pass", seen, figures=figures)
+        return topic.passed(seen)
     if found.allowed == found.online:
-        return Check(
-            "cpu.cores",
-            "warn",
+        return topic.warning(
             seen,
             "One core cannot read memory at its full rate, and beside a GPU it is taken by the host's part.",
             "Give the machine more cores.",
-            figures=figures,
         )
     limits = []
     if found.affinity < found.online:
         limits.append(f"the affinity mask has {found.affinity}")
     if found.allowed < found.affinity:
         limits.append(f"the cgroup's quota is {found.allowed}")
-    return Check(
-        "cpu.cores",
-        "warn",
+    return topic.warning(
         f"{seen}: {' and '.join(limits)}",
         "Fewer cores read memory slower and compute prompts slower in proportion.",
         "Start moebox without `taskset`, or raise the container's CPU limit (`docker run --cpus`).",
-        figures=figures,
     )
 
 
-def busy_cpus() -> float:
-    """CPUs that programs are using now, over half a second."""
-    return float(psutil.cpu_percent(BUSY_SAMPLE_S)) / 100 * (psutil.cpu_count() or 1)
-
-
 def load(busy: float, allowed: int) -> Check:
-    """Whether other programs use the cores, which measured bandwidths then suffer from."""
-    figures = {"busy_cpus": busy}
+    """Whether other programs use the cores, which lowers the bandwidths that are measured."""
+    topic = Topic("cpu.load", figures={"busy_cpus": busy})
     seen = f"other programs use {busy:.1f} CPUs of {allowed}"
-    if busy <= BUSY_SHARE * allowed:
-        return Check("cpu.load", "pass", seen, figures=figures)
-    return Check(
-        "cpu.load",
-        "warn",
+    if is_quiet(busy, allowed):
+        return topic.passed(seen)
+    return topic.warning(
         seen,
         "The bandwidths below are lower than the machine's own, and so would tokens per second be.",
         "Stop the other programs and run `moebox doctor` again.",
-        figures=figures,
     )
 
 
 def numa(roots: Roots) -> Check:
     """How many memory nodes the cores read from."""
-    nodes = _nodes(roots.sys / "devices/system/node")
+    nodes = _node_bytes(roots.sys / "devices/system/node")
+    topic = Topic("cpu.numa", figures={f"node_{name}_bytes": float(size) for name, size in nodes.items()})
     if not nodes:
-        return Check("cpu.numa", "pass", "the system tells of no NUMA nodes: one memory for all cores")
-    sizes = ", ".join(f"node {name} {size / 1e9:.0f} GB" for name, size in nodes.items())
-    figures = {f"node_{name}_bytes": float(size) for name, size in nodes.items()}
+        return topic.passed("the system tells of no NUMA nodes: one memory for all cores")
+    sizes = ", ".join(f"node {name} {size / GIGA:.0f} GB" for name, size in nodes.items())
     with_memory = [name for name, size in nodes.items() if size]
     if len(with_memory) <= 1:
-        return Check("cpu.numa", "pass", f"one node: {sizes}", figures=figures)
-    return Check(
-        "cpu.numa",
-        "warn",
+        return topic.passed(f"one node: {sizes}")
+    return topic.warning(
         f"{len(with_memory)} nodes: {sizes}",
         "An expert that lies in one node is read by cores of the other over the link between the sockets, "
         "which is slower, and one node's memory may do all the work.",
         "Spread the memory over all nodes: `numactl --interleave=all moebox ...`.",
-        figures=figures,
     )
 
 
-def _nodes(folder: Path) -> dict[str, int]:
-    """Node number -> bytes of memory: `Node 0 MemTotal:  24684096 kB`."""
+def _node_bytes(folder: Path) -> dict[str, int]:
+    """Node number -> bytes of memory, from lines such as `Node 0 MemTotal:  24684096 kB`."""
     nodes = {}
     for node in sorted(folder.glob("node[0-9]*"), key=lambda path: int(path.name[4:])):
         lines = (read_text(node / "meminfo") or "").splitlines()

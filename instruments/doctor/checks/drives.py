@@ -1,64 +1,56 @@
-"""Drives: what lies behind a folder, how fast it is read, how much is free."""
+"""Drives: the kind of drive that holds the shards, its link and bandwidth, and free space."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
-from moebox.instruments.doctor.checks.base import Check, Roots, Status, read_text, unmeasured
-from moebox.instruments.doctor.checks.memory import LESS_THAN_BEFORE
+from moebox.instruments.doctor.checks.base import Check, Roots, Topic, much_faster_earlier, read_text
 from moebox.offload.machine.drive_speed import LEAST_BYTES, READ_BYTES, DriveSpeed
 from moebox.offload.machine.drives import Drive
 from moebox.offload.machine.profile import Part
+from moebox.units import GIGA
 
-K2_BYTES = 594_000_000_000
-"""Kimi K2 with INT4 experts and a bf16 backbone."""
 SLOW_GBPS = 2.0
-"""Less than an NVMe drive of PCIe 3 with four lanes reads."""
+"""Less than an NVMe drive reads over four lanes of PCIe 3."""
+K2_PICKS = 480
+"""Experts that a token of Kimi K2 picks: 8 in each of 60 layers."""
 LEAST_FREE_BYTES = 100_000_000
 MAKE_MODEL = "`moebox synth MODEL --layers 2 --experts 16 --format int4`"
 _IN_MEMORY = ("tmpfs", "ramfs")
 _REMOTE = ("nfs", "nfs4", "cifs", "smb3", "9p", "virtiofs", "ceph", "lustre", "fuse")
 _VIRTUAL = re.compile(r"(vd|xvd)[a-z]+$")
-"""Drives of virtual machines, which call themselves rotational whatever is behind them."""
+"""Drives of virtual machines, which are reported as rotational whatever the host's drive is."""
 
 
 def kind(drive: Drive) -> Check:
-    """What sort of drive the shards lie on."""
+    """What kind of drive the shards lie on."""
+    topic = Topic("drive.kind", drive.name)
     members = f" of {', '.join(drive.members)}" if drive.members else ""
     seen = f"{drive.identity}{members}, {drive.filesystem or 'file system unknown'}"
     if drive.filesystem in _IN_MEMORY:
-        return Check(
-            "drive.kind",
-            "warn",
+        return topic.warning(
             seen,
             "The shards lie in memory, and the experts that are loaded take it a second time.",
             "Keep the checkpoint on a drive.",
-            drive.name,
         )
     if drive.filesystem.partition(".")[0] in _REMOTE:
-        return Check(
-            "drive.kind",
-            "warn",
+        return topic.warning(
             seen,
             "The shards are read through another machine or the host: slower, and gone when that is.",
             "Copy the checkpoint to a drive of this machine, or name one with a copy of it by --store.",
-            drive.name,
         )
     if drive.rotational and not _VIRTUAL.match(drive.name):
-        return Check(
-            "drive.kind",
-            "warn",
+        return topic.warning(
             f"{seen}, a spinning disk",
             "Each expert that is not in memory takes tenths of a second.",
             "Put the checkpoint on an NVMe drive.",
-            drive.name,
         )
-    return Check("drive.kind", "pass", seen, subject=drive.name)
+    return topic.passed(seen)
 
 
-def link(drive: Drive, roots: Roots) -> list[Check]:
-    """The PCIe link of an NVMe drive, or of each in a RAID; nothing for other drives."""
+def links(drive: Drive, roots: Roots) -> list[Check]:
+    """The PCIe link of an NVMe drive, or of each NVMe drive of a RAID; nothing for other drives."""
     checks = (
         _link(name, roots.sys / "block" / name / "device/device") for name in drive.members or [drive.name]
     )
@@ -73,16 +65,13 @@ def _link(name: str, folder: Path) -> Check | None:
     )
     if not (speed and most_speed and width and most_width):
         return None
-    seen = f"{speed} x{width}"
+    topic, seen = Topic("drive.link", name), f"{speed} x{width}"
     if (speed, width) == (most_speed, most_width):
-        return Check("drive.link", "pass", seen, subject=name)
-    return Check(
-        "drive.link",
-        "warn",
+        return topic.passed(seen)
+    return topic.warning(
         f"{seen}; the drive can {most_speed} x{most_width}",
         "The slot, not the drive, limits how fast experts are read.",
         "Put the drive into a slot of its generation with all its lanes (the board's manual tells which).",
-        name,
     )
 
 
@@ -90,82 +79,77 @@ def bandwidth(drive: Drive, speed: DriveSpeed | Exception | None, before: Part |
     """How fast experts are read, by queue depth.
 
     Args:
-        speed: just measured, or why it could not be; None where the files are too small to tell.
+        drive: the drive.
+        speed: just measured; or the error of the measurement; None: the files are too small to measure.
         before: the profile's figures of the same drive.
     """
+    topic = Topic("drive.bandwidth", drive.name)
     if isinstance(speed, Exception):
-        return unmeasured("drive.bandwidth", speed, drive.name)
+        return topic.not_measured(speed)
     if speed is None:
-        return Check(
-            "drive.bandwidth",
-            "skip",
+        return topic.skipped(
             f"less than {LEAST_BYTES / 1e6:.0f} MB of shards: a cache would be measured",
-            fix=f"Name a larger model, or make one: {MAKE_MODEL}.",
-            subject=drive.name,
+            f"Name a larger model, or make one: {MAKE_MODEL}.",
         )
-    figures = speed.figures()
-    expert_s = READ_BYTES / 1e9 / speed.gbps
+    topic = Topic(topic.id, drive.name, speed.figures())
+    expert_s = READ_BYTES / GIGA / speed.gbps
     curve = ", ".join(f"{gbps:.2f} at {depth}" for depth, gbps in speed.by_depth.items())
     seen = (
         f"{speed.gbps:.2f} GB/s, a K2 expert in {expert_s * 1e3:.1f} ms; depth {speed.depth} suffices\n"
         f"GB/s by reads under way: {curve}"
     )
-    costs, fix = _slow(speed, before)
+    slow = _why_slow(speed, before)
+    return topic.passed(seen) if slow is None else topic.warning(seen, *slow)
+
+
+def _why_slow(speed: DriveSpeed, before: Part | None) -> tuple[str, str] | None:
+    """What a slow drive costs and what to do; None if it is not slow."""
     if not speed.direct:
-        costs = (
-            "O_DIRECT is refused: reads go through the page cache, which costs a copy and memory, and the "
-        )
-        costs += "figures are the cache's where it holds the shards."
-        fix = "Put the shards on a file system that allows O_DIRECT, such as ext4 or XFS."
-    status: Status = "warn" if costs else "pass"
-    return Check("drive.bandwidth", status, seen, costs, fix, drive.name, figures)
-
-
-def _slow(speed: DriveSpeed, before: Part | None) -> tuple[str, str]:
-    """What a slow drive costs and what to do; empty where it is not slow."""
-    earlier = before.figures.get("gbps", 0.0) if before else 0.0
-    if before and speed.gbps < LESS_THAN_BEFORE * earlier:
         return (
-            f"On {before.measured[:10]} it was {earlier:.2f} GB/s: something slows it down.",
+            "O_DIRECT is refused: reads go through the page cache, which costs a copy and memory, and the "
+            "figures are the cache's where it holds the shards.",
+            "Put the shards on a file system that allows O_DIRECT, such as ext4 or XFS.",
+        )
+    earlier = much_faster_earlier(before, "gbps", speed.gbps)
+    if earlier:
+        return (
+            f"On {earlier.day} it was {earlier.gbps:.2f} GB/s: something slows it down.",
             "See whether other programs use it (`iostat -x 1`), or it is hot or worn (`nvme smart-log`).",
         )
-    token_s = 480 * READ_BYTES / 1e9 / speed.gbps
     if speed.gbps < SLOW_GBPS:
+        token_s = K2_PICKS * READ_BYTES / GIGA / speed.gbps
         return (
-            f"A K2 token takes {token_s:.1f} s if none of its 480 experts is in memory, and "
+            f"A K2 token takes {token_s:.1f} s if none of its {K2_PICKS} experts is in memory, and "
             f"{token_s / 10:.1f} s if one in ten is missing.",
             "Use an NVMe drive in a slot with four lanes, several drives (--store), or more memory.",
         )
-    return "", ""
+    return None
 
 
 def not_measured() -> Check:
-    """Without a model, or with a broken one, there is nothing to read."""
-    return Check(
-        "drive.bandwidth",
-        "skip",
+    """The result without a model, or with a broken one, whose shards cannot be read."""
+    return Topic("drive.bandwidth").skipped(
         "no shards to read, and nothing is written to measure with",
-        fix=f"Run `moebox doctor MODEL`; {MAKE_MODEL} makes one for that, of 6 GB.",
+        f"Run `moebox doctor MODEL`; {MAKE_MODEL} makes one for that, of 6 GB.",
     )
 
 
 def space(folder: Path, what: str, free_bytes: int, need_bytes: int = LEAST_FREE_BYTES) -> Check:
-    """Room for what is written to a folder.
+    """Free space for what is written to a folder.
 
     Args:
-        what: is written there.
-        need_bytes: what that takes.
+        folder: the folder.
+        what: is written there, for people.
+        free_bytes: free space.
+        need_bytes: space that is needed.
     """
-    seen = f"{free_bytes / 1e9:.1f} GB free for {what}"
     figures = {"free_bytes": float(free_bytes), "need_bytes": float(need_bytes)}
+    topic = Topic("drive.space", str(folder), figures)
+    seen = f"{free_bytes / GIGA:.1f} GB free for {what}"
     if free_bytes >= need_bytes:
-        return Check("drive.space", "pass", seen, subject=str(folder), figures=figures)
-    return Check(
-        "drive.space",
-        "warn",
-        f"{seen}, which takes {need_bytes / 1e9:.1f} GB",
+        return topic.passed(seen)
+    return topic.warning(
+        f"{seen}, which takes {need_bytes / GIGA:.1f} GB",
         "It cannot be written.",
         "Free some space or use another drive; XDG_DATA_HOME moves what moebox keeps for itself.",
-        str(folder),
-        figures,
     )

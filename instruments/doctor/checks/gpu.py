@@ -1,4 +1,4 @@
-"""The GPU: whether there is one that torch can use, its driver, and what PCIe carries."""
+"""The GPU: whether there is one that torch can use, its driver, and the bandwidth of PCIe."""
 
 from __future__ import annotations
 
@@ -10,24 +10,25 @@ from typing import Any
 
 import torch
 
-from moebox.instruments.doctor.checks.base import Check, Roots, read_text, unmeasured
+from moebox.instruments.doctor.checks.base import Check, Roots, Topic, read_text
 from moebox.units import gib
 
 NVIDIA = "0x10de"
 DISPLAY = ("0x0300", "0x0302")
 """PCI classes: VGA controllers and 3D controllers."""
 LEAST_CAPABILITY = (8, 0)
-"""The first with arithmetic in bf16."""
+"""The first compute capability with arithmetic in bf16."""
 FREE_SHARE = 0.9
+"""Share of the GPU's memory that should be free."""
 LINK_SHARE = 0.7
-"""Part of the link's nominal rate that pinned copies should reach; they reach about 0.85."""
+"""Share of the link's nominal rate that pinned copies should reach; they usually reach 0.85."""
 LANE_GBPS = {1: 0.25, 2: 0.5, 3: 0.985, 4: 1.969, 5: 3.938, 6: 7.563}
 """GB/s of one lane in one direction, by PCIe generation."""
 
 
 @dataclass(frozen=True)
 class Link:
-    """A GPU's PCIe link: generation and lanes as now negotiated, and as GPU and slot could."""
+    """A GPU's PCIe link: generation and lanes in use, and the most that both GPU and slot support."""
 
     generation: int
     width: int
@@ -36,13 +37,17 @@ class Link:
 
     @property
     def gbps(self) -> float:
-        """The nominal rate of what both sides can, one direction."""
+        """Nominal rate of the most that both sides support, in one direction."""
         return LANE_GBPS.get(self.most_generation, 0.0) * self.most_width
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """A CUDA device; `driver`, the newest CUDA that it runs, and `link` are unknown without NVML."""
+    """A CUDA device.
+
+    NVML tells `driver`, `driver_cuda` (the newest CUDA that the driver runs) and `link`; without NVML they
+    keep their defaults.
+    """
 
     index: int
     name: str
@@ -69,7 +74,7 @@ def _look(index: int) -> Gpu:
 
 
 def _ask_nvml(uuid: str) -> dict[str, Any]:
-    """Driver and link from the driver's own library; what it does not tell stays unknown."""
+    """`driver`, `driver_cuda` and `link` of a `Gpu`, as far as the driver's own library tells them."""
     import pynvml
 
     found: dict[str, Any] = {}
@@ -89,9 +94,11 @@ def _ask_nvml(uuid: str) -> dict[str, Any]:
 
 
 def device(gpus: list[Gpu], roots: Roots, torch_cuda: str | None = torch.version.cuda) -> list[Check]:
-    """One check for each GPU that torch can use; without any, why.
+    """One check for each GPU that torch can use; without any, one that says why.
 
     Args:
+        gpus: that torch can use.
+        roots: where the kernel lists the machine's cards.
         torch_cuda: the CUDA version that torch was built with; None for a CPU build.
     """
     if not gpus:
@@ -100,22 +107,24 @@ def device(gpus: list[Gpu], roots: Roots, torch_cuda: str | None = torch.version
 
 
 def _no_device(roots: Roots, torch_cuda: str | None) -> Check:
+    topic = Topic("gpu.device")
     cards, driver = _nvidia_cards(roots), read_text(roots.proc / "driver/nvidia/version")
     if not cards and driver is None:
-        return Check("gpu.device", "skip", "no NVIDIA GPU in this machine: everything runs on the CPU")
-    costs = "The GPU is not used: everything runs on the CPU."
+        return topic.skipped("no NVIDIA GPU in this machine: everything runs on the CPU")
     what = f"{len(cards)} NVIDIA GPU(s)" if cards else "an NVIDIA driver"
     if driver is None:
+        seen = f"{what}, but no driver is loaded"
         fix = "Install NVIDIA's driver, and see that `nvidia-smi` lists the GPU."
-        return Check("gpu.device", "warn", f"{what}, but no driver is loaded", costs, fix)
-    if torch_cuda is None:
+    elif torch_cuda is None:
+        seen = f"{what}, but torch is a build for the CPU only"
         fix = "Install the CUDA build of the same release, as https://pytorch.org/get-started tells."
-        return Check("gpu.device", "warn", f"{what}, but torch is a build for the CPU only", costs, fix)
-    fix = (
-        "In a container, pass the GPU through (`docker run --gpus all`). Else update the driver to one for "
-        f"CUDA {torch_cuda} or newer; `nvidia-smi` shows what it has."
-    )
-    return Check("gpu.device", "warn", f"{what} with a driver, but torch cannot open a device", costs, fix)
+    else:
+        seen = f"{what} with a driver, but torch cannot open a device"
+        fix = (
+            "In a container, pass the GPU through (`docker run --gpus all`). Else update the driver to one "
+            f"for CUDA {torch_cuda} or newer; `nvidia-smi` shows what it has."
+        )
+    return topic.warning(seen, "The GPU is not used: everything runs on the CPU.", fix)
 
 
 def _nvidia_cards(roots: Roots) -> list[Path]:
@@ -127,42 +136,33 @@ def _nvidia_cards(roots: Roots) -> list[Path]:
 
 
 def _device(gpu: Gpu) -> Check:
+    figures = {"vram_bytes": float(gpu.vram_bytes), "free_bytes": float(gpu.free_bytes)}
+    topic = Topic("gpu.device", f"cuda:{gpu.index}", figures)
     version = f"{gpu.capability[0]}.{gpu.capability[1]}"
     seen = f"{gpu.name}, compute {version}, {gib(gpu.free_bytes)} free of {gib(gpu.vram_bytes)}"
-    figures = {"vram_bytes": float(gpu.vram_bytes), "free_bytes": float(gpu.free_bytes)}
-    subject = f"cuda:{gpu.index}"
     if gpu.capability < LEAST_CAPABILITY:
-        return Check(
-            "gpu.device",
-            "warn",
+        return topic.warning(
             seen,
             "GPUs before compute 8.0 have no arithmetic in bf16, which the kernels need.",
             "Use --device cpu, or a GPU from Ampere on.",
-            subject,
-            figures,
         )
     if gpu.free_bytes < FREE_SHARE * gpu.vram_bytes:
-        return Check(
-            "gpu.device",
-            "warn",
+        return topic.warning(
             seen,
             "Other programs hold GPU memory: fewer experts stay on the GPU, more are moved for each token.",
             "`nvidia-smi` lists them; close those that are not needed.",
-            subject,
-            figures,
         )
-    return Check("gpu.device", "pass", seen, subject=subject, figures=figures)
+    return topic.passed(seen)
 
 
 def driver(gpus: list[Gpu], torch_cuda: str | None = torch.version.cuda) -> Check:
     """Whether the driver is new enough for torch's CUDA."""
+    topic = Topic("gpu.driver")
     if not gpus:
-        return Check("gpu.driver", "skip", "no GPU in use")
+        return topic.skipped("no GPU in use")
     first = gpus[0]
     if not first.driver or first.driver_cuda is None:
-        return Check(
-            "gpu.driver",
-            "warn",
+        return topic.warning(
             "NVML, the driver's own library, does not answer",
             "Energy is not measured, and neither driver nor PCIe link are known here.",
             "In a container, add the capability `utility` (NVIDIA_DRIVER_CAPABILITIES=compute,utility).",
@@ -170,43 +170,45 @@ def driver(gpus: list[Gpu], torch_cuda: str | None = torch.version.cuda) -> Chec
     cuda = ".".join(map(str, first.driver_cuda))
     seen = f"{first.driver}, for CUDA up to {cuda}; torch has {torch_cuda}"
     if torch_cuda and first.driver_cuda < (int(torch_cuda.partition(".")[0]), 0):
-        return Check(
-            "gpu.driver",
-            "warn",
+        return topic.warning(
             seen,
             "Kernels that are compiled at run time may not start on an older driver.",
             f"Update the driver to one for CUDA {torch_cuda}.",
         )
-    return Check("gpu.driver", "pass", seen)
+    return topic.passed(seen)
 
 
 def pcie(gpu: Gpu | None, figures: Mapping[str, float] | Exception) -> Check:
-    """Bandwidth to and from pinned memory beside what the link should carry.
+    """Bandwidth between pinned memory and the GPU, beside the link's nominal rate.
 
     Args:
-        figures: those of `Ceilings`, just measured, or why they could not be.
+        gpu: that was measured; None: there is none.
+        figures: fields of `Ceilings`, just measured; or the error of the measurement.
     """
     if gpu is None:
-        return Check("gpu.pcie", "skip", "no GPU in use")
+        return Topic("gpu.pcie").skipped("no GPU in use")
     subject, link = f"cuda:{gpu.index}", gpu.link
     if isinstance(figures, Exception):
-        return unmeasured("gpu.pcie", figures, subject)
+        return Topic("gpu.pcie", subject).not_measured(figures)
+    topic = Topic("gpu.pcie", subject, figures)
     up_gbps, down_gbps = figures["pcie_gbps"], figures["pcie_down_gbps"]
     seen = f"pinned memory to GPU {up_gbps:.1f} GB/s, back {down_gbps:.1f} GB/s"
     if link is None:
-        return Check("gpu.pcie", "pass", f"{seen}; the link is not known", subject=subject, figures=figures)
+        return topic.passed(f"{seen}; the link is not known")
     seen += f"; PCIe {link.most_generation} x{link.width}"
     costs = "Experts that are not on the GPU arrive slower, and loading takes longer."
     if link.width < link.most_width:
-        fix = (
+        return topic.warning(
+            f"{seen} of x{link.most_width}",
+            costs,
             "Put the card into a slot with all its lanes (the board's manual tells which share theirs), and "
-            "seat it and its riser anew."
+            "seat it and its riser anew.",
         )
-        return Check("gpu.pcie", "warn", f"{seen} of x{link.most_width}", costs, fix, subject, figures)
     if min(up_gbps, down_gbps) < LINK_SHARE * link.gbps:
-        fix = (
+        return topic.warning(
+            f"{seen} carries {link.gbps:.0f} GB/s",
+            costs,
             "Run `moebox doctor` on the socket that the GPU hangs on (`numactl --cpunodebind`), and see in "
-            "the firmware that the slot runs at its full generation."
+            "the firmware that the slot runs at its full generation.",
         )
-        return Check("gpu.pcie", "warn", f"{seen} carries {link.gbps:.0f} GB/s", costs, fix, subject, figures)
-    return Check("gpu.pcie", "pass", seen, subject=subject, figures=figures)
+    return topic.passed(seen)

@@ -13,7 +13,6 @@ from helpers.convert import make_source
 from helpers.paths import ROOT
 from moebox.cli import main_group
 from moebox.instruments.doctor import doctor
-from moebox.instruments.doctor.checks import cpu
 from moebox.instruments.doctor.checks.base import Check
 from moebox.instruments.doctor.doctor import DoctorOptions, DoctorReport, examine
 from moebox.instruments.doctor.text import render_doctor
@@ -35,7 +34,7 @@ def quick(monkeypatch, tmp_path):
     monkeypatch.setattr(ceilings, "CPU_TOKENS", 2)
     monkeypatch.setattr(drive_speed, "LEAST_BYTES", 1)
     monkeypatch.setattr(drive_speed, "DEPTH_S", 0.01)
-    monkeypatch.setattr(cpu, "busy_cpus", lambda: 0.0)
+    monkeypatch.setattr(doctor, "busy_cpus", lambda: 0.0)
 
 
 @pytest.fixture
@@ -106,7 +105,7 @@ def test_the_manual_explains_every_check(model):
 
 
 def test_figures_of_a_busy_machine_do_not_replace_better_ones(monkeypatch):
-    monkeypatch.setattr(cpu, "busy_cpus", lambda: 1000.0)
+    monkeypatch.setattr(doctor, "busy_cpus", lambda: 1000.0)
     known = MachineProfile()
     known.put("cpu", cpu_identity(), {"ram_gbps": 1e6, "cpu_tflops": 1e6})
     known.save()
@@ -117,7 +116,7 @@ def test_figures_of_a_busy_machine_do_not_replace_better_ones(monkeypatch):
 
 
 def test_a_busy_machine_without_a_profile_gets_one(monkeypatch):
-    monkeypatch.setattr(cpu, "busy_cpus", lambda: 1000.0)
+    monkeypatch.setattr(doctor, "busy_cpus", lambda: 1000.0)
     report = examine(DoctorOptions())
     assert MachineProfile.load().find("cpu", cpu_identity())
     assert "not replaced" not in by_id(report)["profile"].seen

@@ -50,14 +50,14 @@ def test_the_links_of_a_raids_drives(tmp_path):
     pcie(tmp_path, "nvme0n1", **FULL)
     pcie(tmp_path, "nvme1n1", **(FULL | {"current_link_width": 2}))
     raid = Drive("md0", "md0 8000 GB", "xfs", members=("nvme0n1", "nvme1n1"))
-    full, narrow = drives.link(raid, Roots(sys=tmp_path))
+    full, narrow = drives.links(raid, Roots(sys=tmp_path))
     assert (full.status, full.subject, full.seen) == ("pass", "nvme0n1", "16.0 GT/s PCIe x4")
     assert (narrow.status, narrow.subject) == ("warn", "nvme1n1")
     assert "x2; the drive can 16.0 GT/s PCIe x4" in narrow.seen
 
 
 def test_a_drive_without_a_pcie_link(tmp_path):
-    assert drives.link(NVME, Roots(sys=tmp_path)) == []
+    assert drives.links(NVME, Roots(sys=tmp_path)) == []
 
 
 def test_a_fast_drive():
