@@ -1,1 +1,1 @@
-"""instruments/stats"""
+"""`moebox stats`: router statistics of a model as maps, a picture and replayed hit curves."""

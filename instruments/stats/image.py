@@ -1,4 +1,4 @@
-"""The maps of `moebox stats` as a PNG: every expert a rectangle of its own."""
+"""The maps of `moebox stats` as a PNG, with a rectangle for every expert."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from moebox.instruments.stats.heat_map import Map, Scale
 from moebox.instruments.stats.report import StatsReport
 
 MAP_PIXELS = (1536, 720)
-"""About the width and height of a map."""
+"""Width and height that a map is drawn to fill, as far as `CELL_PIXELS` allow."""
 CELL_PIXELS = (4, 6), (48, 32)
-"""Least and most width and height of an expert."""
+"""Least, and largest, width and height of an expert's rectangle."""
 MARGIN = 64
 LINE = 24
 FONT_SIZE = 14
@@ -24,7 +24,7 @@ PAPER, INK = (255, 255, 255), (30, 30, 30)
 
 
 def write_png(report: StatsReport, path: Path) -> None:
-    """Draw the use of every expert, and where it lies or would.
+    """Draw how often every expert is used, and where it lies or would lie.
 
     Raises:
         RequestError: `path` cannot be written.

@@ -1,4 +1,4 @@
-"""`moebox stats`: what is known of a model's routing, as figures.
+"""`moebox stats`: what the router statistics of a model say, as figures.
 
 Shapes: L MoE layers, E n_routed_experts, k num_experts_per_tok.
 """
@@ -27,22 +27,22 @@ from moebox.offload.routing.trace import RoutingTrace
 BUDGETS = (0.05, 0.1, 0.2, 0.5)
 
 REPLAYED_LAYER_STEPS = 30_000
-"""The replay of `moebox stats MODEL` takes as many of the last tokens as make so many steps of a layer."""
+"""`moebox stats MODEL` replays the last `REPLAYED_LAYER_STEPS / L` decoded tokens."""
 
 Grid = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class StatsOptions:
-    """What the command was asked for.
+    """What `moebox stats` does.
 
     Attributes:
         model: the checkpoint's folder; None: only a trace is replayed.
-        png: where to draw the maps.
+        png: the file to draw the maps to.
         reset: forget the model's statistics instead of showing them.
-        merge: statistics files of other boxes to add first.
-        replay: a trace to replay instead of what the model decoded last.
-        budgets: shares of all experts that fit.
+        merge: statistics files of other boxes to add before the report.
+        replay: a trace to replay instead of the tokens that the model decoded last.
+        budgets: shares of all experts that fit the replayed cache.
         policies: of `offload/routing/replay.py`.
     """
 
@@ -60,10 +60,10 @@ class HitCurve:
     """Share of picks that caches of several sizes would have hit.
 
     Attributes:
-        source: whose picks.
-        tokens: how many of them, the first tenth only to fill the cache.
-        budgets: shares of all experts that fit.
-        hits: policy -> a share from 0 to 1 per budget.
+        source: of the trace.
+        tokens: of the trace; the first tenth of them only fills the cache.
+        budgets: shares of all experts that fit the cache.
+        hits: policy -> a share from 0 to 1 for each budget.
     """
 
     source: str
@@ -77,13 +77,15 @@ class HitCurve:
 
 
 @dataclass(frozen=True)
-class Places:
-    """Where each expert lay when a process last said so.
+class SavedPlacement:
+    """Where each expert lay when a process last saved the statistics.
 
     Attributes:
-        tiers: [L][E], an index of `names`.
-        at_s: when, in seconds since 1970.
-        process, running: whose, and whether it still runs.
+        tiers: [L][E], indices of `names`.
+        at_s: when it was saved, in seconds since 1970.
+        process: number of the process.
+        running: whether that process still runs.
+        names: of the tiers, the slowest first.
     """
 
     tiers: list[list[int]]
@@ -98,19 +100,20 @@ class StatsReport:
     """A model's routing.
 
     Attributes:
-        model, file, digest: whose, and where it is kept.
+        model, digest: name and digest of the model.
+        file: the statistics.
         layers: the MoE layers' numbers in the model, L of them.
         n_experts, top_k: E and k.
-        tokens: how many were seen, prompts included.
-        decoded_kept: decoded tokens that are kept whole.
+        tokens: that were counted, prompts included.
+        decoded_kept: decoded tokens whose picks are kept one by one.
         saved_at_s: when the file was written, in seconds since 1970.
-        use: [L][E], decayed uses over the mean of the layer's experts.
-        unused_for: [L][E], tokens since the last use, -1: never used.
-        rank: [L][E], the place of each expert among all by use, 0 the most used.
-        shares: for each budget the share of all uses that falls on so many of the most used experts.
-        recall: layers ahead -> share of picks that predictions named; None: nothing was predicted yet.
-        places: where experts lie, if a process said so.
-        curve: the replay; None where nothing was decoded yet.
+        use: [L][E], decayed uses in multiples of the layer's mean.
+        unused_for: [L][E], tokens since the last use; -1: never used.
+        rank: [L][E], rank of each expert among all by use; 0 is the most used.
+        shares: budget -> share of all uses that the most used experts have, as many as fit the budget.
+        recall: layers ahead -> share of picks that were predicted; None: nothing was predicted yet.
+        places: where experts lie, if a process has saved it.
+        curve: the replay; None if nothing was decoded yet.
     """
 
     model: str
@@ -127,7 +130,7 @@ class StatsReport:
     rank: list[list[int]]
     shares: dict[str, float]
     recall: dict[str, float | None]
-    places: Places | None
+    places: SavedPlacement | None
     curve: HitCurve | None
 
     def to_dict(self) -> dict[str, Any]:
@@ -137,7 +140,7 @@ class StatsReport:
 
 @dataclass(frozen=True)
 class Forgotten:
-    """Statistics that were removed: whose, from which file, of how many tokens."""
+    """Statistics that were removed: of which model, from which file, of how many tokens."""
 
     model: str
     file: str
@@ -149,10 +152,10 @@ class Forgotten:
 
 
 def report_stats(options: StatsOptions) -> StatsReport | HitCurve | Forgotten:
-    """Do what the command was asked for: forget, or replay a trace of no model, or report on a model.
+    """Report on a model, or forget its statistics, or replay a trace without a model.
 
     Raises:
-        ConfigError, CheckpointError: `options.model` is no checkpoint.
+        ConfigError, CheckpointError: `options.model` is not a checkpoint.
         RequestError: there are no statistics yet, or a file to merge or to replay is not usable.
     """
     if options.model is None:
@@ -169,10 +172,10 @@ def report_stats(options: StatsOptions) -> StatsReport | HitCurve | Forgotten:
 
 
 def report_model(statistics: RouterStatistics, first_layer: int, options: StatsOptions) -> StatsReport:
-    """What `statistics` know; `first_layer` is the number of the model's first MoE layer.
+    """Report on `statistics`; `first_layer` is the number of the model's first MoE layer.
 
     Raises:
-        RequestError: they know nothing yet, or the trace to replay is not usable.
+        RequestError: no token was counted yet, or the trace to replay is not usable.
     """
     counts = statistics.counts()
     if not counts.tokens:
@@ -197,7 +200,7 @@ def _forget(statistics: RouterStatistics) -> Forgotten:
 
 
 def load_counts(path: Path) -> RoutingCounts:
-    """A statistics file named by the user; `RequestError` where it is none."""
+    """Read a statistics file that the user named; `RequestError` if it is not one."""
     try:
         return RoutingCounts.load(path)
     except OSError as error:
@@ -205,7 +208,7 @@ def load_counts(path: Path) -> RoutingCounts:
 
 
 def replay_trace(trace: RoutingTrace, options: StatsOptions) -> HitCurve:
-    """The hit curve of `trace`, as `options` say."""
+    """The hit curve of `trace` with the budgets and policies of `options`."""
     hits = hit_curve(trace, options.budgets, options.policies)
     return HitCurve(trace.source, trace.tokens, options.budgets, hits)
 
@@ -249,22 +252,27 @@ def _relative(uses: Grid) -> Grid:
     return relative
 
 
+def slots_of(budget: float, n_keys: int) -> int:
+    """Experts that fit a budget, which is a share of all of them; at least 1."""
+    return max(1, round(budget * n_keys))
+
+
 def _shares(uses: Grid, budgets: Sequence[float]) -> dict[str, float]:
     summed = np.cumsum(-np.sort(-uses.ravel()))
     return {
-        f"{budget:.4g}": round(float(summed[max(1, round(budget * len(summed))) - 1] / summed[-1]), 4)
+        f"{budget:.4g}": round(float(summed[slots_of(budget, len(summed)) - 1] / summed[-1]), 4)
         for budget in budgets
     }
 
 
-def _places(placement: Placement | None) -> Places | None:
+def _places(placement: Placement | None) -> SavedPlacement | None:
     if placement is None:
         return None
-    return Places(placement.tiers.tolist(), placement.at_s, placement.process, still_runs(placement))
+    return SavedPlacement(placement.tiers.tolist(), placement.at_s, placement.process, still_runs(placement))
 
 
 def still_runs(placement: Placement) -> bool:
-    """Whether the process is the one that said so: its number may have been given to another one since."""
+    """Whether the process that saved the placement still runs; a later process may have the same number."""
     try:
         return bool(psutil.Process(placement.process).create_time() <= placement.at_s <= time.time())
     except psutil.Error:

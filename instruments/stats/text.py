@@ -1,23 +1,20 @@
-"""The report of `moebox stats` for the terminal: two maps, the hit curve, what predictions found."""
+"""The report of `moebox stats` for the terminal: two maps, the hit curve, and the recall of predictions."""
 
 from __future__ import annotations
 
 import time
 from typing import TYPE_CHECKING
 
-from rich import box
-from rich.table import Table
-from rich.text import Text
-
 from moebox.instruments.stats import heat_map
 from moebox.instruments.stats.heat_map import Map
 from moebox.instruments.stats.report import Forgotten, HitCurve, StatsReport
+from moebox.instruments.text import figure_table, percent, print_line
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 PIPED_WIDTH = 120
-"""Columns where the output is no terminal."""
+"""Columns if the output is not a terminal."""
 LABEL_WIDTH = 6
 
 
@@ -31,37 +28,34 @@ def render_stats(result: StatsReport | HitCurve | Forgotten, console: Console) -
         case HitCurve():
             _curve(result, console)
         case Forgotten():
-            _line(console, f"{result.model}: forgot {result.tokens:,} tokens ({result.file})")
+            print_line(console, f"{result.model}: forgot {result.tokens:,} tokens ({result.file})")
 
 
 def _report(report: StatsReport, console: Console) -> None:
     saved = time.strftime("%Y-%m-%d %H:%M", time.localtime(report.saved_at_s))
-    _line(
+    print_line(
         console,
         f"{report.model}: {len(report.layers)} MoE layers of {report.n_experts} experts, top {report.top_k}; "
         f"{report.tokens:,} tokens seen, {report.decoded_kept:,} decoded ones kept whole",
         "bold",
     )
-    _line(console, f"{report.file}, saved {saved}", "dim")
-    use, places = heat_map.maps_of(report)
+    print_line(console, f"{report.file}, saved {saved}", "dim")
+    use, place = heat_map.maps_of(report)
     _show_map(use, report, console)
-    _line(console, _shares(report))
-    _show_map(places, report, console)
+    print_line(console, _shares(report))
+    _show_map(place, report, console)
     if report.curve is not None:
         _curve(report.curve, console)
-    _line(console, _recall(report.recall))
+    print_line(console, _recall(report.recall))
 
 
 def _curve(curve: HitCurve, console: Console) -> None:
-    _line(
+    print_line(
         console,
         f"\nhits of a cache, replayed: {curve.tokens:,} tokens of {curve.source or 'a trace'}",
         "bold",
     )
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("of the experts fit")
-    for budget in curve.budgets:
-        table.add_column(_percent(budget), justify="right")
+    table = figure_table("of the experts fit", *map(percent, curve.budgets), left=1)
     for policy, hits in curve.hits.items():
         table.add_row(policy, *(f"{share:.1%}" for share in hits))
     console.print(table)
@@ -69,7 +63,7 @@ def _curve(curve: HitCurve, console: Console) -> None:
 
 def _show_map(shown: Map, report: StatsReport, console: Console) -> None:
     levels = shown.levels(max(1, console.width - LABEL_WIDTH))
-    _line(console, f"\n{shown.title}", "bold")
+    print_line(console, f"\n{shown.title}", "bold")
     labels = [f"{layer:>{LABEL_WIDTH - 2}}" for layer in report.layers]
     if console.is_terminal and console.color_system and not console.no_color:
         lines = [heat_map.legend(shown.scale), *heat_map.draw(levels, labels, shown.scale)]
@@ -84,18 +78,10 @@ def _show_map(shown: Map, report: StatsReport, console: Console) -> None:
 
 
 def _shares(report: StatsReport) -> str:
-    parts = (f"{_percent(float(part))} have {share:.1%}" for part, share in report.shares.items())
+    parts = (f"{percent(float(part))} have {share:.1%}" for part, share in report.shares.items())
     return f"of all uses, the most used experts: {', '.join(parts)}"
 
 
 def _recall(recall: dict[str, float | None]) -> str:
     found = [f"{share:.1%} {ahead} ahead" for ahead, share in recall.items() if share is not None]
     return f"picks that predictions had named, by layers: {', '.join(found) or 'none were made yet'}"
-
-
-def _percent(share: float) -> str:
-    return f"{share * 100:.3g} %"
-
-
-def _line(console: Console, text: str, style: str = "") -> None:
-    console.print(Text(text, style=style), soft_wrap=True)
