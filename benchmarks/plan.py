@@ -1,22 +1,21 @@
-"""What `moebox plan` predicts beside what `moebox bench` measures, with four budgets of RAM or of VRAM.
+"""Predictions of `moebox plan` beside measurements of `moebox bench`, with four budgets of RAM or of VRAM.
 
     python benchmarks/plan.py --model out/tiny-k2
     python benchmarks/plan.py --dir /nvme/tmp --experts 32 --layers 3
     python benchmarks/plan.py --shape kimi-k2 --layers 9 --vram 40GB,80GB,110GB,143GB
 
-Without `--model` a K2-shaped checkpoint of a few layers, with tiny-k2's vocabulary, is written to `--dir`,
-and deleted in the end. With `--shape` a GPU runs random weights: the predictions are of the whole shape with
-RAM for all of its experts, as `moebox plan` makes them, and what `--layers` take is scaled to that depth, as
-`moebox bench` does. RAM is filled once for all budgets.
+Without `--model` a K2-shaped checkpoint of a few layers, with tiny-k2's vocabulary, is written to a new
+folder in `--dir` and deleted at the end. With `--shape` a GPU runs random weights. The predictions are then
+for the whole shape, with RAM for all of its experts, and the measurements of `--layers` layers are
+extrapolated to that depth, as `moebox bench` does. RAM is filled once for all budgets.
 
-In each round the box is measured first, as if nothing were known of it; then all predictions are made, and
-then the budgets are run. Medians over rounds. Routing is a synthetic trace, and the plan's hits come from
-another one (another seed); with `--routing model` it is the model's own, and hits come from what its
-statistics know.
+Each round first measures the box with an empty profile, then predicts all budgets, and then runs them. The
+figures are medians over rounds. Routing is a synthetic trace, and the plan predicts hits from a trace with
+another seed. With `--routing model` the model's router picks, and hits are predicted from its statistics.
 
-Printed per budget: experts that it holds; hits, milliseconds a token and what of them the experts take,
-predicted and measured; with a GPU the prompt's seconds. The bar is a token's time within 20 %. The last line
-is one JSON object.
+A line for each budget has the experts that it holds; hits, milliseconds a token and milliseconds of the
+token's experts, each as predicted and as measured; and with a GPU the prompt's seconds. The bar is a token's
+time within 20 %. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -53,7 +52,7 @@ BAR = 0.2
 CONTEXT = 1024
 WARMUP_TOKENS = 64
 SMALL = {"vocab_size": 4096, "intermediate_size": 4096}
-"""What makes the backbone of a K2-shaped model small; the tokens' experts stay as they are."""
+"""Sizes that make the backbone of a K2-shaped model small; its experts keep their widths."""
 HEADER = (
     "   budget       experts held    hits   bench       ms    bench  error  experts    bench  "
     "prompt s   bench"
@@ -61,9 +60,15 @@ HEADER = (
 
 
 @dataclass(frozen=True)
-class Found:
-    """Of a budget, predicted or measured: a token's milliseconds, those of its experts, the share of picks
-    that hit (in RAM, or on the GPU), and the prompt's seconds where they are known."""
+class Figures:
+    """Predicted or measured figures of a budget.
+
+    Attributes:
+        token_ms: milliseconds of a token.
+        experts_ms: milliseconds of its experts.
+        hits: share of picks that are on the GPU, or, without a GPU, in RAM.
+        prompt_s: seconds of the prompt; None: not known.
+    """
 
     token_ms: float
     experts_ms: float
@@ -73,32 +78,32 @@ class Found:
 
 @dataclass(frozen=True)
 class Row:
-    """A budget in bytes, and how many of all experts it holds."""
+    """A budget in bytes, the experts that it holds, of how many, and its figures."""
 
     budget: int
     held: int
     experts: int
-    predicted: Found
-    measured: Found
+    predicted: Figures
+    measured: Figures
 
     @property
     def error(self) -> float:
-        """Of the prediction, over what was measured."""
+        """Predicted over measured milliseconds of a token, less 1."""
         return self.predicted.token_ms / self.measured.token_ms - 1
 
 
 def main() -> None:
-    """Run as the options say."""
+    """Compare, in rounds, and print."""
     options = parse()
     with tempfile.TemporaryDirectory(prefix="moebox-plan-", dir=options.dir) as folder:
-        subject, filled = random_shape(options) if options.shape else (checkpoint(folder, options), None)
-        curve = hit_curve(subject, options)
+        model, filled = random_shape(options) if options.shape else (checkpoint(folder, options), None)
+        predictor = hit_predictor(model, options)
         rounds = []
         for number in range(options.rounds):
-            os.environ["XDG_DATA_HOME"] = f"{folder}/{number}"  # the user's profile stays as it is
-            rows, box = compare(subject, curve, filled, options)
+            os.environ["XDG_DATA_HOME"] = f"{folder}/{number}"  # not the user's profile
+            rows, box = compare(model, predictor, filled, options)
             rounds.append(rows)
-    show([middle(rows) for rows in zip(*rounds, strict=True)], box, options)
+    show([median_row(rows) for rows in zip(*rounds, strict=True)], box, options)
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -129,7 +134,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def checkpoint(folder: str, options: argparse.Namespace) -> PlannedModel:
-    """The one that was given, or a random INT4 one of K2's widths, in moebox's layout, with a tokenizer."""
+    """The given checkpoint, or a random one of K2's widths, with INT4 experts in moebox's layout and a
+    tokenizer."""
     path = options.model
     if path is None:
         source, path = Path(folder) / "source", Path(folder) / "model"
@@ -142,42 +148,42 @@ def checkpoint(folder: str, options: argparse.Namespace) -> PlannedModel:
 
 
 def random_shape(options: argparse.Namespace) -> tuple[PlannedModel, RamTier]:
-    """The whole shape, and RAM with all experts of the layers that run."""
+    """The whole shape, and RAM that holds all experts of the layers that run."""
     ram = RamTier(shape_config(options.shape, options.layers), device=open_device(options.device))
     ram.fill_synthetic()
     return PlannedModel(options.shape, shape_config(options.shape)), ram
 
 
-def hit_curve(subject: PlannedModel, options: argparse.Namespace) -> HitPredictor:
-    """How the model routes, or what stands for it."""
+def hit_predictor(model: PlannedModel, options: argparse.Namespace) -> HitPredictor:
+    """Predicts hits from a synthetic trace, or from the model's statistics."""
     if options.routing == "synthetic":
-        return published_hit_predictor(subject.config)
-    return find_hit_predictor(subject.config, subject.folder, None)
+        return published_hit_predictor(model.config)
+    return find_hit_predictor(model.config, model.folder, None)
 
 
 def compare(
-    subject: PlannedModel, curve: HitPredictor, filled: RamTier | None, options: argparse.Namespace
+    model: PlannedModel, predictor: HitPredictor, filled: RamTier | None, options: argparse.Namespace
 ) -> tuple[list[Row], Box]:
-    """Measure the box, predict all budgets, then measure each."""
-    folders = [] if subject.folder is None else [subject.folder]
-    box = find_box(BoxOptions(gpu=options.gpu), subject.config, folders)
+    """Measure the box, plan all budgets, then run each; returns the rows and the box."""
+    folders = [] if model.folder is None else [model.folder]
+    box = find_box(BoxOptions(gpu=options.gpu), model.config, folders)
     if box is None or box.has_gpu != bool(options.shape):
         raise SystemExit("this box could not be measured, or has no GPU for --shape, or one for a checkpoint")
-    boxes = gpu_budgets(box, subject.config, options) if options.shape else ram_budgets(box, subject, options)
+    boxes = gpu_budgets(box, model.config, options) if options.shape else ram_budgets(box, model, options)
     context = None if options.shape else CONTEXT
-    plans = [plan_on(subject, budget, curve, context) for budget in boxes]
+    plans = [plan_on(model, budget, predictor, context) for budget in boxes]
     return [row(plan, filled, options) for plan in plans], box
 
 
-def ram_budgets(box: Box, subject: PlannedModel, options: argparse.Namespace) -> list[Box]:
-    """With each, RAM holds one of the shares of the experts."""
-    config, dtype = subject.config, default_dtype(subject.config, "bf16")
+def ram_budgets(box: Box, model: PlannedModel, options: argparse.Namespace) -> list[Box]:
+    """The box with a RAM budget for each of the shares of the experts."""
+    config, dtype = model.config, default_dtype(model.config, "bf16")
     shares = [float(share) for share in options.shares.split(",")]
     return [replace(box, ram=budget_for_share(config, dtype, "bf16", CONTEXT, share)) for share in shares]
 
 
 def gpu_budgets(box: Box, config: ModelConfig, options: argparse.Namespace) -> list[Box]:
-    """Each of the GPU's, beside as much RAM as `moebox bench` takes the whole shape to have."""
+    """The box with each VRAM budget, and with as much RAM as `moebox bench` plans the whole shape with."""
     budgets = [ByteSize().convert(text, None, None) for text in options.vram.split(",")]
     return [
         replace(box, vram=vram, free_vram=max(vram, box.free_vram), free_ram=2 * config.experts_bytes)
@@ -186,20 +192,20 @@ def gpu_budgets(box: Box, config: ModelConfig, options: argparse.Namespace) -> l
 
 
 def row(plan: Plan, filled: RamTier | None, options: argparse.Namespace) -> Row:
-    """Measure what was planned."""
-    gc.collect()  # the budget before may have left memory behind
+    """Run what was planned."""
+    gc.collect()  # frees the memory of the budget before
     report = bench(bench_options(plan, options), filled=filled)
     if report.decode is None:
         raise SystemExit("nothing was decoded")
     predicted = predict(plan, report.decode.cached_tokens + options.tokens // 2, options.prompt)
-    places, box = plan.placement, plan.box
-    held = places.gpu_experts if box.has_gpu else places.near_experts
+    placement, box = plan.placement, plan.box
+    held = placement.gpu_experts if box.has_gpu else placement.near_experts
     budget = (box.vram if box.has_gpu else box.ram) or 0
-    return Row(budget, held, places.keys, predicted, measured(report))
+    return Row(budget, held, placement.keys, predicted, measured(report))
 
 
 def bench_options(plan: Plan, options: argparse.Namespace) -> BenchOptions:
-    """What runs as it was planned."""
+    """Options of a run with the plan's budget."""
     common = BenchOptions(
         prompt_tokens=(options.prompt,), decode_tokens=options.tokens, routing=options.routing
     )
@@ -210,10 +216,10 @@ def bench_options(plan: Plan, options: argparse.Namespace) -> BenchOptions:
     )
 
 
-def predict(plan: Plan, cached_tokens: int, prompt_tokens: int) -> Found:
-    """What the plan says of a token behind so many others, and of a prompt."""
+def predict(plan: Plan, cached_tokens: int, prompt_tokens: int) -> Figures:
+    """The plan's figures of a token behind `cached_tokens` others, and of a prompt."""
     token = plan.speed_model.decode(plan.pick_shares, cached_tokens)
-    return Found(
+    return Figures(
         token_ms=token.seconds * 1e3,
         experts_ms=token.experts_s * 1e3,
         hits=plan.pick_shares.gpu if plan.box.has_gpu else 1 - plan.pick_shares.disk,
@@ -221,13 +227,12 @@ def predict(plan: Plan, cached_tokens: int, prompt_tokens: int) -> Found:
     )
 
 
-def measured(report: BenchReport) -> Found:
-    """What the bench says, at full depth: means over tokens, as the plan's. Where few experts are missing,
-    most tokens are faster than their mean."""
+def measured(report: BenchReport) -> Figures:
+    """The run's figures at full depth; means over tokens, as the plan's are, not medians."""
     token, gpu = report.decode, report.ceilings.has_gpu
     assert token is not None
     layer_ms = statistics.mean(layer.seconds - layer.wait_s for layer in token.layers) * 1e3
-    return Found(
+    return Figures(
         token_ms=token.full_depth.token_s * 1e3,
         experts_ms=token.full_depth.moe_layers * layer_ms,
         hits=token.hit_rate if gpu else token.in_memory,
@@ -235,21 +240,21 @@ def measured(report: BenchReport) -> Found:
     )
 
 
-def middle(rows: Sequence[Row]) -> Row:
-    """The median of each figure, for one budget."""
-    predicted, seen = ([getattr(row, side) for row in rows] for side in ("predicted", "measured"))
-    return replace(rows[0], predicted=median(predicted), measured=median(seen))
+def median_row(rows: Sequence[Row]) -> Row:
+    """The rounds of one budget as one row, with the median of each figure."""
+    predicted, measured = ([getattr(row, side) for row in rows] for side in ("predicted", "measured"))
+    return replace(rows[0], predicted=median(predicted), measured=median(measured))
 
 
-def median(found: Sequence[Found]) -> Found:
-    """Of each figure."""
+def median(found: Sequence[Figures]) -> Figures:
+    """The median of each figure that is known in all rounds."""
     columns = {name: [getattr(one, name) for one in found] for name in asdict(found[0])}
     known = {name: values for name, values in columns.items() if None not in values}
-    return Found(**{name: statistics.median(values) for name, values in known.items()})
+    return Figures(**{name: statistics.median(values) for name, values in known.items()})
 
 
 def show(rows: list[Row], box: Box, options: argparse.Namespace) -> None:
-    """A line per budget, then the object."""
+    """Print a line for each budget, then the JSON object."""
     worst = max(abs(row.error) for row in rows)
     if not options.json:
         print(HEADER)
@@ -269,15 +274,17 @@ def show(rows: list[Row], box: Box, options: argparse.Namespace) -> None:
 
 
 def line(row: Row) -> str:
-    """A budget's figures, each prediction before what was measured."""
-    said, seen = row.predicted, row.measured
+    """A budget's figures, each as predicted and then as measured."""
+    predicted, measured = row.predicted, row.measured
     prompts = [
-        f"{value:8.2f}" if value is not None else f"{'-':>8}" for value in (said.prompt_s, seen.prompt_s)
+        f"{value:8.2f}" if value is not None else f"{'-':>8}"
+        for value in (predicted.prompt_s, measured.prompt_s)
     ]
     return (
         f"{row.budget / 1e9:6.2f} GB {row.held:>7,} of {row.experts:>7,} "
-        f"{said.hits:7.1%} {seen.hits:7.1%} {said.token_ms:8.1f} {seen.token_ms:8.1f}  {row.error:+5.0%} "
-        f"{said.experts_ms:8.1f} {seen.experts_ms:8.1f} {prompts[0]} {prompts[1]}"
+        f"{predicted.hits:7.1%} {measured.hits:7.1%} "
+        f"{predicted.token_ms:8.1f} {measured.token_ms:8.1f}  {row.error:+5.0%} "
+        f"{predicted.experts_ms:8.1f} {measured.experts_ms:8.1f} {prompts[0]} {prompts[1]}"
     )
 
 

@@ -19,14 +19,14 @@ from moebox.instruments.bench.roads import RoadFigures, road_figures
 from moebox.offload.machine.floor import Ceilings, PrefillFloor
 
 ROAD_FIELDS = ("hits", "uploads", "cpu", "cold", "upload_s", "cpu_s", "read_s")
-"""Experts on each road, and seconds of the roads that were timed."""
+"""Experts by where they were found and computed, and seconds of PCIe, CPU and disk, see `roads.py`."""
 
 
 @dataclass(frozen=True)
 class LayerWork:
     """One MoE layer of a prompt, all chunks together, timed from the end of the layer before to its own end.
 
-    hits, uploads, cpu and cold count experts; upload_s, cpu_s and read_s are the roads' seconds, NaN where
+    hits, uploads, cpu and cold count experts; upload_s, cpu_s and read_s are seconds, NaN where
     they are not known.
     """
 

@@ -1,7 +1,8 @@
-"""Bytes and GB/s of each road on which a layer's experts were computed, from the columns of a measured layer.
+"""Bytes and GB/s of a layer's experts, by where they were found and how they were computed.
 
-A road is where an expert was computed from: it was a hit on the GPU, uploaded over PCIe, computed by the CPU
-from RAM, or cold, which is read from disk and then computed by the CPU. L MoE layers.
+An expert is a hit if it is on the GPU. A miss in RAM takes one of two roads: PCIe uploads it and the GPU
+computes it, or the CPU computes it. A cold expert is read from disk, and then the CPU computes it. L MoE
+layers.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ LAYER_FIELDS = (
 )
 """Columns of a token's layers.
 
-hits, uploads, cpu, cold: experts on each road. part: the share, from 0 to 1, of a divided expert that the GPU
-reads over PCIe and computes; the CPU computes the rest, so that cpu may be a fraction. wait_s: the host
+hits, uploads, cpu, cold: experts, see the module. part: the share, from 0 to 1, of a divided expert that the
+GPU reads over PCIe and computes; the CPU computes the rest, so that cpu may be a fraction. wait_s: the host
 waited for the layer's routing while the GPU computed. schedule_s: from the routing's arrival until the
 uploads were queued and the CPU computed. cpu_s, upload_s, read_s: seconds of each road, NaN where they are
 not known. layer_s: from the routing's arrival until the CPU's sum was handed over."""
@@ -34,10 +35,10 @@ Samples = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class RoadFigures:
-    """Mean bytes of experts on each road, of a token or a prompt, and the GB/s of the roads that were timed.
+    """Mean bytes of a token's or a prompt's experts: hits, both roads, and reads from disk.
 
-    `_of_ceiling` is a road's GB/s divided by the measured bandwidth of that road. GB/s and `_of_ceiling` are
-    None where no timed expert took the road.
+    `_gbps` are the rates of uploads, of the CPU and of the disk; `_of_ceiling` is such a rate divided by the
+    bandwidth that was measured before the run. Both are None if no expert was timed.
     """
 
     hit_bytes: float

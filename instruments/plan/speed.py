@@ -5,7 +5,7 @@ that was measured: the share of each bandwidth that the code reaches, and the se
 besides its bytes. A token's time is the sum of backbone, cache, overhead and experts, where
 
     backbone = bytes / (reached * bandwidth), cache likewise, overhead = L * layer_s + token_s,
-    experts  = L * the longest of the roads in a layer.
+    experts  = L * the longest of GPU, RAM and disk in a layer.
 
 L MoE layers, k experts a token, each of `expert_bytes`.
 """
@@ -154,8 +154,10 @@ class DecodePrediction:
         cache_bytes: bytes of the cache that attention reads.
         floor: bytes over bandwidths.
         backbone_s, attention_s, overhead_s, experts_s: the parts of `seconds`, see the module.
-        layer_roads: for each road its seconds, summed over layers: "gpu", "ram" (CPU and PCIe), "disk". The
-            roads run at the same time; `experts_s` sums the time of the slowest one, layer by layer.
+        layer_roads: seconds of experts on the GPU ("gpu"), of those in RAM, which CPU and PCIe split
+        ("ram"), and
+            of reads ("disk"), each summed over layers. The three run at the same time; `experts_s` is the sum
+            over layers of the slowest.
     """
 
     cached_tokens: int

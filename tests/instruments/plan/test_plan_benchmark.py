@@ -59,12 +59,12 @@ def test_a_shape_is_filled_once_and_planned_at_full_depth(benchmark, quick, monk
 def test_predictions_of_the_whole_k2_on_an_h200(benchmark):
     options = benchmark.parse(["--shape", "kimi-k2", "--gpu", "h200-141gb"])
     config = benchmark.shape_config("kimi-k2")
-    subject = benchmark.PlannedModel("kimi-k2", config)
+    model = benchmark.PlannedModel("kimi-k2", config)
     box = benchmark.find_box(benchmark.BoxOptions(gpu=options.gpu), config, [])
-    curve = benchmark.published_hit_predictor(config)
+    predictor = benchmark.published_hit_predictor(config)
 
     plans = [
-        benchmark.plan_on(subject, budget, curve) for budget in benchmark.gpu_budgets(box, config, options)
+        benchmark.plan_on(model, budget, predictor) for budget in benchmark.gpu_budgets(box, config, options)
     ]
     found = [benchmark.predict(plan, 4096, options.prompt) for plan in plans]
 
@@ -78,11 +78,11 @@ def test_predictions_of_the_whole_k2_on_an_h200(benchmark):
 
 def test_a_row_of_rounds_has_the_median_of_each_figure(benchmark):
     rows = [
-        benchmark.Row(1, 2, 3, benchmark.Found(10, 5, 0.5, said), benchmark.Found(ms, 6, 0.6, 1.0))
+        benchmark.Row(1, 2, 3, benchmark.Figures(10, 5, 0.5, said), benchmark.Figures(ms, 6, 0.6, 1.0))
         for ms, said in ((20, 1.0), (8, None), (10, 2.0))
     ]
 
-    row = benchmark.middle(rows)
+    row = benchmark.median_row(rows)
 
     assert (row.measured.token_ms, row.measured.prompt_s, row.error) == (10, 1.0, 0)
     assert row.predicted.prompt_s is None
