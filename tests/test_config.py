@@ -48,6 +48,8 @@ def test_k2_has_the_published_sizes():
     backbone = sum(math.prod(shape) for shape in config.backbone_shapes().values())
     experts = 60 * 384 * 3 * 7168 * 2048
     assert experts == 1_014_686_023_680
+    assert config.routing_shape == (60, 384, 8)
+    assert config.kv_width == 576
     # The published total counts weights and norms; the correction biases are 60 * 384 more.
     assert backbone + experts == 1_026_408_232_448
     assert config.expert_bytes == 24_772_608 == 6048 * 4096

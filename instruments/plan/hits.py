@@ -68,7 +68,8 @@ class HitPredictor:
         return self._hits[slots]
 
     def expert_counts(self, tokens: int) -> list[int]:
-        """For each expert that a prompt of `tokens` tokens uses in a layer: how many of them it computes.
+        """For each expert that a prompt of `tokens` tokens uses in a layer: the number of tokens that pick
+        it.
 
         The order is not defined. Counts of a prompt longer than the trace are scaled up from the trace's.
         """

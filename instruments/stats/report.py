@@ -20,7 +20,7 @@ from moebox.errors import RequestError
 from moebox.offload.experts import TIERS
 from moebox.offload.routing.counts import LAYERS_AHEAD, Longs, Placement, RoutingCounts
 from moebox.offload.routing.identity import ModelIdentity
-from moebox.offload.routing.replay import POLICIES, hit_curve
+from moebox.offload.routing.replay import POLICIES, hit_curve, slots_of
 from moebox.offload.routing.statistics import RouterStatistics
 from moebox.offload.routing.trace import RoutingTrace
 
@@ -250,11 +250,6 @@ def _report(
 def _relative(uses: Grid) -> Grid:
     relative: Grid = uses / np.maximum(uses.mean(1, keepdims=True), 1e-30)
     return relative
-
-
-def slots_of(budget: float, n_keys: int) -> int:
-    """Experts that fit a budget, which is a share of all of them; at least 1."""
-    return max(1, round(budget * n_keys))
 
 
 def _shares(uses: Grid, budgets: Sequence[float]) -> dict[str, float]:

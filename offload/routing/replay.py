@@ -50,9 +50,14 @@ def hit_curve(
     n_keys = trace.layers * trace.n_experts
     skipped = trace.tokens // 10 if warmup is None else warmup
     return {
-        policy: [replay(trace, max(1, round(budget * n_keys)), policy, skipped) for budget in budgets]
+        policy: [replay(trace, slots_of(budget, n_keys), policy, skipped) for budget in budgets]
         for policy in policies
     }
+
+
+def slots_of(budget: float, n_keys: int) -> int:
+    """Experts that fit a budget, which is a share of all of them; at least 1."""
+    return max(1, round(budget * n_keys))
 
 
 def replay(trace: RoutingTrace, slots: int, policy: str = "decayed", warmup: int = 0) -> float:

@@ -1,4 +1,4 @@
-"""How far results are from what they should be."""
+"""Errors of tensors."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ from torch import Tensor
 
 
 def relative_l2(result: Tensor, expected: Tensor) -> float:
-    """`|result - expected| / |expected|` in fp64; NaN if either has one."""
+    """`|result - expected| / |expected|` in fp64; NaN if either tensor has a NaN."""
     result, expected = result.double().cpu(), expected.double().cpu()
     return float((result - expected).norm() / expected.norm())

@@ -64,7 +64,7 @@ def test_bench_on_the_cpu_sees_every_expert_of_the_trace(quick):
     assert not report.ceilings.has_gpu
 
 
-def test_bench_on_the_stand_in_sends_every_pick_down_one_road(quick):
+def test_bench_on_the_stand_in_counts_every_pick_once(quick):
     report = bench(replace(TINY, device="stand-in"))
 
     for layer in report.decode.layers:
@@ -140,7 +140,7 @@ def test_bench_with_experts_on_disk(quick, tmp_path, monkeypatch):
     assert bench(replace(options, ram=None)).decode.in_memory == 1
 
 
-def test_bench_says_what_was_read_ahead(quick, tmp_path, monkeypatch):
+def test_bench_reports_prefetched_reads(quick, tmp_path, monkeypatch):
     folder = make_checkpoint(tmp_path / "model", n_routed_experts=32)
     monkeypatch.setattr(
         "moebox.instruments.bench.bench._prompt_ids", lambda options, config, count: list(range(count))
@@ -148,7 +148,7 @@ def test_bench_says_what_was_read_ahead(quick, tmp_path, monkeypatch):
     monkeypatch.setattr(ExpertStore, "measure_depth", lambda store: {"a drive": DriveSpeed({4: 2.5}, True)})
     monkeypatch.setattr(
         "moebox.offload.prefetch.ab_trial.FIRST_SHARE", 1e6
-    )  # so few tokens have no time for trials
+    )  # a trial takes more tokens than the test decodes
     ram = quarter_of_the_experts(folder)
     options = BenchOptions(folder, prompt_tokens=(20,), decode_tokens=6, device="cpu", context=64, ram=ram)
 

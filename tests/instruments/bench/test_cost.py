@@ -1,4 +1,4 @@
-"""What a benchmark's run used and cost: by hand, as text, as JSON, and of a real run."""
+"""Energy and cost of a benchmark's run: by hand, as text, as JSON, and of a real run."""
 
 import json
 
@@ -14,9 +14,9 @@ from moebox.instruments.measure import ceilings
 ENERGY = (Joules("gpu", 3.0, "counter"), Joules("cpu", 1.0, "estimated"))
 
 
-def test_by_hand():
-    """2 tokens in 42 ms: 2 J each, 1 kWh being 3.6 MJ at 0.36, so 0.2 a million. 26,280 over 10 months are
-    0.001 a second: 42 ms for 2 tokens are 21 a million."""
+def test_joules_and_price_of_a_token_by_hand():
+    """2 J a token at 0.36 a kWh, which is 3.6 MJ, are 0.2 for a million tokens. A price of 26,280 over 10
+    months is 0.001 a second, so that 42 ms for 2 tokens are 21 for a million."""
     spent = Spent(2, 42e-3, ENERGY, Prices(electricity_per_kwh=0.36, hardware_price=26_280, life_months=10))
 
     assert spent.joules_per_token == 2.0
@@ -32,7 +32,7 @@ def test_a_deeper_model_draws_the_same_watts_for_longer():
     assert str(spent) == "10.0 J/token (GPU 7.50, CPU 2.50 est.) · $1.00/1M tokens, electricity only"
 
 
-def test_a_run_says_what_it_used_and_cost(monkeypatch, tmp_path):
+def test_a_run_reports_energy_and_cost(monkeypatch, tmp_path):
     for name, value in (("READ_BYTES", 1 << 20), ("REPEATS", 1), ("BESIDE_S", 1e-4)):
         monkeypatch.setattr(ceilings, name, value)
     monkeypatch.setenv("MOEBOX_LEDGER", str(tmp_path / "ledger"))

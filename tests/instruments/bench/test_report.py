@@ -49,7 +49,7 @@ def k2_decode(model=None):
     return decode_report(np.stack([token, token]), [20e-3, 22e-3], model, BOX, cached_tokens=99, spent=spent)
 
 
-def test_decode_report_adds_up_times_bytes_and_roads():
+def test_decode_report_sums_times_and_bytes_of_each_road():
     report = k2_decode()
 
     assert (report.tokens, report.cached_tokens) == (2, 99)
@@ -119,7 +119,7 @@ def test_uploads_that_were_not_timed_are_left_out_of_the_rate():
     assert report.spent is report.spent_at_full_depth is None
 
 
-def test_cold_experts_pass_the_disk_and_then_the_cpu():
+def test_cold_experts_count_for_the_disk_and_for_the_cpu():
     box = replace(BOX, hbm_gbps=0, pcie_gbps=0, nvme_gbps=5)
     token = sample(cpu=[6.0] * 8, cold=[2.0] * 8, cpu_s=[2e-3] * 8, read_s=[0.02] * 8, layer_s=[0.02] * 8)
 
@@ -178,7 +178,7 @@ def test_report_as_json_has_every_figure_and_no_nan():
     assert data["residents"]["full_slots"] == 75
 
 
-def test_report_as_text_shows_the_figures_and_how_they_come_about():
+def test_report_as_text_shows_the_figures_and_their_arithmetic():
     console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: PTH123, SIM115
     render_bench(made_up_report(), console)
 

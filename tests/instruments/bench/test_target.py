@@ -23,19 +23,19 @@ def test_budget_of_an_80_gb_card_is_scaled_to_the_depth():
     budgets = budgets_of(BenchOptions(vram=80_000_000_000, context=8192))
 
     assert 0.07 < budgets.full_slots / 23040 < 0.12
-    assert budgets.slots - 8 == math.ceil((budgets.full_slots - 8) * 8 / 60)  # 8 are free for uploads
+    assert budgets.slots - 8 == math.ceil((budgets.full_slots - 8) * 8 / 60)  # 8 for uploads
     assert (budgets.rows, budgets.exclusive) == (3072, False)
     assert "8 of 60 MoE layers" in budgets.lines[-1]
     assert f"{budgets.full_slots - 8:,} of 23,040 experts" in budgets.lines[1]
 
 
-def test_budget_may_be_that_of_a_larger_card():
+def test_budget_may_exceed_the_memory_of_the_card():
     small = budgets_of(BenchOptions(vram=80_000_000_000, context=8192), free_vram=40 * GIB)
 
     assert small == budgets_of(BenchOptions(vram=80_000_000_000, context=8192))
 
 
-def test_no_budget_keeps_no_expert_on_the_gpu():
+def test_budget_of_zero_keeps_no_expert_on_the_gpu():
     assert budgets_of(BenchOptions(vram=0)).slots == 0
 
 

@@ -1,4 +1,4 @@
-"""`moebox doctor`: what it says, what it keeps, and how it leaves."""
+"""`moebox doctor`: its checks, what it keeps in the profile, its output and exit code."""
 
 import json
 import re
@@ -27,7 +27,7 @@ from moebox.quantize.convert import quantize
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch, tmp_path):
-    """Little is measured, on a machine that is idle; the profile is the test's own."""
+    """Short measurements, on a machine that seems idle, and a profile of the test's own."""
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
     monkeypatch.setattr(ceilings, "READ_BYTES", 1 << 20)
     monkeypatch.setattr(ceilings, "REPEATS", 1)
@@ -98,7 +98,7 @@ def test_reads_through_the_page_cache_are_not_kept(model, monkeypatch):
 
 
 def test_the_manual_explains_every_check(model):
-    """Ids that only a GPU or an NVMe drive brings up are listed by hand."""
+    """The id of a check that only an NVMe drive brings up is listed by hand."""
     text = (ROOT / "docs/doctor.md").read_text()
     explained = set(re.findall(r"^\| `([a-z.-]+)` \|", text, re.MULTILINE))
     assert {check.id for check in examine(DoctorOptions(model)).checks} | {"drive.link"} == explained
@@ -140,13 +140,13 @@ def test_the_command_prints_json_and_fails_with_a_damaged_model(model):
     failed = [check for check in data["checks"] if check["status"] == "fail"]
     assert [check["id"] for check in failed] == ["model.files"]
     assert shard.name in failed[0]["seen"]
-    # The whole one fails only in its tokenizer, a stub: its files were fine.
+    # The whole model fails only in its tokenizer, which is a stub.
     assert [c["id"] for c in json.loads(whole.stdout)["checks"] if c["status"] == "fail"] == [
         "model.tokenizer"
     ]
 
 
-def test_the_report_is_read_by_people():
+def test_the_report_as_text():
     report = DoctorReport(
         [
             Check("cpu.isa", "pass", "avx512"),

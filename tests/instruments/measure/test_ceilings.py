@@ -1,4 +1,4 @@
-"""What the box can do at best: all of it is measured, with a GPU and without."""
+"""Ceilings of the box: with and without a GPU every figure is measured."""
 
 import pytest
 
@@ -26,7 +26,7 @@ def test_cpu_and_gpu_together_are_all_ceilings_but_the_drive():
     assert all(figure > 0 for figure in [*cpu.values(), *gpu.values()])
 
 
-def test_without_a_gpu_its_figures_are_none():
+def test_without_a_gpu_its_figures_are_0():
     found = ceilings.measure_ceilings(CONFIG, ThreadPool())
     assert found.ram_gbps > 0
     assert (found.has_gpu, found.pcie_gbps, found.pcie_down_gbps) == (False, 0.0, 0.0)

@@ -1,4 +1,4 @@
-"""GPU presets: names, what of a data sheet a plan counts on, and the next one to buy."""
+"""GPU presets: names, ceilings, free memory, and the next larger one."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from moebox.errors import PlanError
 from moebox.instruments.plan.gpus import PRESETS, find_preset, next_larger
 
 
-def test_an_h200_is_expected_to_do_what_one_was_measured_to_do():
+def test_ceilings_of_an_h200_are_those_that_were_measured():
     ceilings = find_preset("h200-141gb").ceilings(132.0, 5.4, 7.0)
 
     assert ceilings.hbm_gbps == pytest.approx(4270, rel=0.01)
@@ -16,20 +16,20 @@ def test_an_h200_is_expected_to_do_what_one_was_measured_to_do():
     assert (ceilings.ram_gbps, ceilings.cpu_tflops, ceilings.nvme_gbps) == (132.0, 5.4, 7.0)
 
 
-def test_an_80_gb_card_has_80_gb_less_the_driver():
+def test_free_memory_of_an_80_gb_card_is_less_the_drivers():
     free = find_preset("h100-80gb").free_bytes
 
     assert 78e9 < free < 81559 << 20
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_names_say_how_much_memory_there_is(name):
+def test_names_contain_the_memory(name):
     named_gb = int(name.rpartition("-")[2].removesuffix("gb"))
 
     assert PRESETS[name].memory_bytes == pytest.approx(named_gb * 2**30, rel=0.08)
 
 
-def test_an_unknown_name_suggests_those_that_are_near():
+def test_an_unknown_name_is_refused_with_similar_ones():
     with pytest.raises(PlanError, match=r"h100-80g' is not known\nTry .*h100-80gb"):
         find_preset("h100-80g")
 

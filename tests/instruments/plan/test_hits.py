@@ -1,4 +1,4 @@
-"""Predicted hit rates: published ones, a model's own, a recorded trace's; and which of them is taken."""
+"""Predicted hit rates, and the source that they come from: a trace, statistics, published locality."""
 
 import numpy as np
 import pytest
@@ -34,7 +34,7 @@ def routed(config, tokens, seed=0):
     return synthetic_trace(tokens, *config.routing_shape, seed=seed)
 
 
-def test_published_hit_predictor_of_a_large_model():
+def test_published_locality_of_a_large_model():
     curve = published_hit_predictor(shape_config("kimi-k2"))
 
     hits = [curve.hits(share) for share in (0.0, 0.1, 0.22, 0.44, 1.0)]
@@ -49,14 +49,14 @@ def test_hits_do_not_depend_on_how_many_layers_there_are():
     assert deep.hits(0.3) == pytest.approx(shallow.hits(0.3), abs=0.04)
 
 
-def test_a_cache_that_is_full_from_the_start_meets_no_expert_for_the_first_time():
-    """A short trace would otherwise count every first meeting as a miss, whatever the cache."""
+def test_the_cache_is_full_from_the_start():
+    """Else a short trace would count the first use of every expert as a miss, whatever the cache."""
     trace = synthetic_trace(60, 2, 64, 6)
 
     assert HitPredictor(trace, "").hits(120 / 128) > replay(trace, 120, warmup=15) + 0.02
 
 
-def test_prompts_use_more_experts_the_longer_they_are():
+def test_longer_prompts_use_more_experts():
     curve = published_hit_predictor(shape_config("kimi-k2"))
 
     short, long = curve.expert_counts(16), curve.expert_counts(600)
@@ -65,7 +65,7 @@ def test_prompts_use_more_experts_the_longer_they_are():
     assert len(short) < len(long) <= 384
 
 
-def test_a_prompt_longer_than_a_recorded_trace_is_several_of_its_length():
+def test_counts_of_a_prompt_longer_than_the_trace_are_scaled_up():
     ids = np.tile(np.array([[[0, 1]], [[0, 2]]], np.int32), (20, 1, 1))
 
     counts = HitPredictor(RoutingTrace(ids, 4), "").expert_counts(80)
@@ -73,11 +73,11 @@ def test_a_prompt_longer_than_a_recorded_trace_is_several_of_its_length():
     assert sorted(counts) == [40, 40, 80]
 
 
-def test_without_anything_known_the_published_figures_are_taken(model):
+def test_without_trace_and_statistics_published_locality_is_used(model):
     assert "published" in find_hit_predictor(load_config(model), model, None).source
 
 
-def test_the_models_own_statistics_come_before_published_figures(model):
+def test_the_models_own_statistics_come_before_published_locality(model):
     config = load_config(model)
     statistics = RouterStatistics.open(ModelIdentity.of(model, config))
     seen = routed(config, FEWEST_TOKENS)
@@ -90,7 +90,7 @@ def test_the_models_own_statistics_come_before_published_figures(model):
     assert curve.hits(0.6) == HitPredictor(seen, "").hits(0.6)
 
 
-def test_a_few_tokens_say_less_than_published_figures(model):
+def test_statistics_of_a_few_tokens_are_not_used(model):
     config = load_config(model)
     statistics = RouterStatistics.open(ModelIdentity.of(model, config))
     statistics.add(routed(config, FEWEST_TOKENS - 1).ids, prefill=False)

@@ -1,4 +1,4 @@
-"""`moebox plan`: places add up, refusals have numbers, changes are ranked, the terminal says it all."""
+"""`moebox plan`: parts add up, refusals have numbers, changes are ranked, the text has all figures."""
 
 import json
 from dataclasses import replace
@@ -16,7 +16,7 @@ from moebox.instruments.measure import cpu_load
 from moebox.instruments.measure.random_model import shape_config
 from moebox.instruments.plan import box as plan_box
 from moebox.instruments.plan import probe as plan_probe
-from moebox.instruments.plan.box import BoxOptions, find_box
+from moebox.instruments.plan.box import BoxOptions, find_box, ram_to_buy
 from moebox.instruments.plan.hits import find_hit_predictor
 from moebox.instruments.plan.placement import DISK, GPU, RAM
 from moebox.instruments.plan.plan import PlanOptions, loaded_line, make_plan
@@ -70,7 +70,7 @@ def taken(plan, place):
     return sum(part.nbytes for part in plan.placement.parts if part.place == place)
 
 
-def test_every_byte_of_an_80_gb_card_has_its_place():
+def test_the_parts_fill_an_80_gb_card():
     plan = k2()
 
     free = plan.box.free_vram - taken(plan, GPU)
@@ -114,7 +114,7 @@ def test_ram_that_is_too_small_is_refused_with_the_numbers():
 
 
 @pytest.mark.parametrize("box", [{"nvme_gbps": 0}, {"ram_gbps": -1}])
-def test_speeds_that_are_none_are_refused(box):
+def test_bandwidths_that_are_not_above_0_are_refused(box):
     with pytest.raises(PlanError, match="must be above 0"):
         make_plan(PlanOptions(shape="kimi-k2", box=BoxOptions(gpu="h100-80gb", **box)))
 
@@ -134,7 +134,7 @@ def test_later_releases_of_k2_have_a_longer_context():
         k2(context=262145)
 
 
-def test_what_would_help_most_comes_first():
+def test_changes_are_sorted_by_gain():
     gains = [change.gain for change in k2(ram=400 * GIB, context=131072).changes]
 
     assert len(gains) == 5
@@ -142,7 +142,7 @@ def test_what_would_help_most_comes_first():
     assert gains[0] > 0.1
 
 
-def test_ram_for_all_experts_is_ram_for_all_experts():
+def test_the_change_to_ram_for_all_experts_leaves_none_on_the_disk():
     changes = {change.what: change for change in k2(ram=400 * GIB).changes}
 
     more = next(what for what in changes if what.startswith("RAM for all experts"))
@@ -155,14 +155,19 @@ def test_a_box_without_a_disk_tier_gains_nothing_from_a_second_drive():
     assert not any("drive" in change.what for change in k2().changes)
 
 
-def test_ram_that_nobody_named_holds_all_experts():
+def test_ram_is_bought_in_steps():
+    assert [ram_to_buy(nbytes) // GIB for nbytes in (1, 64 * GIB, 64 * GIB + 1)] == [64, 64, 128]
+    assert ram_to_buy(3.5 * GIB, step=GIB) == 4 * GIB
+
+
+def test_assumed_ram_holds_all_experts():
     plan = k2(ram=None)
 
     assert plan.placement.disk_experts == 0
     assert any("assumed, enough for all experts" in source for source in plan.box.sources)
 
 
-def test_this_box_is_measured_once_and_known_afterwards(model, measured, monkeypatch):
+def test_this_box_is_measured_once(model, measured, monkeypatch):
     options = PlanOptions(str(model))
     first = make_plan(options)
     for name in ("probe_cpu", "probe_disk"):
@@ -183,7 +188,7 @@ def test_what_is_measured_on_a_busy_box_is_not_kept(model, measured, monkeypatch
     assert MachineProfile.load().find("cpu", cpu_identity()) is None
 
 
-def test_more_ram_than_this_box_has_means_another_box(model):
+def test_a_budget_of_more_ram_than_this_box_has_means_another_box(model):
     config = load_config(model)
 
     assert find_box(BoxOptions(ram=1 << 50), config, [model]).free_ram == 1 << 50
@@ -246,7 +251,7 @@ def test_less_ram_is_never_faster(model, measured):
     assert rates[0] < rates[-1]
 
 
-def test_a_model_on_the_hub_is_known_by_its_headers(tmp_path, monkeypatch):
+def test_a_model_on_the_hub_is_planned_from_its_headers(tmp_path, monkeypatch):
     source = make_source(tmp_path / "fp8")
     hub = Hub(source, "org/tiny")
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
@@ -267,12 +272,12 @@ def test_a_model_on_the_hub_is_known_by_its_headers(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("options", [{}, {"model": "x", "shape": "tiny"}, {"model": "no such folder"}])
-def test_one_model_must_be_named(options):
+def test_exactly_one_model_must_be_given(options):
     with pytest.raises(RequestError):
         make_plan(PlanOptions(**options))
 
 
-def test_an_unquantized_folder_can_be_planned_for(tmp_path, measured, monkeypatch):
+def test_an_unquantized_model_can_be_planned(tmp_path, measured, monkeypatch):
     synth(tmp_path / "fp8", "tiny")
 
     def refuse(*_):
@@ -311,6 +316,6 @@ def test_json_has_all_figures():
     assert {"ceilings", "efficiency", "sources"} <= report["box"].keys()
 
 
-def test_a_model_or_a_shape_one_of_them():
+def test_the_command_takes_a_model_or_a_shape():
     for command in (["plan"], ["plan", "x", "--shape", "tiny"]):
         assert CliRunner().invoke(main_group, command).exit_code == 2

@@ -1,4 +1,4 @@
-"""benchmarks/plan.py: budgets that one filling of RAM serves, and predictions beside what was measured."""
+"""benchmarks/plan.py: RAM is filled once for all budgets; predictions beside measurements."""
 
 import importlib.util
 import json
@@ -47,7 +47,7 @@ def test_a_shape_is_filled_once_and_planned_at_full_depth(benchmark, quick, monk
     out = capsys.readouterr().out.splitlines()
     rows = json.loads(out[-1])["rows"]
     assert used[0] is used[1]
-    assert used[0].n_rows == 8  # one MoE layer runs, of two
+    assert used[0].n_rows == 8  # one of two MoE layers runs
     assert [row["budget"] for row in rows] == [820_000_000, 1_000_000_000]
     assert [row["experts"] for row in rows] == [16, 16]
     assert all(row["error"] == row["predicted"]["token_ms"] / row["measured"]["token_ms"] - 1 for row in rows)

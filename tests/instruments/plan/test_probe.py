@@ -1,4 +1,4 @@
-"""What a plan measures of this box: a small model of the same widths, and layers that miss experts."""
+"""Measurements of this box for a plan: a small model of the same widths, and layers with cold experts."""
 
 import math
 from dataclasses import replace
@@ -37,7 +37,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(plan_probe, "COLD_S", 0.01)
 
 
-def test_the_small_model_has_the_large_ones_widths_and_fits_a_laptop():
+def test_the_small_model_has_the_widths_of_the_large_one_and_takes_little_memory():
     config = shape_config("kimi-k2")
     small = small_config(config)
 
@@ -49,7 +49,7 @@ def test_the_small_model_has_the_large_ones_widths_and_fits_a_laptop():
     assert small.experts_bytes + planned_bytes(small.backbone_shapes(), dtype, "bf16") < 2.5e9
 
 
-def test_a_model_that_is_small_is_measured_as_it_is():
+def test_a_small_model_is_measured_itself():
     config = shape_config("tiny")
 
     assert small_config(config) is config
@@ -57,7 +57,7 @@ def test_a_model_that_is_small_is_measured_as_it_is():
 
 @pytest.mark.parametrize("head_s", [1e-6, 1.0])
 def test_the_parts_add_up_to_what_was_measured(monkeypatch, head_s):
-    """However fast the head is: what bytes do not explain is a layer's own."""
+    """However fast the head is: the time that bytes do not explain is `layer_s`."""
     few = TokenSeconds(token_s=0.060, experts_s=0.003, other_s=0.004)
     many = replace(few, other_s=0.005)
     monkeypatch.setattr(CpuProbe, "decode_seconds", lambda _, cached: few if cached < 100 else many)
@@ -78,14 +78,14 @@ def test_the_parts_add_up_to_what_was_measured(monkeypatch, head_s):
     assert per_layer_s == pytest.approx(many.other_s - few.other_s, rel=0.05)
 
 
-def test_a_real_probe_gives_figures_that_can_be_kept():
+def test_figures_of_a_real_probe_are_finite():
     figures = probe_cpu(shape_config("tiny"), CEILINGS).figures()
 
     assert all(math.isfinite(value) and value >= 0 for value in figures.values())
     assert figures["backbone"] > 0 < figures["experts"]
 
 
-def test_reading_from_the_disk_is_measured_on_the_checkpoint_itself(tmp_path):
+def test_reads_are_measured_on_the_checkpoint_itself(tmp_path):
     synth(tmp_path / "source", "tiny")
     quantize(tmp_path / "source", tmp_path / "model")
 
@@ -95,8 +95,8 @@ def test_reading_from_the_disk_is_measured_on_the_checkpoint_itself(tmp_path):
     assert 0 < cold.gbps < 1e6
 
 
-def test_what_is_computed_beside_a_read_is_no_part_of_it():
-    """Of a drive that takes 2 ms to answer and 15 ms an expert, beside a CPU that takes 5."""
+def test_a_reads_time_does_not_include_the_computing_beside_it():
+    """A drive has a latency of 2 ms and reads an expert in 15 ms; the CPU computes one in 5 ms."""
     config = shape_config("kimi-k2")
     cold = cold_reads(config, ColdSeconds(0.002 + 8 * 0.015 + 0.005, 0.002 + 0.015 + 0.005, 0.005))
 
@@ -108,7 +108,7 @@ def test_what_is_computed_beside_a_read_is_no_part_of_it():
 
 
 @pytest.mark.parametrize("experts", [9, 40])
-def test_the_picks_of_the_probe_are_missing_or_there_as_they_should_be(tmp_path, monkeypatch, experts):
+def test_layers_of_the_probe_have_the_cold_picks_that_they_should(tmp_path, monkeypatch, experts):
     monkeypatch.setattr(plan_probe, "COLD_S", 0.0)
     monkeypatch.setattr(plan_probe, "COLD_LAYERS", 20)
     folder = make_checkpoint(tmp_path / "model", n_routed_experts=experts)
@@ -123,7 +123,7 @@ def test_the_picks_of_the_probe_are_missing_or_there_as_they_should_be(tmp_path,
 
 
 class ClockedDrive:
-    """A store of a drive that reads one expert after the other, each in `read_s`, by a clock of its own."""
+    """A store whose drive reads one expert after the other, each in `read_s`, by a clock of its own."""
 
     def __init__(self, read_s: float) -> None:
         self.read_s, self.now_s, self._free_s = read_s, 0.0, 0.0
@@ -148,7 +148,7 @@ class ClockedDrive:
 
 
 @pytest.mark.parametrize("read_s", [0.002, 0.005, 0.015, 0.1])
-def test_a_layer_takes_what_the_plan_says_however_many_experts_are_missing(monkeypatch, read_s):
+def test_a_layer_takes_the_planned_time_with_any_number_of_cold_picks(monkeypatch, read_s):
     config, compute_s = replace(shape_config("tiny"), n_routed_experts=32), 0.005
     k, nbytes = config.num_experts_per_tok, config.expert_bytes
     ceilings = Ceilings(ram_gbps=nbytes / compute_s / 1e9, nvme_gbps=nbytes / read_s / 1e9)

@@ -1,4 +1,4 @@
-"""Predicted speeds: the floor is that of `offload/machine/floor.py`, what is lost comes on top."""
+"""Predicted speeds: the floor of `offload/machine/floor.py`, and the losses."""
 
 from dataclasses import replace
 
@@ -19,7 +19,7 @@ GPU = find_preset("h200-141gb").ceilings(132, 5.4, 7)
     ("ram_gbps", "hits", "measured_ms", "floor_ms"),
     [(178.5, 0.559, 45.9, 28.98), (146.5, 0.702, 33.5, 24.56)],
 )
-def test_the_h200_box_comes_out_as_it_was_measured(ram_gbps, hits, measured_ms, floor_ms):
+def test_tokens_on_the_h200_box_are_predicted_as_measured(ram_gbps, hits, measured_ms, floor_ms):
     """Rows of docs/benchmarks.md, "Decoding, 8 MoE layers", at 60 layers."""
     speeds = SpeedModel(K2, replace(GPU, ram_gbps=ram_gbps), H200_BOX)
 
@@ -30,7 +30,7 @@ def test_the_h200_box_comes_out_as_it_was_measured(ram_gbps, hits, measured_ms, 
 
 
 @pytest.mark.parametrize(("tokens", "measured_ms"), [(512, 77.5), (4096, 134)])
-def test_its_prompts_come_out_as_they_were_measured(tokens, measured_ms):
+def test_prompts_on_the_h200_box_are_predicted_as_measured(tokens, measured_ms):
     from moebox.instruments.plan.hits import published_hit_predictor
 
     counts = published_hit_predictor(K2).expert_counts(tokens)
@@ -39,14 +39,14 @@ def test_its_prompts_come_out_as_they_were_measured(tokens, measured_ms):
     assert prompt.seconds / 60 * 1e3 == pytest.approx(measured_ms, rel=0.1)
 
 
-def test_where_nothing_is_lost_a_token_takes_its_floor():
+def test_without_losses_a_token_takes_its_floor():
     token = SpeedModel(K2, CPU, PERFECT).decode(PickShares(0, 1, 0), 1000)
 
     assert token.seconds == pytest.approx(token.floor.seconds)
     assert token.of_floor == pytest.approx(1)
 
 
-def test_where_the_disk_is_all_that_counts_a_token_takes_what_the_disk_does():
+def test_with_a_slow_disk_a_token_takes_the_disks_time():
     slow = SpeedModel(K2, replace(CPU, nvme_gbps=0.1), PERFECT)
 
     token = slow.decode(PickShares(0, 0, 1))
@@ -55,8 +55,8 @@ def test_where_the_disk_is_all_that_counts_a_token_takes_what_the_disk_does():
     assert token.floor.nvme_s < token.seconds < 1.05 * token.floor.nvme_s
 
 
-def test_an_expert_that_is_read_is_computed_too():
-    """The last one of a layer when it is there, the others while the disk is read."""
+def test_cold_experts_are_read_and_computed():
+    """The last cold expert of a layer is computed after its read, the others while the disk is read."""
     token = SpeedModel(K2, CPU, PERFECT).decode(PickShares(0, 0, 1))
 
     read_s = 480 * K2.expert_bytes / 5e9
@@ -64,7 +64,7 @@ def test_an_expert_that_is_read_is_computed_too():
     assert token.experts_s == pytest.approx(read_s + last_s)
 
 
-def test_a_first_byte_is_waited_for_only_in_layers_that_read():
+def test_latency_of_the_disk_counts_only_in_layers_that_read():
     late = SpeedModel(K2, CPU, replace(PERFECT, read_s=0.01))
 
     nothing, all_of_it = late.decode(PickShares(0, 1, 0)), late.decode(PickShares(0, 0, 1))
@@ -75,7 +75,7 @@ def test_a_first_byte_is_waited_for_only_in_layers_that_read():
     assert more_s == pytest.approx(60 * 0.01)
 
 
-def test_each_better_part_makes_it_faster():
+def test_better_bandwidths_and_hits_make_a_token_faster():
     base = PickShares(0.3, 0.6, 0.1)
     before = SpeedModel(K2, GPU, H200_BOX).decode(base, 4096).seconds
     faster = {"ram_gbps": 264, "nvme_gbps": 14, "pcie_gbps": 110}
@@ -87,7 +87,7 @@ def test_each_better_part_makes_it_faster():
         assert SpeedModel(K2, GPU, H200_BOX).decode(chances, 4096).seconds < before
 
 
-def test_a_long_context_costs_the_reading_of_its_cache():
+def test_attention_over_a_long_context_takes_its_bytes():
     speeds = SpeedModel(K2, GPU, H200_BOX)
     short, long = (speeds.decode(PickShares(1, 0, 0), tokens) for tokens in (0, 100_000))
 
@@ -112,7 +112,7 @@ def test_efficiency_survives_the_profile():
     assert Efficiency.from_figures({"backbone": 0.5}, "") is None
 
 
-def test_between_known_lengths_a_prompt_reaches_what_lies_between():
+def test_shares_of_the_prefill_floor_are_interpolated():
     shares = [H200_BOX.of_prefill_floor(tokens) for tokens in (64, 512, 1448, 4096, 8192)]
 
     assert shares[0] == shares[1] < shares[2] < shares[3] == shares[4]

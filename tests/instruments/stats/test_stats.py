@@ -30,7 +30,7 @@ LAYERS, EXPERTS, TOP_K = 2, 8, 3  # micro_config's
 
 @pytest.fixture
 def model(tmp_path, monkeypatch):
-    """A checkpoint's small files, and a data folder of its own."""
+    """A checkpoint's small files, and a data folder of the test's own."""
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
     folder = tmp_path / "micro"
     folder.mkdir()
@@ -54,7 +54,7 @@ def learn(model, ids, tiers=None, recall=None):
     return statistics
 
 
-def test_the_report_says_what_was_picked(model):
+def test_the_report_has_uses_ranks_and_recall(model):
     ids = np.tile(np.array([[0, 1, 2], [5, 6, 7]], np.int32), (40, 1, 1))
     ids[30:, 0] = [0, 1, 3]
     learn(model, ids, recall=(2, 30, 40))
@@ -102,7 +102,7 @@ def test_a_trace_of_another_shape_is_refused(model, tmp_path):
         report_stats(StatsOptions(model, replay=tmp_path / "trace.npz"))
 
 
-def test_without_statistics_it_says_where_they_would_be(model, tmp_path):
+def test_without_statistics_the_error_names_their_file(model, tmp_path):
     with pytest.raises(
         RequestError, match=r"micro: no router statistics yet; they would be in .*data/moebox"
     ):
@@ -126,7 +126,7 @@ def test_merging_adds_and_resetting_forgets(model, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("content", "message"), [(b"text", "not router statistics"), (None, "cannot be read")]
 )
-def test_a_file_to_merge_that_is_none_is_refused(model, tmp_path, content, message):
+def test_a_file_that_cannot_be_merged_is_refused(model, tmp_path, content, message):
     learn(model, picks(30))
     file = tmp_path / "other.npz"
     if content is not None:
@@ -137,7 +137,7 @@ def test_a_file_to_merge_that_is_none_is_refused(model, tmp_path, content, messa
     assert file.exists() == (content is not None)
 
 
-def test_a_place_is_live_while_its_process_runs(model):
+def test_a_placement_is_live_while_its_process_runs(model):
     tiers = np.arange(LAYERS * EXPERTS, dtype=np.uint8).reshape(LAYERS, EXPERTS) % 3
     learn(model, picks(30), tiers)
 
@@ -145,7 +145,7 @@ def test_a_place_is_live_while_its_process_runs(model):
 
     assert places.tiers == tiers.tolist()
     assert (places.process, places.running) == (os.getpid(), True)
-    # Another process has that number now: it began after the placement was said.
+    # Another process has that number now: it began after the placement was saved.
     assert not stats_report.still_runs(Placement(tiers, 1000.0, os.getpid()))
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
@@ -201,7 +201,7 @@ def test_no_color_and_ascii_terminals_are_respected(model, monkeypatch):
     assert all(line.isascii() for line in maps)
 
 
-def test_folding_takes_means_and_the_place_of_most():
+def test_folding_takes_means_and_the_most_frequent_place():
     values = np.array([[0.0, 1, 2, 3, 4, 5, 6]])
 
     assert heat_map.fold(values, 3).tolist() == [[0.5, 2.5, 5.0]]

@@ -84,13 +84,13 @@ def test_a_shard_of_another_conversion_fails(model):
     assert str(size) in check.seen
 
 
-def test_a_folder_that_is_none_fails(tmp_path):
+def test_a_missing_folder_fails(tmp_path):
     check, _ = checks.files(tmp_path / "nowhere")
     assert check.status == "fail"
     assert "nowhere" in check.seen
 
 
-def test_an_unfinished_conversion_says_how_to_go_on(model):
+def test_an_unfinished_conversion_fails_with_the_command_that_resumes_it(model):
     (model / "moebox.json").unlink()
     (model / ".moebox").mkdir()
     (model / ".moebox/journal.jsonl").touch()
@@ -100,7 +100,7 @@ def test_an_unfinished_conversion_says_how_to_go_on(model):
     assert "moebox quantize" in check.fix
 
 
-def test_shards_may_lie_elsewhere(model, tmp_path):
+def test_shards_may_lie_in_a_store(model, tmp_path):
     store = tmp_path / "store"
     store.mkdir()
     shutil.move(shard(model), store)
@@ -110,7 +110,7 @@ def test_shards_may_lie_elsewhere(model, tmp_path):
     assert checks.experts(checkpoint).status == "pass"
 
 
-def test_an_unquantized_model_is_told_the_command(tmp_path):
+def test_an_unquantized_model_fails_with_the_command_that_quantizes_it(tmp_path):
     source = make_source(tmp_path / "source")
     check, checkpoint = checks.files(source)
     assert check.status == "pass"
@@ -120,7 +120,7 @@ def test_an_unquantized_model_is_told_the_command(tmp_path):
     assert checks.checksums(checkpoint, True, silent).status == "skip"
 
 
-def test_a_layout_that_takes_six_reads(tmp_path):
+def test_a_layout_with_six_reads_an_expert_is_a_warning(tmp_path):
     experts = checks.experts(Checkpoint.open(make_checkpoint(tmp_path / "native")))
     assert experts.status == "warn"
     assert "moebox quantize" in experts.fix

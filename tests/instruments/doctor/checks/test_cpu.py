@@ -58,7 +58,7 @@ def test_cores(found, status, words):
     assert check.figures["allowed"] == found.allowed
 
 
-def test_a_busy_machine_is_told_apart_from_an_idle_one():
+def test_other_programs_are_a_warning_above_a_tenth_of_the_cpus():
     assert cpu.load(busy=1.2, allowed=16).status == "pass"
     busy = cpu.load(busy=4.0, allowed=16)
     assert busy.status == "warn"
@@ -73,7 +73,7 @@ def test_one_node(tmp_path):
     assert check.figures == {"node_0_bytes": 24684096 * 1024}
 
 
-def test_two_nodes_cost_something(tmp_path):
+def test_two_nodes_are_a_warning(tmp_path):
     nodes = tmp_path / "devices/system/node"
     for number in (0, 1, 10):
         size = 0 if number == 10 else 250_000_000

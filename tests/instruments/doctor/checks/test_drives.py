@@ -1,4 +1,4 @@
-"""Checks of drives on made-up ones."""
+"""Checks of made-up drives."""
 
 import pytest
 
@@ -69,27 +69,27 @@ def test_a_fast_drive():
     assert (check.figures["depth"], check.figures["depth_8_gbps"]) == (4, 7.0)
 
 
-def test_a_slow_drive_says_what_a_token_takes():
+def test_a_slow_drive_is_a_warning_with_the_seconds_of_a_token():
     check = drives.bandwidth(NVME, DriveSpeed({1: 0.5, 2: 0.5}, direct=True))
     assert check.status == "warn"
     assert "23.8 s if none" in check.costs
     assert "2.4 s if one in ten" in check.costs
 
 
-def test_a_drive_that_was_faster():
+def test_a_drive_that_was_faster_earlier_is_a_warning():
     before = Part("drive", NVME.identity, "2026-01-31T10:00:00Z", {"gbps": 14.0, "depth": 8})
     check = drives.bandwidth(NVME, SPEED, before)
     assert check.status == "warn"
     assert "On 2026-01-31 it was 14.00 GB/s" in check.costs
 
 
-def test_reads_through_the_page_cache_are_said():
+def test_reads_through_the_page_cache_are_a_warning():
     check = drives.bandwidth(NVME, DriveSpeed({1: 9.0}, direct=False))
     assert check.status == "warn"
     assert "O_DIRECT" in check.costs
 
 
-def test_what_was_not_measured():
+def test_bandwidth_that_was_not_measured():
     assert drives.bandwidth(NVME, None).status == "skip"
     assert drives.not_measured().status == "skip"
     broken = drives.bandwidth(NVME, OSError("a broken shard"))

@@ -1,4 +1,4 @@
-"""Checks of the GPU on made-up machines; a real one is looked at where there is one."""
+"""Checks of the GPU: made-up ones, and this machine's if it has one."""
 
 import sys
 import types
@@ -55,7 +55,7 @@ def refused(*_):
 
 
 def fake_nvml(monkeypatch, **functions):
-    """The driver's library: a box on which some of its functions answer."""
+    """A driver's library of which only `functions` answer."""
     names = (
         "nvmlInit nvmlSystemGetCudaDriverVersion nvmlSystemGetDriverVersion nvmlDeviceGetHandleByUUID "
         "nvmlDeviceGetCurrPcieLinkGeneration nvmlDeviceGetCurrPcieLinkWidth "
@@ -70,7 +70,7 @@ def fake_nvml(monkeypatch, **functions):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (139 * GIB, 140 * GIB))
 
 
-def test_what_the_drivers_library_tells(monkeypatch):
+def test_driver_and_link_as_far_as_nvml_answers(monkeypatch):
     whole = {
         "nvmlInit": lambda: None,
         "nvmlSystemGetCudaDriverVersion": lambda: 13000,
@@ -89,7 +89,7 @@ def test_what_the_drivers_library_tells(monkeypatch):
     assert gpu.find_gpus() == [altered(driver="", driver_cuda=None, link=None)]
 
 
-def test_no_gpu_is_no_fault(tmp_path, roots):
+def test_without_a_gpu_the_check_is_skipped(tmp_path, roots):
     card(tmp_path, "0000:00:02.0", "0x8086", "0x030000")
     card(tmp_path, "0000:01:00.1", gpu.NVIDIA, "0x040300")  # the sound device of a graphics card
     (check,) = gpu.device([], roots)
@@ -120,7 +120,7 @@ def test_a_driver_but_no_device(tmp_path, roots):
     assert "CUDA 13.0" in check.fix
 
 
-def test_each_gpu_is_told(roots):
+def test_each_gpu_has_a_check(roots):
     checks = gpu.device([H200, altered(index=1, free_bytes=20 * GIB)], roots)
     assert [check.status for check in checks] == ["pass", "warn"]
     assert [check.subject for check in checks] == ["cuda:0", "cuda:1"]
@@ -164,7 +164,7 @@ def test_pcie_beside_what_the_link_carries():
     assert gpu.pcie(altered(link=None), figures(20.0, 20.0)).status == "pass"
 
 
-def test_pinning_that_is_refused_is_told_with_its_fix():
+def test_refused_pinning_is_a_warning_with_its_fix():
     check = gpu.pcie(H200, ValueError("pinning failed\nRaise the limit."))
     assert check.status == "warn"
     assert "pinning failed" in check.seen

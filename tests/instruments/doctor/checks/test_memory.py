@@ -30,7 +30,7 @@ def test_a_model_that_fits_and_one_that_does_not():
     assert "moebox plan" in small.fix
 
 
-def test_a_gpu_holds_backbone_and_experts():
+def test_memory_of_a_gpu_counts_for_backbone_and_experts():
     with_gpu = memory.size(K2, total=512 * GIB, available=300 * GIB, vram=80 * GIB)
     assert with_gpu.status == "warn"
     assert "64% fit memory and the GPU" in with_gpu.seen
@@ -55,7 +55,7 @@ def figures(gbps):
     return {"ram_gbps": gbps, "cpu_tflops": 0.3}
 
 
-def test_bandwidth_is_compared_with_what_it_was():
+def test_bandwidth_is_compared_with_the_earlier_one():
     before = Part("cpu", "c", "2026-01-31T10:00:00Z", figures(100.0))
     assert memory.bandwidth(figures(90.0), 16, before).status == "pass"
     assert memory.bandwidth(figures(110.0), 16).status == "pass"
@@ -66,13 +66,13 @@ def test_bandwidth_is_compared_with_what_it_was():
     assert slower.figures == figures(50.0)
 
 
-def test_a_bandwidth_that_cannot_be():
+def test_an_implausible_bandwidth_is_a_warning():
     check = memory.bandwidth(figures(4.0), 2)
     assert check.status == "warn"
     assert "3.0 s" in check.costs
 
 
-def test_memory_that_cannot_be_had_is_no_traceback():
+def test_a_failed_measurement_is_a_warning():
     check = memory.bandwidth(OSError("no memory"), 2)
     assert check.status == "warn"
     assert "no memory" in check.seen

@@ -1,4 +1,4 @@
-"""Versions: what is installed, what is too old, what was not tested."""
+"""Checks of versions: tested ones, ones that are too old, and ones that were not tested."""
 
 import tomllib
 
