@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from moebox.console import figure_table, print_line, widen
 from moebox.instruments.bench.decode_report import DecodeReport
 from moebox.instruments.bench.prefill_report import PrefillReport
 from moebox.instruments.bench.report import BenchReport
 from moebox.instruments.bench.roads import RoadFigures
-from moebox.instruments.text import figure_table, print_line, widen
 from moebox.offload.machine.floor import Ceilings
 from moebox.offload.prefetch.prefetch import PrefetchReport
 from moebox.units import GIGA

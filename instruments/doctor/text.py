@@ -8,9 +8,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from moebox.console import widen
 from moebox.instruments.doctor.checks.base import Check
 from moebox.instruments.doctor.doctor import DoctorReport
-from moebox.instruments.text import widen
 
 MARKS = {
     "pass": ("ok", "green"),

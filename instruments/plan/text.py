@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from moebox.config import ModelConfig
+from moebox.console import figure_table, print_line, widen
 from moebox.instruments.plan.placement import DISK, GPU, RAM, MemoryPlacement
 from moebox.instruments.plan.report import Plan
 from moebox.instruments.plan.speed import DecodePrediction
-from moebox.instruments.text import figure_table, print_line, widen
 from moebox.units import GIGA, gib
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ from rich.color import Color
 from rich.style import Style
 from rich.text import Text
 
+from moebox.console import percent
 from moebox.instruments.stats.report import SavedPlacement, StatsReport
-from moebox.instruments.text import percent
 from moebox.offload.routing.replay import slots_of
 
 Grid = npt.NDArray[np.float64]

@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
+from moebox.console import figure_table, percent, print_line
 from moebox.instruments.stats import heat_map
 from moebox.instruments.stats.heat_map import Map
 from moebox.instruments.stats.report import Forgotten, HitCurve, StatsReport
-from moebox.instruments.text import figure_table, percent, print_line
 
 if TYPE_CHECKING:
     from rich.console import Console

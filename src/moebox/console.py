@@ -1,4 +1,4 @@
-"""Lines and tables of the reports that the instruments print."""
+"""Lines and tables of reports on the terminal."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ import io
 
 from rich.console import Console
 
-from moebox.instruments.text import figure_table, percent, print_line, widen
+from moebox.console import figure_table, percent, print_line, widen
 
 
 def printed(show, width=40):
