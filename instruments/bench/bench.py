@@ -18,7 +18,7 @@ from moebox.cost.accounts import open_meter
 from moebox.cost.energy.meter import EnergyMeter
 from moebox.cost.prices.box_prices import Prices, load_prices
 from moebox.errors import RequestError
-from moebox.instruments.bench.cost import Spent
+from moebox.instruments.bench.cost import RunCost
 from moebox.instruments.bench.decode_report import DecodeReport, decode_report
 from moebox.instruments.bench.prefill_report import LayerWork, PrefillReport, prefill_report
 from moebox.instruments.bench.prompt import SEED, random_ids, text_ids
@@ -180,7 +180,7 @@ class _Run:
         seconds = [seconds for seconds, _ in runs]
         median_s, layers = sorted(runs, key=lambda run: run[0])[len(runs) // 2]
         log.info("prompt of %d tokens: %.3f s", tokens, median_s)
-        spent = Spent(tokens * len(runs), sum(seconds), energy, self.prices)
+        spent = RunCost(tokens * len(runs), sum(seconds), energy, self.prices)
         return prefill_report(tokens, seconds, layers, self.target.model, self.ceilings, spent)
 
     def _prompt_once(self, tokens: int, run: int) -> tuple[float, list[LayerWork]]:
@@ -218,7 +218,7 @@ class _Run:
             self.target.model,
             self.ceilings,
             cached_tokens=cached,
-            spent=Spent(count, sum(token_s), energy, self.prices),
+            spent=RunCost(count, sum(token_s), energy, self.prices),
         )
 
     def _next_tokens(self) -> Iterator[tuple[float, Samples]]:

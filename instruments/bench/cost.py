@@ -12,7 +12,7 @@ from moebox.runtime.terminal.cost_text import cost_dict, energy_dict, energy_tex
 
 
 @dataclass(frozen=True)
-class Spent:
+class RunCost:
     """Energy and time of the box for some tokens.
 
     Attributes:
@@ -37,7 +37,7 @@ class Spent:
         """Money per million tokens, at full utilisation unless `prices` names another."""
         return cost_of(Work(self.tokens, total_joules(self.energy), self.seconds), self.prices)
 
-    def times(self, factor: float) -> Spent:
+    def times(self, factor: float) -> RunCost:
         """The same tokens in `factor` times the seconds, at the same watts."""
         energy = tuple(replace(part, joules=part.joules * factor) for part in self.energy)
         return replace(self, seconds=self.seconds * factor, energy=energy)
@@ -56,3 +56,8 @@ class Spent:
             None if cost is None else price_text(cost, self.prices.currency),
         )
         return " · ".join(part for part in parts if part)
+
+
+def run_cost_dict(cost: RunCost | None) -> dict[str, Any]:
+    """Energy and cost for `--json`; None for both if energy was not measured."""
+    return {"energy": None, "cost": None} if cost is None else cost.to_dict()

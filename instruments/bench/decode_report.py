@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from moebox.config import ModelConfig
-from moebox.instruments.bench.cost import Spent
+from moebox.instruments.bench.cost import RunCost, run_cost_dict
 from moebox.instruments.bench.measured_model import MeasuredModel
 from moebox.instruments.bench.roads import LAYER_FIELDS, RoadFigures, Samples, mean_per_token, road_figures
 from moebox.offload.machine.floor import Ceilings, DecodeBytes, DecodeFloor, decode_floor
@@ -98,7 +98,7 @@ class DecodeReport:
     schedule_p95_s: float
     roads: RoadFigures
     floor: DecodeFloor
-    spent: Spent | None
+    spent: RunCost | None
     layers: list[DecodeLayer]
     full_depth: FullDepth
 
@@ -113,7 +113,7 @@ class DecodeReport:
         return self.floor.seconds / self.token_s
 
     @property
-    def spent_at_full_depth(self) -> Spent | None:
+    def spent_at_full_depth(self) -> RunCost | None:
         """Energy of the whole model if it draws the watts of this run for as long as it would take."""
         return None if self.spent is None else self.spent.times(self.full_depth.token_s / self.token_s)
 
@@ -122,22 +122,17 @@ class DecodeReport:
         full = self.full_depth
         layers = [asdict(layer) | {"of_floor": layer.of_floor} for layer in self.layers]
         return asdict(replace(self, spent=None)) | {
-            **spent_dict(self.spent),
+            **run_cost_dict(self.spent),
             "tokens_per_s": self.tokens_per_s,
             "of_floor": self.of_floor,
             "layers": layers,
             "full_depth": {
                 **asdict(full),
-                **spent_dict(self.spent_at_full_depth),
+                **run_cost_dict(self.spent_at_full_depth),
                 "tokens_per_s": full.tokens_per_s,
                 "of_floor": full.of_floor,
             },
         }
-
-
-def spent_dict(spent: Spent | None) -> dict[str, Any]:
-    """Energy and cost for `--json`; None for both where energy was not measured."""
-    return {"energy": None, "cost": None} if spent is None else spent.to_dict()
 
 
 def decode_report(
@@ -147,7 +142,7 @@ def decode_report(
     ceilings: Ceilings,
     *,
     cached_tokens: int,
-    spent: Spent | None = None,
+    spent: RunCost | None = None,
 ) -> DecodeReport:
     """Sum up the decoding of a run.
 

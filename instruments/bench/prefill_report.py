@@ -12,8 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from moebox.instruments.bench.cost import Spent
-from moebox.instruments.bench.decode_report import spent_dict
+from moebox.instruments.bench.cost import RunCost, run_cost_dict
 from moebox.instruments.bench.measured_model import MeasuredModel
 from moebox.instruments.bench.roads import RoadFigures, road_figures
 from moebox.offload.machine.floor import Ceilings, PrefillFloor
@@ -78,7 +77,7 @@ class PrefillReport:
     tokens: int
     runs: int
     seconds: float
-    spent: Spent | None
+    spent: RunCost | None
     layers: list[PrefillLayer]
     full_depth_s: float
 
@@ -96,7 +95,7 @@ class PrefillReport:
         """For `--json`: all fields, and derived figures beside them."""
         derived = {"tokens_per_s": self.tokens_per_s, "times_floor": self.times_floor}
         layers = [layer.to_dict() for layer in self.layers]
-        return asdict(replace(self, spent=None)) | derived | spent_dict(self.spent) | {"layers": layers}
+        return asdict(replace(self, spent=None)) | derived | run_cost_dict(self.spent) | {"layers": layers}
 
 
 def prefill_report(
@@ -105,7 +104,7 @@ def prefill_report(
     layers: Sequence[LayerWork],
     model: MeasuredModel,
     ceilings: Ceilings,
-    spent: Spent | None = None,
+    spent: RunCost | None = None,
 ) -> PrefillReport:
     """Sum up the runs of a prompt.
 

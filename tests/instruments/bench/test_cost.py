@@ -7,7 +7,7 @@ import pytest
 from moebox.cost.prices.box_prices import Prices
 from moebox.cost.usage import Joules
 from moebox.instruments.bench.bench import bench
-from moebox.instruments.bench.cost import Spent
+from moebox.instruments.bench.cost import RunCost
 from moebox.instruments.bench.target import BenchOptions
 from moebox.instruments.measure import ceilings
 
@@ -17,7 +17,7 @@ ENERGY = (Joules("gpu", 3.0, "counter"), Joules("cpu", 1.0, "estimated"))
 def test_joules_and_price_of_a_token_by_hand():
     """2 J a token at 0.36 a kWh, which is 3.6 MJ, are 0.2 for a million tokens. A price of 26,280 over 10
     months is 0.001 a second, so that 42 ms for 2 tokens are 21 for a million."""
-    spent = Spent(2, 42e-3, ENERGY, Prices(electricity_per_kwh=0.36, hardware_price=26_280, life_months=10))
+    spent = RunCost(2, 42e-3, ENERGY, Prices(electricity_per_kwh=0.36, hardware_price=26_280, life_months=10))
 
     assert spent.joules_per_token == 2.0
     assert spent.cost.electricity == pytest.approx(0.2)
@@ -26,7 +26,7 @@ def test_joules_and_price_of_a_token_by_hand():
 
 
 def test_a_deeper_model_draws_the_same_watts_for_longer():
-    spent = Spent(2, 42e-3, ENERGY, Prices(electricity_per_kwh=0.36)).times(5)
+    spent = RunCost(2, 42e-3, ENERGY, Prices(electricity_per_kwh=0.36)).times(5)
 
     assert [part.joules for part in spent.energy] == [15.0, 5.0]
     assert str(spent) == "10.0 J/token (GPU 7.50, CPU 2.50 est.) · $1.00/1M tokens, electricity only"

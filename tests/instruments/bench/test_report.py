@@ -10,7 +10,7 @@ from rich.console import Console
 
 from moebox.cost.prices.box_prices import Prices
 from moebox.cost.usage import Joules
-from moebox.instruments.bench.cost import Spent
+from moebox.instruments.bench.cost import RunCost
 from moebox.instruments.bench.decode_report import decode_report
 from moebox.instruments.bench.measured_model import MeasuredModel
 from moebox.instruments.bench.prefill_report import LayerWork, prefill_report
@@ -45,7 +45,7 @@ def k2_decode(model=None):
     )
     model = model or MeasuredModel("k2", K2_SHALLOW, 60)
     energy = (Joules("gpu", 3.0, "counter"), Joules("cpu", 1.0, "estimated"))
-    spent = Spent(2, 42e-3, energy, Prices(hardware_price=26_280, life_months=10))
+    spent = RunCost(2, 42e-3, energy, Prices(hardware_price=26_280, life_months=10))
     return decode_report(np.stack([token, token]), [20e-3, 22e-3], model, BOX, cached_tokens=99, spent=spent)
 
 
