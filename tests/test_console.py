@@ -4,7 +4,7 @@ import io
 
 from rich.console import Console
 
-from moebox.console import figure_table, percent, print_line, widen
+from moebox.console import percent, print_line, table_of, widen
 
 
 def printed(show, width=40):
@@ -20,7 +20,7 @@ def test_a_line_is_printed_as_it_is():
 
 
 def test_a_table_aligns_figures_to_the_right():
-    table = figure_table("layer", "ms", left=1)
+    table = table_of("layer", "ms")
     table.add_row("first", "1,234.5")
     table.add_row("second", "1.0")
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 from rich.text import Text
 
+from moebox.console import print_line, table_of, widen
 from moebox.cost import figures
 from moebox.cost.report.report import Hosted, Line, Report
 from moebox.cost.report.words import (
@@ -23,7 +24,6 @@ from moebox.cost.report.words import (
     verdict,
     verdict_of,
 )
-from moebox.cost.terminal import TABLE_WIDTH, print_line, table_of
 from moebox.cost.words import METHOD_NAMES, PART_NAMES, SOURCE_NAMES, money, payback, plain, value_or
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def render_report(report: Report, console: Console) -> None:
         print_line(console, f"{EMPTY} ({report.ledger})", "bold")
         print_line(console, how_to_fill(report))
         return
-    console.width = max(console.width, TABLE_WIDTH)
+    widen(console)
     print_line(console, dates(report), "dim")
     print_line(console, plain(headline(report)), "bold")
     print_line(console, verdict(report))

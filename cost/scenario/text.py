@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
+from moebox.console import print_line, table_of, widen
 from moebox.cost.scenario.scenario import ScenarioReport
 from moebox.cost.scenario.words import (
     SPEED_HEADS,
@@ -17,7 +18,6 @@ from moebox.cost.scenario.words import (
     scenario_verdict,
     speed_cells,
 )
-from moebox.cost.terminal import TABLE_WIDTH, print_line, table_of
 from moebox.cost.words import money, plain
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 def render_scenario(report: ScenarioReport, console: Console) -> None:
     """Print all of `report`."""
-    console.width = max(console.width, TABLE_WIDTH)
+    widen(console)
     print_line(console, f"{report.scenario.title}, on paper", "dim")
     print_line(console, plain(scenario_headline(report)), "bold")
     print_line(console, scenario_verdict(report))

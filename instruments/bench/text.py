@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from moebox.console import figure_table, print_line, widen
+from moebox.console import print_line, table_of, widen
 from moebox.instruments.bench.decode_report import DecodeReport
 from moebox.instruments.bench.prefill_report import PrefillReport
 from moebox.instruments.bench.report import BenchReport
@@ -80,7 +80,7 @@ def _prefill(prompt: PrefillReport, report: BenchReport, console: Console) -> No
             f"  at {full} MoE layers: {prompt.seconds - in_layers:.3f} s + {full}/{here} x {in_layers:.3f} s "
             f"= {prompt.full_depth_s:.3f} s, {prompt.tokens / prompt.full_depth_s:,.1f} tok/s",
         )
-    table = figure_table("layer", "ms", "floor ms", "times", "hits", "uploads", "CPU", "disk", *_ROADS)
+    table = table_of("layer", "ms", "floor ms", "times", "hits", "uploads", "CPU", "disk", *_ROADS, texts=())
     for layer in prompt.layers:
         table.add_row(
             str(layer.layer),
@@ -116,7 +116,7 @@ def _decode(decode: DecodeReport, report: BenchReport, console: Console) -> None
     )
     _full_depth(decode, report, console)
     experts = ("hits", "uploads", "part", "CPU", "disk")
-    table = figure_table("layer", "ms", "floor ms", "of floor", *experts, "wait ms", *_ROADS)
+    table = table_of("layer", "ms", "floor ms", "of floor", *experts, "wait ms", *_ROADS, texts=())
     for layer in decode.layers:
         table.add_row(
             str(layer.layer),

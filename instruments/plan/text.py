@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from moebox.config import ModelConfig
-from moebox.console import figure_table, print_line, widen
+from moebox.console import print_line, table_of, widen
 from moebox.instruments.plan.placement import DISK, GPU, RAM, MemoryPlacement
 from moebox.instruments.plan.report import Plan
 from moebox.instruments.plan.speed import DecodePrediction
@@ -16,15 +16,13 @@ from moebox.units import GIGA, gib
 if TYPE_CHECKING:
     from rich.console import Console
 
-TABLE_WIDTH = 110
-"""Columns that the widest table takes."""
 LEAST_GAIN = 0.02
 """Smaller gains are shown as no difference: predictions are not so exact."""
 
 
 def render_plan(plan: Plan, console: Console) -> None:
     """Print all of `plan`."""
-    widen(console, TABLE_WIDTH)
+    widen(console)
     print_line(console, f"{plan.model.name} on {plan.box.name}", "bold")
     if plan.model.note:
         print_line(console, f"  {plan.model.note}", "dim")
@@ -78,7 +76,7 @@ def _answer(plan: Plan) -> Table:
 
 
 def _placement(plan: Plan) -> Table:
-    table = figure_table("where", "what", "bytes", "", "experts", left=2)
+    table = table_of("where", "what", "bytes", "", "experts", texts=(0, 1))
     rooms = {
         GPU: plan.box.vram_room,
         RAM: plan.box.free_ram if plan.box.ram is None else plan.box.ram,
@@ -120,7 +118,7 @@ def _token(plan: Plan, decode: DecodePrediction) -> Table:
     """For each part of a token: its bytes over the bandwidth are its floor; floor over the reached share is
     the expected time."""
     unit, scale = ("GB", GIGA) if decode.moved.backbone >= GIGA else ("MB", 1e6)
-    table = figure_table("", unit, "GB/s", "floor ms", "reached", "expected ms", left=1)
+    table = table_of("", unit, "GB/s", "floor ms", "reached", "expected ms")
     for name, nbytes, gbps, floor_s, reached, seconds in _token_parts(plan, decode):
         if nbytes:
             cells = (f"{nbytes / scale:.2f}", gbps, _ms(floor_s), f"{reached:.0%}", _ms(seconds))
@@ -160,7 +158,7 @@ def _prefill(plan: Plan) -> Table:
     """A layer's floor is the longest of its parts; without a GPU the CPU moves and computes one after the
     other."""
     columns = ("tokens", "moving ms", "computing ms", "disk ms", "floor s", "reached", "expected s", "tok/s")
-    table = figure_table(*columns)
+    table = table_of(*columns, texts=())
     for prefill in plan.prefill:
         table.add_row(
             f"{prefill.tokens:,}",
@@ -176,15 +174,14 @@ def _prefill(plan: Plan) -> Table:
 
 
 def _loading(plan: Plan) -> Table:
-    table = figure_table("", "GB", "GB/s", "s", left=1)
+    table = table_of("", "GB", "GB/s", "s")
     for what, nbytes, gbps in plan.loading.stages:
         table.add_row(what, f"{nbytes / GIGA:,.3f}", f"{gbps:.2f}", f"{nbytes / (gbps * GIGA):,.1f}")
     return table
 
 
 def _changes(plan: Plan) -> Table:
-    table = figure_table("", "tok/s", left=1)
-    table.add_column("", no_wrap=True)
+    table = table_of("", "tok/s", "", texts=(0, 2))
     table.add_row("as it is", _rate(plan.tokens_per_s), "")
     for change in plan.changes:
         gain = f"{change.gain:+.0%}" if change.gain < 1 else f"{1 + change.gain:.1f} times as fast"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from moebox.console import figure_table, percent, print_line
+from moebox.console import percent, print_line, table_of
 from moebox.instruments.stats import heat_map
 from moebox.instruments.stats.heat_map import Map
 from moebox.instruments.stats.report import Forgotten, HitCurve, StatsReport
@@ -55,7 +55,7 @@ def _curve(curve: HitCurve, console: Console) -> None:
         f"\nhits of a cache, replayed: {curve.tokens:,} tokens of {curve.source or 'a trace'}",
         "bold",
     )
-    table = figure_table("of the experts fit", *map(percent, curve.budgets), left=1)
+    table = table_of("of the experts fit", *map(percent, curve.budgets))
     for policy, hits in curve.hits.items():
         table.add_row(policy, *(f"{share:.1%}" for share in hits))
     console.print(table)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.table import Table
@@ -11,23 +11,26 @@ from rich.text import Text
 if TYPE_CHECKING:
     from rich.console import Console
 
+TABLE_WIDTH = 110
+"""Columns that most reports' tables take."""
 
-def widen(console: Console, columns: int) -> None:
-    """Print at least `columns` columns, even where the terminal is narrower: a table must not lose cells."""
+
+def widen(console: Console, columns: int = TABLE_WIDTH) -> None:
+    """Print at least `columns` columns, even if the terminal is narrower, so that no cell is cut off."""
     console.width = max(console.width, columns)
 
 
 def print_line(console: Console, text: str, style: str = "") -> None:
-    """Print `text` without markup; the terminal, not the console, breaks a line that is too long."""
+    """Print a paragraph without markup; the terminal wraps it."""
     console.print(Text(text, style=style), soft_wrap=True)
 
 
-def figure_table(*columns: str, left: int = 0) -> Table:
-    """An empty table with a line below its head; all columns but the first `left` are right-aligned."""
+def table_of(*columns: str, texts: tuple[int, ...] = (0,)) -> Table:
+    """A table whose number columns are aligned right and never cut; the columns in `texts` wrap."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for number, name in enumerate(columns):
-        side: Literal["left", "right"] = "left" if number < left else "right"
-        table.add_column(name, justify=side, no_wrap=True)
+        words = number in texts
+        table.add_column(name, justify="left" if words else "right", no_wrap=not words, overflow="fold")
     return table
 
 
