@@ -113,8 +113,8 @@ class ColdSeconds:
 def cold_reads(config: ModelConfig, seconds: ColdSeconds) -> ColdReads:
     """Latency and bandwidth that explain `seconds`.
 
-    With `each_s` the time of one read, `all_cold_s = latency + k * each_s + one_warm_s` and
-    `one_cold_s = latency + each_s + one_warm_s`.
+    With `each_s` the time of one read, `all_cold_s = latency + k * each_s + one_warm_s` and `one_cold_s =
+    latency + each_s + one_warm_s`.
     """
     top_k = config.num_experts_per_tok
     each_s = (seconds.all_cold_s - seconds.one_cold_s) / max(top_k - 1, 1)

@@ -10,11 +10,13 @@ import torch
 from click.testing import CliRunner
 from rich.console import Console
 
+from helpers.paths import TINY_K2
 from helpers.runtime import make_checkpoint
 from moebox.cli import main_group
 from moebox.config import load_config
 from moebox.errors import PlanError, RequestError
 from moebox.instruments.bench.bench import bench
+from moebox.instruments.bench.prompt import prompt_text
 from moebox.instruments.bench.target import BenchOptions
 from moebox.instruments.bench.text import render_bench
 from moebox.instruments.measure import ceilings
@@ -24,8 +26,10 @@ from moebox.offload.disk.store import ExpertStore
 from moebox.offload.machine.drive_speed import DriveSpeed
 from moebox.offload.memory.ram_slab import RamTier
 from moebox.offload.routing.trace import synthetic_trace
+from moebox.quantize.convert import quantize
 from moebox.runtime.engine.cpu_plan import budget_for_share
-from moebox.runtime.engine.cpu_runner import default_dtype
+from moebox.runtime.engine.cpu_runner import CpuRunner, default_dtype
+from moebox.runtime.text.tokenizer import Tokenizer
 
 
 @pytest.fixture
@@ -104,7 +108,7 @@ def test_bench_of_a_checkpoint_with_a_recorded_trace(quick, tmp_path, monkeypatc
     folder = make_checkpoint(tmp_path / "model")
     synthetic_trace(30, 2, 8, 4, seed=5).save(tmp_path / "trace.npz")
     monkeypatch.setattr(
-        "moebox.instruments.bench.bench._prompt_ids", lambda options, config, count: [7] * count
+        "moebox.instruments.bench.bench.text_ids", lambda model, vocab_size, count: [7] * count
     )
     options = BenchOptions(folder, prompt_tokens=(6,), decode_tokens=3, device=device, context=64)
 
@@ -119,7 +123,7 @@ def test_bench_of_a_checkpoint_with_a_recorded_trace(quick, tmp_path, monkeypatc
 def test_bench_with_experts_on_disk(quick, tmp_path, monkeypatch):
     folder = make_checkpoint(tmp_path / "model", n_routed_experts=32)
     monkeypatch.setattr(
-        "moebox.instruments.bench.bench._prompt_ids", lambda options, config, count: list(range(count))
+        "moebox.instruments.bench.bench.text_ids", lambda model, vocab_size, count: list(range(count))
     )
     monkeypatch.setattr(ExpertStore, "measure_depth", lambda store: {"a drive": DriveSpeed({4: 2.5}, True)})
     ram = quarter_of_the_experts(folder)
@@ -143,7 +147,7 @@ def test_bench_with_experts_on_disk(quick, tmp_path, monkeypatch):
 def test_bench_reports_prefetched_reads(quick, tmp_path, monkeypatch):
     folder = make_checkpoint(tmp_path / "model", n_routed_experts=32)
     monkeypatch.setattr(
-        "moebox.instruments.bench.bench._prompt_ids", lambda options, config, count: list(range(count))
+        "moebox.instruments.bench.bench.text_ids", lambda model, vocab_size, count: list(range(count))
     )
     monkeypatch.setattr(ExpertStore, "measure_depth", lambda store: {"a drive": DriveSpeed({4: 2.5}, True)})
     monkeypatch.setattr(
@@ -161,6 +165,23 @@ def test_bench_reports_prefetched_reads(quick, tmp_path, monkeypatch):
     render_bench(report, console)
     assert f"prefetch: {prefetch.issued} reads ahead, {prefetch.used} used" in console.file.getvalue()
     assert bench(replace(options, prefetch=False)).prefetch is None
+
+
+def test_bench_of_a_checkpoint_decodes_behind_the_fixed_text(quick, monkeypatch, tmp_path):
+    given, forward = [], CpuRunner.forward
+
+    def noted(runner, token_ids, cache, **options):
+        given.extend(token_ids)
+        return forward(runner, token_ids, cache, **options)
+
+    quantize(TINY_K2, tmp_path / "model")
+    monkeypatch.setattr(CpuRunner, "forward", noted)
+
+    bench(BenchOptions(tmp_path / "model", prompt_tokens=(40,), decode_tokens=0, device="cpu", context=64))
+
+    tokenizer = Tokenizer.load(TINY_K2, load_config(TINY_K2).vocab_size)
+    assert prompt_text().startswith(tokenizer.decode(given))
+    assert len(given) == 40
 
 
 def test_random_experts_are_in_ram_only(quick):
