@@ -48,22 +48,19 @@ HEAD_REPEATS = 5
 COLD_S, COLD_LAYERS = 1.5, 8
 """How long layers with cold experts are measured, and how many at least."""
 BETWEEN_S = 0.002
-"""Pause before each of those layers, as long as attention takes: worker threads sleep meanwhile, and must
-wake."""
+"""Pause before each of those layers, as long as attention takes, in which worker threads fall asleep."""
 AGE_TOKENS = 1000
 """Many half-lives of an expert's score."""
 
 
 def small_config(config: ModelConfig) -> ModelConfig:
-    """A model of the same widths that takes one or two gigabytes; a model that takes less is returned
-    itself."""
+    """A model of the same widths that takes one or two gigabytes, or `config` itself if that is small."""
     if config.experts_bytes <= EXPERTS_BYTES:
         return config
     experts = EXPERTS_BYTES // (MOE_LAYERS * config.expert_bytes)
     return replace(
         config,
         num_hidden_layers=config.first_k_dense_replace + MOE_LAYERS,
-        first_k_dense_replace=config.first_k_dense_replace,
         n_routed_experts=max(2 * config.num_experts_per_tok, min(experts, config.n_routed_experts)),
         n_group=1,
         topk_group=1,
