@@ -184,8 +184,7 @@ class _Run:
         return prefill_report(tokens, seconds, layers, self.target.model, self.ceilings, spent)
 
     def _prompt_once(self, tokens: int, run: int) -> tuple[float, list[LayerWork]]:
-        """Seconds until the last token's logits are there, and the layers; each run takes another part of the
-        trace."""
+        """Seconds until the last token's logits, and the layers; each run uses another part of the trace."""
         self.cache.truncate(0)
         if self.routing is not None:
             self.routing.rewind(run * tokens % self.routing.trace.tokens)

@@ -67,8 +67,7 @@ class Efficiency:
     """Figures that the machine's profile keeps, besides those of prompts."""
 
     def of_prefill_floor(self, tokens: int) -> float:
-        """Share of the floor that a prompt reaches: between known lengths linear in the logarithm of
-        `tokens`."""
+        """Share of the floor that a prompt reaches, linear in log(tokens) between known lengths."""
         lengths, parts = zip(*self.prefill, strict=True)
         return float(np.interp(math.log(tokens), np.log(lengths), parts))
 
@@ -193,8 +192,7 @@ class DecodePrediction:
 
 @dataclass(frozen=True)
 class LayerTime:
-    """Seconds of one layer's experts: each road's, by the keys of `DecodePrediction.layer_roads`, and in
-    all."""
+    """Seconds of one layer's experts: `roads` as in `DecodePrediction.layer_roads`, `seconds` in all."""
 
     roads: dict[str, float]
     seconds: float

@@ -155,8 +155,7 @@ def _token_parts(
 
 
 def _prefill(plan: Plan) -> Table:
-    """A layer's floor is the longest of its parts; without a GPU the CPU moves and computes one after the
-    other."""
+    """A layer's floor is the longest of its parts; without a GPU it is moving plus computing, or disk."""
     columns = ("tokens", "moving ms", "computing ms", "disk ms", "floor s", "reached", "expected s", "tok/s")
     table = table_of(*columns, texts=())
     for prefill in plan.prefill:

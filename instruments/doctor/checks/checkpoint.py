@@ -46,8 +46,7 @@ def files(folder: Path, stores: Sequence[Path] = ()) -> tuple[Check, Checkpoint 
 
 
 def _check_sizes(checkpoint: Checkpoint) -> None:
-    """Raise `CheckpointError` if a shard has another size than the manifest says; headers know nothing of
-    it."""
+    """Raise `CheckpointError` if a shard's size is not the manifest's, which headers do not have."""
     manifest = load_manifest(checkpoint.folder)
     for file, entry in (manifest.shards if manifest else {}).items():
         for path in checkpoint.shards.get(file, []):

@@ -42,8 +42,7 @@ def instruction_set(paths: Sequence[str] | None = None) -> Check:
 
 @dataclass(frozen=True)
 class Cores:
-    """CPUs of the machine, those of them in the affinity mask, and those of these within the cgroup's
-    quota."""
+    """CPUs of the machine, those in the affinity mask, and of the latter those within the cgroup's quota."""
 
     online: int
     physical: int
