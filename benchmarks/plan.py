@@ -43,7 +43,7 @@ from moebox.instruments.plan.box import Box, BoxOptions, find_box
 from moebox.instruments.plan.hits import HitCurve, find_curve, published_curve
 from moebox.instruments.plan.report import Plan, Subject, plan_on
 from moebox.offload.device.registry import open_device
-from moebox.offload.memory.ram_slab import RamTier
+from moebox.offload.memory.ram_slab import RamSlab
 from moebox.quantize.convert import quantize
 from moebox.quantize.synth.write import synth
 from moebox.runtime.engine.cpu_plan import budget_for_share
@@ -141,9 +141,9 @@ def checkpoint(folder: str, options: argparse.Namespace) -> Subject:
     return Subject(path.name, load_config(path), path)
 
 
-def random_shape(options: argparse.Namespace) -> tuple[Subject, RamTier]:
+def random_shape(options: argparse.Namespace) -> tuple[Subject, RamSlab]:
     """The whole shape, and RAM with all experts of the layers that run."""
-    ram = RamTier(shape_config(options.shape, options.layers), device=open_device(options.device))
+    ram = RamSlab(shape_config(options.shape, options.layers), device=open_device(options.device))
     ram.fill_synthetic()
     return Subject(options.shape, shape_config(options.shape)), ram
 
@@ -156,7 +156,7 @@ def hit_curve(subject: Subject, options: argparse.Namespace) -> HitCurve:
 
 
 def compare(
-    subject: Subject, curve: HitCurve, filled: RamTier | None, options: argparse.Namespace
+    subject: Subject, curve: HitCurve, filled: RamSlab | None, options: argparse.Namespace
 ) -> tuple[list[Row], Box]:
     """Measure the box, predict all budgets, then measure each."""
     folders = [] if subject.folder is None else [subject.folder]
@@ -185,7 +185,7 @@ def gpu_budgets(box: Box, config: ModelConfig, options: argparse.Namespace) -> l
     ]
 
 
-def row(plan: Plan, filled: RamTier | None, options: argparse.Namespace) -> Row:
+def row(plan: Plan, filled: RamSlab | None, options: argparse.Namespace) -> Row:
     """Measure what was planned."""
     gc.collect()  # the budget before may have left memory behind
     report = bench(bench_options(plan, options), filled=filled)

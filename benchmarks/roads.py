@@ -36,7 +36,7 @@ from moebox.offload.decode.host_step import FIELDS, DecodeRoads
 from moebox.offload.decode.mailbox import Mailbox
 from moebox.offload.device.base import Device
 from moebox.offload.device.registry import open_device
-from moebox.offload.memory.ram_slab import RamTier
+from moebox.offload.memory.ram_slab import RamSlab
 from moebox.offload.residency import Residency
 from moebox.quantize.synth.shapes import synth_config
 
@@ -98,7 +98,7 @@ class Bench:
 
     config: ModelConfig
     device: Device
-    ram: RamTier
+    ram: RamSlab
     pool: cpu.ThreadPool
     options: argparse.Namespace
     seed: int = 0
@@ -292,7 +292,7 @@ def main() -> int:
     torch.manual_seed(0)
     config = model(options)
     device = open_device(options.device)
-    ram = RamTier(config, device=device)
+    ram = RamSlab(config, device=device)
     ram.fill_synthetic()
     modes: list[tuple[str, int | None]] = [("cpu", 0), ("both", None)]
     modes += [(f"{n} up", n) for n in options.uploads]

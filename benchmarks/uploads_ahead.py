@@ -32,7 +32,7 @@ from moebox.instruments.bench.rigs import BenchOptions, Rig, make_pool, shape_ri
 from moebox.instruments.measure.random_model import shape_config
 from moebox.offload.decode.host_step import FIELDS
 from moebox.offload.device.registry import open_device
-from moebox.offload.gpu_experts import TieredExperts
+from moebox.offload.gpu_experts import GpuExperts
 from moebox.offload.prefetch.ab_trial import Trial
 from moebox.offload.routing.trace import RoutingTrace, TraceRouting, synthetic_trace
 from moebox.runtime.engine.gpu_runner import GpuRunner
@@ -90,7 +90,7 @@ class Decoding:
     def __init__(self, rig: Rig, routing: TraceRouting) -> None:
         assert isinstance(rig.runner, GpuRunner)
         self.runner, self.routing = rig.runner, routing
-        self.experts: TieredExperts = rig.runner.experts
+        self.experts: GpuExperts = rig.runner.experts
         self.cache = rig.runner.new_cache(min(rig.context, 2 * WARMUP_TOKENS))
         self.runner.forward([1, 2, 3, 4], self.cache, last_only=True)
 
@@ -123,7 +123,7 @@ def compare(decoding: Decoding, turns: int) -> dict[str, Any]:
         for _ in range(TURN_TOKENS):
             arm = arms[trial.on]
             arm.seconds.append(decoding.token())
-            experts.settle()
+            experts.synchronize()
             arm.stats.append(experts.roads.stats)
     return figures(arms, experts.roads.ahead - before)
 

@@ -24,7 +24,7 @@ from moebox.kernels import cpu
 from moebox.offload.experts import TIERS, Progress, group_by_expert
 from moebox.offload.memory.gpu_slab import spread_keys
 from moebox.offload.memory.ram_cache import RamCache, Store
-from moebox.offload.memory.ram_slab import RamTier
+from moebox.offload.memory.ram_slab import RamSlab
 from moebox.offload.prefill.token_expert_pairs import recent_use
 from moebox.offload.routing.recorder import RoutingRecorder
 from moebox.offload.routing.statistics import RouterStatistics
@@ -112,7 +112,7 @@ class CpuExperts:
             PlanError: the system does not give so much memory.
             CheckpointError: an expert could not be read.
         """
-        ram = RamTier(config, rows, progress=progress)
+        ram = RamSlab(config, rows, progress=progress)
         top_k = config.num_experts_per_tok
         cache = RamCache(ram, store, min(top_k, rows - top_k))
         known = statistics is not None and statistics.tokens > 0

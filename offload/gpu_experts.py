@@ -25,9 +25,9 @@ from moebox.offload.device.base import Device
 from moebox.offload.disk.store import ExpertStore
 from moebox.offload.experts import TIERS, Progress
 from moebox.offload.memory.cold_rows import ColdTier, least_rows
-from moebox.offload.memory.gpu_slab import GpuTier, spread_keys
-from moebox.offload.memory.ram_slab import RamTier, Source, SyntheticSource
-from moebox.offload.prefill.layer import PrefillRoads
+from moebox.offload.memory.gpu_slab import GpuSlab, spread_keys
+from moebox.offload.memory.ram_slab import RamSlab, Source, SyntheticSource
+from moebox.offload.prefill.layer import PrefillExperts
 from moebox.offload.residency import Residency
 from moebox.offload.routing.recorder import RoutingRecorder
 from moebox.offload.self_check import check_expert_kernels
@@ -53,7 +53,7 @@ class Routing(Protocol):
         ...
 
 
-class TieredExperts:
+class GpuExperts:
     """Implements `Experts` for prefill; for decode it holds what the token program and its host side share.
 
     Not thread-safe.
@@ -75,8 +75,8 @@ class TieredExperts:
         config: ModelConfig,
         device: Device,
         pool: cpu.ThreadPool,
-        ram: RamTier,
-        gpu: GpuTier,
+        ram: RamSlab,
+        gpu: GpuSlab,
         exclusive: bool,
         cold: ColdTier | None = None,
     ) -> None:
@@ -88,7 +88,7 @@ class TieredExperts:
         self.guesses: Callable[[], Tensor] | None = None
         self.ahead: UploadsAhead | None = None
         self.nbytes = config.experts_bytes
-        self.prefill = PrefillRoads(device, pool, ram, gpu, exclusive, cold)
+        self.prefill = PrefillExperts(pool, ram, gpu, exclusive, cold)
         self.mailbox = Mailbox.allocate(
             device, len(config.moe_layers), config.num_experts_per_tok, config.hidden_size
         )
@@ -101,11 +101,11 @@ class TieredExperts:
         config: ModelConfig,
         device: Device,
         pool: cpu.ThreadPool,
-        ram: RamTier,
+        ram: RamSlab,
         slots: int,
         exclusive: bool = False,
         store: ExpertStore | None = None,
-    ) -> TieredExperts:
+    ) -> GpuExperts:
         """Allocate the GPU's slab and the mailbox; where RAM is filled already, warm the slots from it.
 
         `slots` is of cache; `gpu.STAGING_SLOTS` come on top for prefill. Fewer are taken, and said, where
@@ -115,7 +115,7 @@ class TieredExperts:
         Raises:
             PlanError: RAM, or in exclusive mode RAM and slots together, is too small; no memory for the ring.
         """
-        gpu = GpuTier(config, device, slots)
+        gpu = GpuSlab(config, device, slots)
         cold = None
         if store is not None and exclusive and ram.n_rows + gpu.n_cached < ram.n_keys:
             cold = _cold_tier(ram, store)
@@ -146,7 +146,7 @@ class TieredExperts:
                 residency.seed(keys, scores)
 
     def fill_synthetic(self, seed: int = 0) -> None:
-        """Random experts in the same places, without a checkpoint; see `RamTier.fill_synthetic`."""
+        """Random experts in the same places, without a checkpoint; see `RamSlab.fill_synthetic`."""
         self.fill(SyntheticSource(self.config, seed))
 
     def fill(
@@ -158,7 +158,7 @@ class TieredExperts:
             progress: called with ("experts", bytes done, bytes in all).
             order: all keys; the first ones go to the GPU, the last ones stay on disk where not all find room.
         """
-        self.settle()
+        self.synchronize()
         self.gpu.clear()
         keys, n_cache = self._spread_keys() if order is None else order, self.gpu.n_cached
         if not self.exclusive:
@@ -218,7 +218,7 @@ class TieredExperts:
 
     def begin_token(self) -> None:
         """Take all flags down: before the token program is launched, when the last one is over."""
-        self.prefill.settle()
+        self.prefill.synchronize()
         self.roads.clear()
 
     def run_token(self, timeout_s: float = 30.0) -> None:
@@ -263,9 +263,9 @@ class TieredExperts:
     def recorder(self, recorder: RoutingRecorder | None) -> None:
         self.prefill.recorder = recorder
 
-    def settle(self) -> None:
+    def synchronize(self) -> None:
         """Wait for what is under way: before others look at RAM, slots or records."""
-        self.prefill.settle()
+        self.prefill.synchronize()
         self.roads.settle()
 
     def _decode_roads(self) -> DecodeRoads:
@@ -321,7 +321,7 @@ class TieredExperts:
         return spread_keys(len(self.config.moe_layers), self.config.n_routed_experts)
 
 
-def _check_room(ram: RamTier, gpu: GpuTier, exclusive: bool) -> None:
+def _check_room(ram: RamSlab, gpu: GpuSlab, exclusive: bool) -> None:
     room = ram.n_rows + (gpu.n_cached if exclusive else 0)
     if room < ram.n_keys:
         missing_bytes = (ram.n_keys - room) * ram.stride
@@ -333,7 +333,7 @@ def _check_room(ram: RamTier, gpu: GpuTier, exclusive: bool) -> None:
         )
 
 
-def _cold_tier(ram: RamTier, store: ExpertStore) -> ColdTier:
+def _cold_tier(ram: RamSlab, store: ExpertStore) -> ColdTier:
     least = least_rows(ram.config.num_experts_per_tok)
     if ram.n_rows < least:
         raise PlanError(

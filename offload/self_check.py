@@ -13,8 +13,8 @@ from torch import Tensor
 from moebox.errors import DeviceError
 from moebox.kernels.gpu.reference import ops as torch_ops
 from moebox.offload.device.base import Device
-from moebox.offload.memory.gpu_slab import GpuTier
-from moebox.offload.memory.ram_slab import RamTier
+from moebox.offload.memory.gpu_slab import GpuSlab
+from moebox.offload.memory.ram_slab import RamSlab
 
 LARGEST_ERROR = 0.02
 """Relative L2. Kernels for many tokens round to bf16 and stay below 0.005."""
@@ -25,7 +25,7 @@ TOKENS = 40
 
 
 def check_expert_kernels(
-    device: Device, ram: RamTier, gpu: GpuTier, shape: tuple[int, int], top_k: int
+    device: Device, ram: RamSlab, gpu: GpuSlab, shape: tuple[int, int], top_k: int
 ) -> None:
     """Compare `experts_one`, `experts_many` and `expert_part` with plain torch, on RAM's first expert.
 

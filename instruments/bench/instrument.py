@@ -21,7 +21,7 @@ from moebox.offload.cpu_experts import CpuExperts
 from moebox.offload.decode.host_step import FIELDS
 from moebox.offload.device.base import Device, Event
 from moebox.offload.experts import Experts
-from moebox.offload.gpu_experts import TieredExperts
+from moebox.offload.gpu_experts import GpuExperts
 from moebox.offload.machine.floor import Ceilings, PrefillFloor, expert_flops, layer_flops, prefill_floor
 from moebox.offload.prefetch.prefetch import Prefetcher, PrefetchReport
 from moebox.offload.routing.trace import TraceRouting
@@ -141,7 +141,7 @@ class CpuWatch:
 class GpuWatch:
     """Over the tiers: marks on the compute stream, read when all is over. See `Watch`."""
 
-    def __init__(self, experts: TieredExperts, config: ModelConfig, routing: TraceRouting | None) -> None:
+    def __init__(self, experts: GpuExperts, config: ModelConfig, routing: TraceRouting | None) -> None:
         self.nbytes = experts.nbytes
         self._experts, self._config = experts, config
         self._device: Device = experts.device
@@ -171,13 +171,13 @@ class GpuWatch:
 
     def decode_layers(self) -> Samples:
         """See `Watch`."""
-        self._experts.settle()
+        self._experts.synchronize()
         return self._experts.roads.stats[:, self._columns]
 
     def prefill_layers(self, ceilings: Ceilings) -> list[LayerWork]:
         """See `Watch`."""
         self._device.synchronize()
-        self._experts.settle()
+        self._experts.synchronize()
         records = list(self._experts.prefill.records)[-len(self._seen) :]
         for i, (seen, record) in enumerate(zip(self._seen, records, strict=True)):
             seen.seconds = self._marks[i + 1].seconds_since(self._marks[i])

@@ -17,10 +17,10 @@ from moebox.offload.cpu_experts import CpuExperts
 from moebox.offload.device.base import Device
 from moebox.offload.disk.store import ExpertStore
 from moebox.offload.experts import Progress
-from moebox.offload.gpu_experts import TieredExperts
+from moebox.offload.gpu_experts import GpuExperts
 from moebox.offload.machine.hardware import available_ram_bytes
 from moebox.offload.memory.ram_cache import Store
-from moebox.offload.memory.ram_slab import RamTier, row_stride
+from moebox.offload.memory.ram_slab import RamSlab, row_stride
 from moebox.offload.routing.trace import TraceRouting
 from moebox.runtime.engine.base import Runner
 from moebox.runtime.engine.cpu_plan import SYSTEM_SHARE, describe
@@ -165,7 +165,7 @@ def shape_rig(
     pool: cpu.ThreadPool,
     routing: TraceRouting | None,
     progress: Progress | None,
-    filled: RamTier | None = None,
+    filled: RamSlab | None = None,
 ) -> Rig:
     """Make a random model; `configs` are the depth to run and the depth that budgets are for.
 
@@ -187,8 +187,8 @@ def shape_rig(
     processor = GpuProcessor(device.torch_device, device.ops)
     model = synthetic_model(config, torch.bfloat16, processor)
     memory = CacheMemory(model, device, share.context)
-    ram = RamTier(config, share.rows, device, progress) if filled is None else filled
-    experts = TieredExperts.build(config, device, pool, ram, share.slots, share.exclusive)
+    ram = RamSlab(config, share.rows, device, progress) if filled is None else filled
+    experts = GpuExperts.build(config, device, pool, ram, share.slots, share.exclusive)
     if filled is None:
         experts.fill_synthetic()
     if options.prefetch:
@@ -224,7 +224,7 @@ def _cpu_rig(
             "Measure the disk with a checkpoint: `moebox synth DST --format int4`, then `moebox bench DST`.",
         )
     _check_ram(config, keys, available_ram_bytes())
-    ram = RamTier(config, progress=progress)
+    ram = RamSlab(config, progress=progress)
     ram.fill_synthetic()
     model = synthetic_model(config, torch.bfloat16)
     watch = CpuWatch(experts_in_ram(ram, pool), config, routing)

@@ -18,7 +18,7 @@ from moebox.kernels import cpu
 from moebox.offload.cpu_experts import CpuExperts
 from moebox.offload.experts import Experts
 from moebox.offload.memory.ram_cache import RamCache
-from moebox.offload.memory.ram_slab import RamTier
+from moebox.offload.memory.ram_slab import RamSlab
 from moebox.quantize.synth.shapes import synth_config
 from moebox.runtime.model.base import Processor
 from moebox.runtime.model.compute import CPU
@@ -78,6 +78,6 @@ def _random_matrix(shape: torch.Size, dtype: torch.dtype, block: Tensor) -> Tens
     return weight.mul_(1 / math.sqrt(shape[-1]))
 
 
-def experts_in_ram(ram: RamTier, pool: cpu.ThreadPool) -> CpuExperts:
+def experts_in_ram(ram: RamSlab, pool: cpu.ThreadPool) -> CpuExperts:
     """The CPU's experts over a slab that holds all of them."""
     return CpuExperts(ram.config, RamCache(ram), pool)

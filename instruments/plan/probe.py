@@ -25,7 +25,7 @@ from moebox.offload.checkpoint.safetensors import Checkpoint
 from moebox.offload.cpu_experts import CpuExperts
 from moebox.offload.disk.store import ExpertStore
 from moebox.offload.machine.floor import Ceilings, backbone_bytes
-from moebox.offload.memory.ram_slab import RamTier
+from moebox.offload.memory.ram_slab import RamSlab
 from moebox.offload.routing.trace import TraceRouting, synthetic_trace
 from moebox.runtime.engine.cpu_plan import least_rows
 from moebox.runtime.engine.cpu_runner import CpuRunner, default_dtype
@@ -142,7 +142,7 @@ class _Probe:
     def __init__(self, config: ModelConfig, ceilings: Ceilings, threads: int | None) -> None:
         self.config, self.ceilings = config, ceilings
         pool = cpu.ThreadPool(threads)
-        ram = RamTier(config)
+        ram = RamSlab(config)
         ram.fill_synthetic()
         dtype = default_dtype(config, "bf16")
         trace = synthetic_trace(

@@ -74,7 +74,7 @@ class StoreTraffic:
 class ExpertStore:
     """Reads experts of a quantized checkpoint; thread-safe, with one thread at a time per ticket.
 
-    Also a `Source` of `RamTier.fill`. Every ticket is ended by `wait` or `cancel`; until then its row must
+    Also a `Source` of `RamSlab.fill`. Every ticket is ended by `wait` or `cancel`; until then its row must
     stay as it is.
 
     Attributes:

@@ -18,7 +18,7 @@ import numpy as np
 from moebox import _kernels
 from moebox.offload.disk.store import ExpertStore
 from moebox.offload.memory.gpu_slab import UPLOAD_GROUP
-from moebox.offload.memory.ram_slab import RamTier
+from moebox.offload.memory.ram_slab import RamSlab
 from moebox.offload.residency import HALF_LIFE_TOKENS, Residency
 
 LEAST_ROWS = 3
@@ -36,7 +36,7 @@ class ColdTier(_kernels.ColdTier):
         residency: a slot of it is a row; `reserve` of them are free before a step reads.
     """
 
-    def __init__(self, ram: RamTier, store: ExpertStore) -> None:
+    def __init__(self, ram: RamSlab, store: ExpertStore) -> None:
         """Rows count as free; see `take_over`."""
         self.ram, self.store = ram, store
         spare = spare_rows(ram.n_rows, ram.config.num_experts_per_tok)

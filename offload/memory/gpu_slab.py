@@ -16,7 +16,7 @@ from torch import Tensor
 from moebox.config import ModelConfig
 from moebox.errors import PlanError
 from moebox.offload.device.base import Device
-from moebox.offload.memory.ram_slab import RamTier, row_stride
+from moebox.offload.memory.ram_slab import RamSlab, row_stride
 from moebox.offload.residency import HALF_LIFE_TOKENS, Residency
 
 log = logging.getLogger("moebox")
@@ -28,7 +28,7 @@ STAGING_SLOTS = 2 * UPLOAD_GROUP
 SHRINK = 0.9
 
 
-class GpuTier:
+class GpuSlab:
     """A slab of slots, and who is in them.
 
     Attributes:
@@ -44,13 +44,14 @@ class GpuTier:
         Raises:
             PlanError: not even the ring fits.
         """
+        self.device = device
+        self.shape = (config.hidden_size, config.moe_intermediate_size)
         self.stride = row_stride(config)
         n_keys = config.n_keys
         self.slab = _allocate(device, n_slots, self.stride)
         self.n_slots = len(self.slab) - STAGING_SLOTS
         reserve = min(config.num_experts_per_tok, self.n_slots // 2)
         self.residency = Residency(n_keys, self.n_slots, reserve, HALF_LIFE_TOKENS, config.n_routed_experts)
-        self._device = device
 
     @property
     def address(self) -> int:
@@ -72,16 +73,16 @@ class GpuTier:
         """Slot number of a place in the ring."""
         return self.n_slots + place % STAGING_SLOTS
 
-    def fill(self, ram: RamTier, keys: Iterable[int]) -> None:
+    def fill(self, ram: RamSlab, keys: Iterable[int]) -> None:
         """Upload experts, which have a row each, into free slots of the cache, and wait for them."""
         for key in keys:
             slot = self.residency.place(key)
-            self._device.uploads.copy(self.slab[slot], ram.slab[int(ram.rows[key])])
-        self._device.uploads.record().synchronize()
+            self.device.uploads.copy(self.slab[slot], ram.slab[int(ram.rows[key])])
+        self.device.uploads.record().synchronize()
 
-    def measure_gbps(self, ram: RamTier) -> float:
+    def measure_gbps(self, ram: RamSlab) -> float:
         """GB/s of uploads from RAM, measured over the ring."""
-        uploads = self._device.uploads
+        uploads = self.device.uploads
         begin = uploads.record()
         for place in range(STAGING_SLOTS):
             uploads.copy(self.slab[self.staging(place)], ram.slab[place % ram.n_rows])

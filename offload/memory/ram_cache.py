@@ -17,7 +17,7 @@ import numpy.typing as npt
 from moebox.kernels import cpu
 from moebox.offload.disk.store import StoreTraffic
 from moebox.offload.experts import Progress
-from moebox.offload.memory.ram_slab import Bytes, RamTier, Source
+from moebox.offload.memory.ram_slab import Bytes, RamSlab, Source
 from moebox.offload.residency import HALF_LIFE_TOKENS, Residency
 
 
@@ -75,7 +75,7 @@ class RamCache:
 
     def __init__(
         self,
-        ram: RamTier,
+        ram: RamSlab,
         store: Store | None = None,
         reserve: int = 0,
         half_life: float = HALF_LIFE_TOKENS,

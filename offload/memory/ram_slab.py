@@ -46,7 +46,7 @@ class Source(Protocol):
         """Write an expert's extent to `row` [nbytes]; called from several threads."""
 
 
-class RamTier:
+class RamSlab:
     """Rows of experts in RAM.
 
     Attributes:

@@ -10,10 +10,10 @@ from collections import deque
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
-from moebox.offload.device.base import Device, Event
+from moebox.offload.device.base import Event
 from moebox.offload.memory.cold_rows import ColdTier
-from moebox.offload.memory.gpu_slab import GpuTier
-from moebox.offload.memory.ram_slab import RamTier
+from moebox.offload.memory.gpu_slab import GpuSlab
+from moebox.offload.memory.ram_slab import RamSlab
 
 
 @dataclass
@@ -25,9 +25,8 @@ class Admissions:
     once and must wait for `Device.downloads` before it reads such a row.
     """
 
-    device: Device
-    ram: RamTier
-    gpu: GpuTier
+    ram: RamSlab
+    gpu: GpuSlab
     exclusive: bool
     chosen: set[int] = field(default_factory=set)
     victims: list[int] = field(default_factory=list)
@@ -61,13 +60,13 @@ class Admissions:
         self._moved_in.append(key)
         slot = residency.place(key)
         if slot in self._vacated:
-            self.device.uploads.wait(self._vacated.pop(slot))
+            self.gpu.device.uploads.wait(self._vacated.pop(slot))
         return slot
 
     def uploaded(self, event: Event) -> None:
         """Let victims take the rows of who moved in; `event` lies behind the uploads of all slots so far."""
         if self.exclusive:
-            self.device.downloads.wait(event)
+            self.gpu.device.downloads.wait(event)
             for key in self._moved_in:
                 row = int(self.ram.rows[key])
                 self.ram.rows[key] = -1
@@ -80,8 +79,8 @@ class Admissions:
             return
         victim = self.victims.pop()
         slot = residency.slot(victim)
-        self.device.downloads.copy(self.ram.slab[row], self.gpu.slab[slot])
-        self._vacated[slot] = self.device.downloads.record()
+        self.gpu.device.downloads.copy(self.ram.slab[row], self.gpu.slab[slot])
+        self._vacated[slot] = self.gpu.device.downloads.record()
         self.ram.rows[victim] = row  # first, so that no interrupt leaves it nowhere
         residency.release(victim)
 

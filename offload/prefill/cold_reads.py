@@ -12,7 +12,7 @@ import numpy as np
 
 from moebox.errors import CheckpointError
 from moebox.offload.memory.cold_rows import ColdTier
-from moebox.offload.memory.gpu_slab import UPLOAD_GROUP, GpuTier
+from moebox.offload.memory.gpu_slab import UPLOAD_GROUP, GpuSlab
 
 
 class LayerReads:
@@ -30,7 +30,7 @@ class LayerReads:
     """
 
     def __init__(
-        self, tier: ColdTier, gpu: GpuTier, layer: range, cold: Sequence[int], busy: Collection[int]
+        self, tier: ColdTier, gpu: GpuSlab, layer: range, cold: Sequence[int], busy: Collection[int]
     ) -> None:
         self._tier, self._gpu = tier, gpu
         self._memory = tier.ram.slab.numpy()[:, : tier.ram.layout.nbytes]
@@ -95,7 +95,7 @@ class LayerReads:
         self._tier.ram.rows[key] = self._tier.residency.slot(key)
         return key
 
-    def settle(self) -> None:
+    def end_batch(self) -> None:
         """The batch is computed, and nobody uses its rows: who is to stay stays, and reading goes on."""
         for key in self._batch:
             if self._gpu.residency.slot(key) >= 0:

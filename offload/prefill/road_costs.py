@@ -60,10 +60,10 @@ class RoadCosts:
     def _token_s(self) -> float:
         return self.token_flops / self.cpu_gflops / 1e9
 
-    def learn_uploads(self, n_experts: int, seconds: float) -> None:
-        """Take in what some uploads took."""
-        if n_experts and seconds > 0:
-            self.pcie_gbps /= _step(seconds / (n_experts * self.upload_s), 1.0)
+    def learn_upload(self, seconds: float) -> None:
+        """Learn from the seconds that the upload of one expert took."""
+        if seconds > 0:
+            self.pcie_gbps /= _step(seconds / self.upload_s, 1.0)
 
     def learn_cpu(self, counts: Counts, seconds: float) -> None:
         """Take in what the CPU took for some experts: the figure that decided most learns most."""

@@ -17,9 +17,9 @@ from moebox.offload.checkpoint.safetensors import Checkpoint
 from moebox.offload.device.base import Device, Launch
 from moebox.offload.device.registry import open_device
 from moebox.offload.disk.store import ExpertStore
-from moebox.offload.gpu_experts import TieredExperts
+from moebox.offload.gpu_experts import GpuExperts
 from moebox.offload.machine.hardware import available_ram_bytes
-from moebox.offload.memory.ram_slab import RamTier
+from moebox.offload.memory.ram_slab import RamSlab
 from moebox.offload.traffic import Traffic
 from moebox.runtime.engine.base import LoadOptions
 from moebox.runtime.engine.decode_program import DecodeProgram
@@ -58,7 +58,7 @@ class GpuRunner:
         self,
         model: KimiK2,
         device: Device,
-        experts: TieredExperts,
+        experts: GpuExperts,
         memory: CacheMemory,
         chunk_tokens: int,
         resources: ExitStack | None = None,
@@ -255,8 +255,8 @@ def _load_planned(checkpoint: Checkpoint, device: Device, plan: GpuPlan, options
         # The experts' slab comes last: it is what shrinks where memory turns out to be short.
         memory = CacheMemory(model, device, plan.context)
         pool = cpu.ThreadPool(options.threads or max(1, cpu.allowed_cpus() - CORES_FOR_UPLOADS))
-        ram = RamTier(config, plan.ram_rows, device, options.progress)
-        experts = TieredExperts.build(config, device, pool, ram, plan.slots, plan.exclusive, store)
+        ram = RamSlab(config, plan.ram_rows, device, options.progress)
+        experts = GpuExperts.build(config, device, pool, ram, plan.slots, plan.exclusive, store)
         experts.load(store, recording.statistics, options.progress)
         if options.prefetch:
             experts.upload_ahead()

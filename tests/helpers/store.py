@@ -7,7 +7,7 @@ from moebox.kernels import cpu
 from moebox.offload.checkpoint.safetensors import Checkpoint
 from moebox.offload.cpu_experts import CpuExperts
 from moebox.offload.disk.store import ExpertStore
-from moebox.offload.memory.ram_slab import RamTier
+from moebox.offload.memory.ram_slab import RamSlab
 from moebox.offload.prefetch.ab_trial import Trial
 
 GARBAGE = 0xEE
@@ -41,7 +41,7 @@ class SlowStore:
     A row is garbage from `submit` until its read ends: in `wait`, or by chance whenever one is asked for.
     """
 
-    def __init__(self, whole: RamTier, seed: int = 0, chance: float = 0.3) -> None:
+    def __init__(self, whole: RamSlab, seed: int = 0, chance: float = 0.3) -> None:
         self.whole = whole
         self.rng = np.random.default_rng(seed)
         self.chance = chance

@@ -20,8 +20,8 @@ from moebox.offload.checkpoint.layout import ExpertLayout
 from moebox.offload.device.stand_in import StandInDevice
 from moebox.offload.disk.store import ExpertStore
 from moebox.offload.experts import group_by_expert
-from moebox.offload.gpu_experts import TieredExperts
-from moebox.offload.memory.ram_slab import RamTier, SyntheticSource, row_tensors
+from moebox.offload.gpu_experts import GpuExperts
+from moebox.offload.memory.ram_slab import RamSlab, SyntheticSource, row_tensors
 from moebox.offload.prefill import layer as prefill
 
 EXPERTS, TOP_K, LAYERS = 32, 4, 2
@@ -51,18 +51,18 @@ def all_bytes(config: ModelConfig) -> Tensor:
     return torch.from_numpy(rows)
 
 
-def build(device, slots: int, exclusive: bool = False, threads: int = 1, **changes) -> TieredExperts:
+def build(device, slots: int, exclusive: bool = False, threads: int = 1, **changes) -> GpuExperts:
     """Filled tiers; in exclusive mode with as few rows in RAM as will do."""
     config = small_config(**changes)
     reserve = min(config.num_experts_per_tok, slots // 2)
     rows = config.n_keys - (slots - reserve if exclusive else 0)
-    ram = RamTier(config, rows, device)
-    tiers = TieredExperts.build(config, device, cpu.ThreadPool(threads, pin=False), ram, slots, exclusive)
+    ram = RamSlab(config, rows, device)
+    tiers = GpuExperts.build(config, device, cpu.ThreadPool(threads, pin=False), ram, slots, exclusive)
     tiers.fill_synthetic()
     return tiers
 
 
-def build_cold(device, file: Path, slots: int, rows: int, n_experts: int = EXPERTS) -> TieredExperts:
+def build_cold(device, file: Path, slots: int, rows: int, n_experts: int = EXPERTS) -> GpuExperts:
     """Filled tiers that leave the rest of the experts in a file, which is written here."""
     config = small_config(n_routed_experts=n_experts)
     experts = all_bytes(config)
@@ -72,9 +72,9 @@ def build_cold(device, file: Path, slots: int, rows: int, n_experts: int = EXPER
     nbytes = experts.shape[1]
     runs = [[(number, key * nbytes, nbytes)] for key in range(len(experts))]
     store = ExpertStore(SimpleNamespace(config=config), reader, runs, None, ())
-    ram = RamTier(config, rows, device)
+    ram = RamSlab(config, rows, device)
     pool = cpu.ThreadPool(1, pin=False)
-    tiers = TieredExperts.build(config, device, pool, ram, slots, exclusive=True, store=store)
+    tiers = GpuExperts.build(config, device, pool, ram, slots, exclusive=True, store=store)
     tiers.load(store)
     assert tiers.cold is not None
     return tiers
@@ -107,9 +107,9 @@ def random_chunk(n_tokens: int, generator: torch.Generator, skew: float = 1.0, n
     return ids, weights, torch.randn(n_tokens, 64, generator=generator).bfloat16()
 
 
-def check_places(tiers: TieredExperts) -> None:
+def check_places(tiers: GpuExperts) -> None:
     """Every expert lies where the tables say, whole, and in exclusive mode in one place only."""
-    tiers.settle()
+    tiers.synchronize()
     table, rows = tiers.gpu.residency.table(), tiers.ram.rows
     assert tiers.cold is not None or tiers.gpu.residency.n_free >= tiers.gpu.residency.reserve
     for key, (slot, row) in enumerate(zip(table.tolist(), rows.tolist(), strict=True)):
@@ -243,7 +243,7 @@ class _Stream:
 
 
 class RecordingThread:
-    """In the place of `PrefillRoads.cpu_thread`."""
+    """In the place of `PrefillExperts.cpu_thread`."""
 
     def __init__(self, races: Races, real) -> None:
         self.races, self.real = races, real
@@ -260,7 +260,7 @@ class RecordingThread:
         return result
 
 
-def watch_cpu(races: Races, tiers: TieredExperts, monkeypatch) -> None:
+def watch_cpu(races: Races, tiers: GpuExperts, monkeypatch) -> None:
     """Have the CPU's work on prompts recorded too."""
     rows = []
     forward, expert = prefill.cpu.experts_forward, tiers.ram.expert

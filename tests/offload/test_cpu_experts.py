@@ -11,7 +11,7 @@ from moebox.kernels import cpu
 from moebox.offload.cpu_experts import CpuExperts
 from moebox.offload.experts import TIERS
 from moebox.offload.memory.ram_cache import RamCache
-from moebox.offload.memory.ram_slab import RamTier
+from moebox.offload.memory.ram_slab import RamSlab
 from moebox.offload.prefetch.prefetch import Prefetcher
 
 CONFIG = small_config()
@@ -24,7 +24,7 @@ def pool():
 
 @pytest.fixture(scope="module")
 def whole():
-    ram = RamTier(CONFIG)
+    ram = RamSlab(CONFIG)
     ram.fill_synthetic()
     return ram
 
@@ -56,7 +56,7 @@ def plain(pool, whole, moe, ids, weights, hidden):
 
 
 def experts_with(store, pool, rows, reserve=TOP_K):
-    cache = RamCache(RamTier(CONFIG, rows), store, reserve)
+    cache = RamCache(RamSlab(CONFIG, rows), store, reserve)
     cache.fill(range(rows - reserve))
     return CpuExperts(CONFIG, cache, pool)
 
@@ -263,7 +263,7 @@ class Oracle:
 def test_a_guess_changes_who_is_read_early_and_not_who_stays(pool, rows):
     """As many hits with prefetching as without: layer by layer the same experts are in RAM."""
     config = small_config(num_hidden_layers=FIRST + 4)
-    whole = RamTier(config)
+    whole = RamSlab(config)
     whole.fill_synthetic()
     rng, generator = np.random.default_rng(rows), torch.Generator().manual_seed(rows)
     oracle = Oracle(rng)

@@ -22,8 +22,8 @@ from moebox.kernels import cpu
 from moebox.offload.checkpoint.safetensors import Checkpoint
 from moebox.offload.device.stand_in import StandInDevice
 from moebox.offload.disk.store import ExpertStore
-from moebox.offload.gpu_experts import TieredExperts
-from moebox.offload.memory.ram_slab import RamTier
+from moebox.offload.gpu_experts import GpuExperts
+from moebox.offload.memory.ram_slab import RamSlab
 
 
 @pytest.fixture(autouse=True)
@@ -53,9 +53,9 @@ def test_all_experts_are_somewhere(slots, exclusive):
 
 def test_a_filled_ram_warms_the_cache():
     config, device = small_config(), StandInDevice()
-    ram = RamTier(config, device=device)
+    ram = RamSlab(config, device=device)
     ram.fill_synthetic()
-    tiers = TieredExperts.build(config, device, cpu.ThreadPool(1), ram, 12)
+    tiers = GpuExperts.build(config, device, cpu.ThreadPool(1), ram, 12)
     assert tiers.gpu.residency.n_resident == 12 - TOP_K
     check_places(tiers)
 
@@ -64,9 +64,7 @@ def test_a_filled_ram_warms_the_cache():
 def test_too_little_room(rows, slots, exclusive):
     config, device = small_config(), StandInDevice()
     with pytest.raises(PlanError, match=r"64 experts; RAM holds \d+.*bytes too few\n"):
-        TieredExperts.build(
-            config, device, cpu.ThreadPool(1), RamTier(config, rows, device), slots, exclusive
-        )
+        GpuExperts.build(config, device, cpu.ThreadPool(1), RamSlab(config, rows, device), slots, exclusive)
 
 
 @pytest.mark.parametrize("exclusive", [False, True])
@@ -74,8 +72,8 @@ def test_a_checkpoint_as_the_cpu_tier_computes_it(tmp_path, exclusive):
     checkpoint = Checkpoint.open(make_checkpoint(tmp_path / "model"))
     config, device, pool = checkpoint.config, StandInDevice(max_delay_us=0), cpu.ThreadPool(1)
     n_keys = config.n_keys
-    ram = RamTier(config, n_keys - 6 if exclusive else n_keys, device)
-    tiers = TieredExperts.build(config, device, pool, ram, 6 + config.num_experts_per_tok, exclusive)
+    ram = RamSlab(config, n_keys - 6 if exclusive else n_keys, device)
+    tiers = GpuExperts.build(config, device, pool, ram, 6 + config.num_experts_per_tok, exclusive)
     calls = []
     with ExpertStore.open(checkpoint) as store:
         tiers.load(store, progress=lambda *call: calls.append(call))

@@ -37,7 +37,7 @@ from moebox.offload.device.registry import open_device
 from moebox.offload.disk.store import ExpertStore
 from moebox.offload.machine.drive_speed import DriveSpeed
 from moebox.offload.machine.floor import Ceilings, PrefillFloor
-from moebox.offload.memory.ram_slab import RamTier
+from moebox.offload.memory.ram_slab import RamSlab
 from moebox.offload.routing.trace import synthetic_trace
 from moebox.runtime.engine.cpu_plan import budget_for_share
 from moebox.runtime.engine.cpu_runner import default_dtype
@@ -296,7 +296,7 @@ def test_synthetic_model_has_the_shapes_of_a_loaded_one_and_repeats_by_seed():
 
 def test_experts_in_ram_are_the_rows_of_the_slab():
     config = shape_config("tiny")
-    ram = RamTier(config)
+    ram = RamSlab(config)
     ram.fill_synthetic(seed=3)
     pool = cpu.ThreadPool(1)
     hidden = torch.randn(1, config.hidden_size).bfloat16()
@@ -345,7 +345,7 @@ def test_bench_on_the_stand_in_sends_every_pick_down_one_road(quick):
 
 def test_bench_on_rows_that_were_filled_before(quick):
     device = open_device("stand-in")
-    ram = RamTier(shape_config("tiny"), device=device)
+    ram = RamSlab(shape_config("tiny"), device=device)
     ram.fill_synthetic()
     bytes_before = ram.slab.clone()
 

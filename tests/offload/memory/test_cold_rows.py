@@ -157,7 +157,7 @@ def test_no_races(tmp_path, monkeypatch, slots, rows, faster):
     generator = torch.Generator().manual_seed(6)
     for n_tokens, layer in itertools.product((30, 20), range(FIRST, FIRST + LAYERS)):
         tiers.forward(layer, *random_chunk(n_tokens, generator, skew=2))
-    tiers.settle()
+    tiers.synchronize()
     assert races.find() == []
     assert sum(record.cold for record in tiers.prefill.records) > 8
 

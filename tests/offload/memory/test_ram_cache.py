@@ -8,12 +8,12 @@ from helpers.store import SlowStore
 from helpers.tiers import small_config
 from moebox.errors import CheckpointError
 from moebox.offload.memory.ram_cache import RamCache
-from moebox.offload.memory.ram_slab import RamTier
+from moebox.offload.memory.ram_slab import RamSlab
 
 
 @pytest.fixture(scope="module")
 def whole():
-    ram = RamTier(small_config())
+    ram = RamSlab(small_config())
     ram.fill_synthetic()
     return ram
 
@@ -24,7 +24,7 @@ def store(whole):
 
 
 def cache_of(store, rows, reserve=0, held=()):
-    cache = RamCache(RamTier(store.whole.config, rows), store, reserve)
+    cache = RamCache(RamSlab(store.whole.config, rows), store, reserve)
     cache.fill(list(held))
     return cache
 
@@ -106,7 +106,7 @@ def test_all_in_ram_needs_neither_store_nor_reserve(whole):
     cache.trim()
     assert all(cache.ready(key) for key in range(whole.n_keys))
     with pytest.raises(ValueError, match="3 of 64 experts, and no store"):
-        few = RamTier(whole.config, 4)
+        few = RamSlab(whole.config, 4)
         few.fill_synthetic(keys=[1, 2, 3])
         RamCache(few)
 

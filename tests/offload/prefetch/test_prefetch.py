@@ -9,7 +9,7 @@ import torch
 from helpers.store import AlwaysOn, SlowStore
 from helpers.tiers import EXPERTS, TOP_K, small_config
 from moebox.offload.memory.ram_cache import RamCache
-from moebox.offload.memory.ram_slab import RamTier
+from moebox.offload.memory.ram_slab import RamSlab
 from moebox.offload.prefetch.ab_trial import LAST_TOKENS, LEAST_ON, Trial
 from moebox.offload.prefetch.prefetch import Prefetcher
 
@@ -49,7 +49,7 @@ class Recall:
 
 @pytest.fixture(scope="module")
 def whole():
-    ram = RamTier(small_config(num_hidden_layers=1 + LAYERS))
+    ram = RamSlab(small_config(num_hidden_layers=1 + LAYERS))
     ram.fill_synthetic()
     return ram
 
@@ -57,7 +57,7 @@ def whole():
 def build(whole, guesses, rows=40, held=32, reserve=TOP_K, chance=0.0, trial=None):
     """A prefetcher over a cache that holds layer 0 and has some rows to spare."""
     store = Store(whole, chance=chance)
-    cache = RamCache(RamTier(whole.config, rows), store, reserve)
+    cache = RamCache(RamSlab(whole.config, rows), store, reserve)
     cache.fill(range(held))
     statistics = Recall()
     prefetcher = Prefetcher(cache, Fixed(guesses), statistics, EXPERTS, trial or AlwaysOn())

@@ -27,6 +27,7 @@ from helpers.tiers import (
 )
 from moebox.errors import DeviceError
 from moebox.offload.device.stand_in import StandInDevice
+from moebox.offload.memory.gpu_slab import UPLOAD_GROUP
 from moebox.offload.prefill import layer as prefill
 from moebox.offload.prefill.token_expert_pairs import recent_use, sort_pairs
 
@@ -69,7 +70,7 @@ def test_all_resident_needs_neither_road(oracle):
     tiers = build(StandInDevice(), LAYERS * EXPERTS + TOP_K)
     chunk = random_chunk(50, torch.Generator().manual_seed(3))
     assert relative_error(tiers.forward(FIRST, *chunk), oracle.forward(FIRST, *chunk)) < 5e-3
-    tiers.settle()
+    tiers.synchronize()
     (record,) = tiers.prefill.records
     assert (record.uploads, record.cpu, record.floor_s) == (0, 0, 0.0)
     assert record.residents == len(chunk[0].unique())
@@ -83,7 +84,7 @@ def test_the_faster_road_gets_more(oracle, monkeypatch, faster):
     monkeypatch.setattr(tiers.prefill.costs, "learn_cpu", lambda *_: None)
     chunk = random_chunk(60, torch.Generator().manual_seed(4))
     assert relative_error(tiers.forward(FIRST, *chunk), oracle.forward(FIRST, *chunk)) < 5e-3
-    tiers.settle()
+    tiers.synchronize()
     (record,) = tiers.prefill.records
     assert record.cpu + record.uploads == len(chunk[0].unique())
     assert getattr(record, faster) > 0.6 * len(chunk[0].unique())
@@ -117,12 +118,11 @@ def test_no_races(monkeypatch, slots, exclusive):
     generator = torch.Generator().manual_seed(6)
     for n_tokens, layer in itertools.product((30, 20), range(FIRST, FIRST + LAYERS)):
         tiers.forward(layer, *random_chunk(n_tokens, generator, skew=2))
-    tiers.settle()
+    tiers.synchronize()
     assert races.find() == []
     records = tiers.prefill.records
     assert slots > LAYERS * EXPERTS or (
-        max(record.uploads for record in records) > prefill.UPLOAD_GROUP
-        and any(record.cpu for record in records)
+        max(record.uploads for record in records) > UPLOAD_GROUP and any(record.cpu for record in records)
     )
 
 
@@ -232,7 +232,7 @@ def test_a_late_host_does_not_count_against_the_uploads(monkeypatch):
     tiers = build(StandInDevice(max_delay_us=0), 0)
     tiers.prefill.costs.cpu_gbps = 1e-9
     learned = []
-    monkeypatch.setattr(tiers.prefill.costs, "learn_uploads", lambda n, seconds: learned.append(seconds / n))
+    monkeypatch.setattr(tiers.prefill.costs, "learn_upload", learned.append)
     experts_many = tiers.device.ops.experts_many
     calls = itertools.count()
 
@@ -245,6 +245,6 @@ def test_a_late_host_does_not_count_against_the_uploads(monkeypatch):
     _, *rest = random_chunk(EXPERTS, torch.Generator().manual_seed(12))
     every = (torch.arange(EXPERTS)[:, None] + torch.arange(TOP_K)) % EXPERTS
     tiers.forward(FIRST, every, *rest)
-    tiers.settle()
+    tiers.synchronize()
     assert tiers.prefill.records[0].upload_s > 0.3
     assert learned[0] < 0.3 / EXPERTS

@@ -56,7 +56,7 @@ def test_few_tokens_cost_bytes_and_many_arithmetic():
 def test_learns_what_decided():
     costs, truth = k2(), k2(pcie_gbps=30.0, cpu_gbps=20.0, cpu_gflops=900.0)
     for _ in range(30):
-        costs.learn_uploads(16, 16 * truth.upload_s)
+        costs.learn_upload(truth.upload_s)
         for counts in (np.array([1, 2, 3]), np.array([150, 200])):
             costs.learn_cpu(counts, float(truth.cpu_s(counts).sum()))
     for name in ("pcie_gbps", "cpu_gbps", "cpu_gflops"):

@@ -54,7 +54,7 @@ def narrow_chunk(n_tokens, generator):
 
 
 def settled_records(tiers):
-    tiers.settle()
+    tiers.synchronize()
     return list(tiers.prefill.records)
 
 
@@ -134,7 +134,7 @@ def test_the_most_used_come_first():
     busy = [EXPERTS + expert for expert in range(31, 31 - STAGING_SLOTS, -1)]
     tiers.gpu.residency.use(np.array(busy, np.int32), np.arange(len(busy), 0, -1, dtype=np.float32))
     tiers.forward(FIRST, *random_chunk(MANY, torch.Generator().manual_seed(6)))
-    groups = tiers.prefill.early.take()
+    groups = tiers.prefill.next_layer.take()
     assert [key for group in groups for key in group.slots] == busy
 
 
@@ -143,7 +143,7 @@ def test_early_ones_are_admitted_as_others():
     tiers.prefill.costs.cpu_gbps = 1e-6
     generator = torch.Generator().manual_seed(7)
     tiers.forward(FIRST, *random_chunk(MANY, generator))
-    (first, *_), *_ = (list(group.slots) for group in tiers.prefill.early._groups)
+    (first, *_), *_ = (list(group.slots) for group in tiers.prefill.next_layer._groups)
     ids = torch.tensor([first - EXPERTS, *range(TOP_K - 1)]).expand(MANY, TOP_K).contiguous()
     tiers.forward(FIRST + 1, ids, *random_chunk(MANY, generator)[1:])
     slot = tiers.gpu.residency.slot(first)
@@ -155,7 +155,7 @@ def test_early_uploads_belong_to_the_layer_that_uses_them(oracle):
     generator = torch.Generator().manual_seed(14)
     tiers = build(StandInDevice(14, max_delay_us=200), 0, **DEEP)
     tiers.forward(FIRST, *random_chunk(MANY, generator))
-    group, *others = tiers.prefill.early._groups
+    group, *others = tiers.prefill.next_layer._groups
     ids = torch.tensor([key - EXPERTS for key in group.slots][:TOP_K]).expand(MANY, TOP_K).contiguous()
     chunk = (ids, *random_chunk(MANY, generator)[1:])
     assert_close(tiers.forward(FIRST + 1, *chunk), oracle.forward(FIRST + 1, *chunk))
@@ -214,8 +214,8 @@ def test_other_experts_in_ram_after_a_chunk_that_ended_early():
     generator = torch.Generator().manual_seed(11)
     tiers = build(StandInDevice(11, max_delay_us=200), 0, **DEEP)
     forward_watched(tiers, MANY, 1, generator)
-    ends = [group.end for group in tiers.prefill.early._groups]
-    tiers.settle()
+    ends = [group.end for group in tiers.prefill.next_layer._groups]
+    tiers.synchronize()
     assert len(ends) == STAGING_SLOTS // UPLOAD_GROUP
     assert all(end.done() for end in ends)
     tiers.fill_synthetic(seed=1)
@@ -247,7 +247,7 @@ def test_an_interrupt(oracle, step, monkeypatch):
         interrupt_at(step, tiers, patch)
         for layer in range(FIRST, FIRST + LAYERS):
             tiers.forward(layer, *chunk)
-    assert tiers.prefill.early.take() == []
+    assert tiers.prefill.next_layer.take() == []
     check_places(tiers)
     for layer in range(FIRST, FIRST + LAYERS):
         assert_close(tiers.forward(layer, *chunk), oracle.forward(layer, *chunk))
@@ -255,13 +255,13 @@ def test_an_interrupt(oracle, step, monkeypatch):
 
 def test_a_failed_early_copy_is_not_lost(monkeypatch):
     tiers = build(StandInDevice(max_delay_us=50), 0, **DEEP)
-    start, copy = tiers.prefill.early.start, tiers.device.uploads.copy
+    start, copy = tiers.prefill.next_layer.start, tiers.device.uploads.copy
 
     def fail(keys):
         monkeypatch.setattr(tiers.device.uploads, "copy", lambda target, source: copy(target, source[:5]))
         start(keys)
 
-    monkeypatch.setattr(tiers.prefill.early, "start", fail)
+    monkeypatch.setattr(tiers.prefill.next_layer, "start", fail)
     chunk = random_chunk(MANY, torch.Generator().manual_seed(13))
     with pytest.raises(DeviceError, match="a copy failed"):
         for layer in range(FIRST, FIRST + LAYERS):
