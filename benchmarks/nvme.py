@@ -247,7 +247,7 @@ def decoded(replay: Replay, load_s: float) -> Decoded:
     """What a replay of moebox's gave."""
     experts = experts_of(replay.engine)
     counts, guesses = experts.cache.counts, experts.prefetcher
-    hit_rate = counts.hits / (counts.hits + counts.foreseen + counts.reads)
+    hit_rate = counts.hits / (counts.hits + counts.prefetched + counts.reads)
     trial_cost = guesses.trial.cost_s / sum(replay.seconds) if isinstance(guesses, Prefetcher) else 0.0
     return Decoded(replay.seconds, replay.identical, hit_rate, load_s, trial_cost)
 

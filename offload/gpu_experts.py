@@ -15,18 +15,20 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from moebox.config import ModelConfig
 from moebox.errors import PlanError
 from moebox.kernels import cpu
 from moebox.offload.decode.host_step import FIELDS, DecodeRoads
 from moebox.offload.decode.mailbox import Mailbox
 from moebox.offload.decode.upload_ahead import Decides, UploadsAhead
 from moebox.offload.device.base import Device
+from moebox.offload.disk.base import Source
 from moebox.offload.disk.store import ExpertStore
+from moebox.offload.disk.synthetic import SyntheticSource
 from moebox.offload.experts import TIERS, Progress
-from moebox.offload.memory.cold_rows import ColdTier, least_rows
+from moebox.offload.memory.cold_reader import ColdReader, least_rows, spare_rows
 from moebox.offload.memory.gpu_slab import GpuSlab, spread_keys
-from moebox.offload.memory.ram_slab import RamSlab, Source, SyntheticSource
+from moebox.offload.memory.ram_slab import RamSlab
+from moebox.offload.memory.rows import RamRows
 from moebox.offload.prefill.layer import PrefillExperts
 from moebox.offload.residency import Residency
 from moebox.offload.routing.recorder import RoutingRecorder
@@ -72,23 +74,22 @@ class GpuExperts:
 
     def __init__(
         self,
-        config: ModelConfig,
-        device: Device,
         pool: cpu.ThreadPool,
         ram: RamSlab,
         gpu: GpuSlab,
-        exclusive: bool,
-        cold: ColdTier | None = None,
+        rows: RamRows | None = None,
+        cold: ColdReader | None = None,
     ) -> None:
         """Use `build`."""
+        config, device = ram.config, gpu.device
         self.config, self.device, self.pool, self.ram, self.gpu = config, device, pool, ram, gpu
-        self.exclusive, self.cold = exclusive, cold
-        self.shape = (config.hidden_size, config.moe_intermediate_size)
+        self.rows, self.cold = rows, cold
+        self.shape = gpu.shape
         self.routing: Routing | None = None
         self.guesses: Callable[[], Tensor] | None = None
         self.ahead: UploadsAhead | None = None
         self.nbytes = config.experts_bytes
-        self.prefill = PrefillExperts(pool, ram, gpu, exclusive, cold)
+        self.prefill = PrefillExperts(pool, ram, gpu, rows, cold)
         self.mailbox = Mailbox.allocate(
             device, len(config.moe_layers), config.num_experts_per_tok, config.hidden_size
         )
@@ -98,7 +99,6 @@ class GpuExperts:
     @classmethod
     def build(
         cls,
-        config: ModelConfig,
         device: Device,
         pool: cpu.ThreadPool,
         ram: RamSlab,
@@ -115,13 +115,16 @@ class GpuExperts:
         Raises:
             PlanError: RAM, or in exclusive mode RAM and slots together, is too small; no memory for the ring.
         """
-        gpu = GpuSlab(config, device, slots)
-        cold = None
+        gpu = GpuSlab(ram.config, device, slots)
+        rows = cold = None
         if store is not None and exclusive and ram.n_rows + gpu.n_cached < ram.n_keys:
-            cold = _cold_tier(ram, store)
+            _check_rows(ram)
+            rows = RamRows(ram, spare_rows(ram.n_rows, ram.config.num_experts_per_tok))
+            cold = ColdReader(rows, store)
         else:
             _check_room(ram, gpu, exclusive)
-        experts = cls(config, device, pool, ram, gpu, exclusive, cold)
+            rows = RamRows(ram) if exclusive else None
+        experts = cls(pool, ram, gpu, rows, cold)
         if (ram.rows >= 0).all():
             experts._warm(experts._spread_keys())
         return experts
@@ -161,19 +164,18 @@ class GpuExperts:
         self.synchronize()
         self.gpu.clear()
         keys, n_cache = self._spread_keys() if order is None else order, self.gpu.n_cached
-        if not self.exclusive:
+        if self.rows is None:
             self.ram.fill(source, progress=progress)
             self._warm(keys)
             return
-        in_memory = keys if self.cold is None else keys[: n_cache + self.cold.capacity]
+        in_memory = keys if self.cold is None else keys[: n_cache + self.rows.capacity]
         n, nbytes = len(in_memory), self.config.expert_bytes
         for first in range(0, n_cache, self.ram.n_rows):  # through rows that are not in use yet
             batch = in_memory[first : min(first + self.ram.n_rows, n_cache)]
             self.ram.fill(source, batch, _part(progress, first, n, nbytes))
             self.gpu.fill(self.ram, batch)
         self.ram.fill(source, in_memory[n_cache:], _part(progress, n_cache, n, nbytes))
-        if self.cold is not None:
-            self.cold.take_over()
+        self.rows.take_over()
         self._get_ready()
 
     def placement(self) -> npt.NDArray[np.uint8]:
@@ -299,7 +301,7 @@ class GpuExperts:
             one_address=box.one.data_ptr(),
             n_experts=self.config.n_routed_experts,
             top_k=self.config.num_experts_per_tok,
-            exclusive=self.exclusive,
+            rows=self.rows,
             cold=self.cold,
             pcie_gbps=self.prefill.costs.pcie_gbps,
             cpu_gbps=self.prefill.costs.cpu_gbps,
@@ -333,7 +335,7 @@ def _check_room(ram: RamSlab, gpu: GpuSlab, exclusive: bool) -> None:
         )
 
 
-def _cold_tier(ram: RamSlab, store: ExpertStore) -> ColdTier:
+def _check_rows(ram: RamSlab) -> None:
     least = least_rows(ram.config.num_experts_per_tok)
     if ram.n_rows < least:
         raise PlanError(
@@ -341,7 +343,6 @@ def _cold_tier(ram: RamSlab, store: ExpertStore) -> ColdTier:
             f"{(least - ram.n_rows) * ram.stride} bytes more",
             "Give more --ram.",
         )
-    return ColdTier(ram, store)
 
 
 def _part(progress: Progress | None, first: int, n: int, nbytes: int) -> Progress | None:

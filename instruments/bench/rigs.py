@@ -15,11 +15,11 @@ from moebox.instruments.measure.random_model import Shape, experts_in_ram, synth
 from moebox.kernels import cpu
 from moebox.offload.cpu_experts import CpuExperts
 from moebox.offload.device.base import Device
+from moebox.offload.disk.base import Store
 from moebox.offload.disk.store import ExpertStore
 from moebox.offload.experts import Progress
 from moebox.offload.gpu_experts import GpuExperts
 from moebox.offload.machine.hardware import available_ram_bytes
-from moebox.offload.memory.ram_cache import Store
 from moebox.offload.memory.ram_slab import RamSlab, row_stride
 from moebox.offload.routing.trace import TraceRouting
 from moebox.runtime.engine.base import Runner
@@ -188,7 +188,7 @@ def shape_rig(
     model = synthetic_model(config, torch.bfloat16, processor)
     memory = CacheMemory(model, device, share.context)
     ram = RamSlab(config, share.rows, device, progress) if filled is None else filled
-    experts = GpuExperts.build(config, device, pool, ram, share.slots, share.exclusive)
+    experts = GpuExperts.build(device, pool, ram, share.slots, share.exclusive)
     if filled is None:
         experts.fill_synthetic()
     if options.prefetch:

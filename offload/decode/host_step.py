@@ -63,7 +63,7 @@ class DecodeRoads(_kernels.DecodeRoads):
         copier: of the device that holds slab and `uploaded`.
         shape: (H, I).
         ram: uint8 [rows, stride], pinned for a GPU.
-        ram_rows: int32 [L * E]: a key's row or -1; changed in exclusive mode only.
+        ram_rows: int32 [L * E]: a key's row or -1.
         slab_address, slab_stride: the GPU's slots, in bytes.
         routed, listed, summed: int32 [L, 16], flags in element 0. The GPU raises the first and waits for
             the others.
@@ -74,10 +74,10 @@ class DecodeRoads(_kernels.DecodeRoads):
         sums: fp32 [L, H], overwritten with the CPU's share, zeros where there is none.
         uploaded_address, uploaded_stride_bytes: device int32 flags, one per layer.
         one_address: a pinned int32 1.
-        exclusive: an expert lies in RAM or in a slot, not both: a retained upload frees its row, and a
-            victim is downloaded before its slot is free.
-        cold: reads experts that lie in neither, which then changes `ram` and `ram_rows`, too; only with
-            `exclusive`.
+        rows: of `ram`, with the table `ram_rows`. An expert lies in RAM or in a slot, not in both: when an
+            upload is complete, the expert's row is free, and a victim is downloaded before its slot is free.
+            None: every expert has a row, and `ram_rows` does not change.
+        cold: reads experts that lie neither in RAM nor in a slot; only with its `rows`.
         guessed, guesses: int32 [L, 16], flags in element 0, and int32 [L, n], what a layer will probably
             pick, the likeliest first: raised and written by the GPU while it computes the layer before, after
             what it reads from `ram`. None: it never guesses; programs may differ in that.
@@ -117,8 +117,8 @@ class DecodeRoads(_kernels.DecodeRoads):
         one_address: int,
         n_experts: int,
         top_k: int,
-        exclusive: bool = False,
-        cold: _kernels.ColdTier | None = None,
+        rows: _kernels.RamRows | None = None,
+        cold: _kernels.ColdReader | None = None,
         guessed: Tensor | None = None,
         guesses: Tensor | None = None,
         pcie_gbps: float = 50.0,
@@ -137,7 +137,7 @@ class DecodeRoads(_kernels.DecodeRoads):
             (slab_address, slab_stride),
             (uploaded_address, uploaded_stride_bytes, one_address),
             (n_experts, top_k),
-            exclusive,
+            rows,
             (pcie_gbps, cpu_gbps),
             isa,
             cold,
@@ -162,7 +162,7 @@ class DecodeRoads(_kernels.DecodeRoads):
 
         Raises:
             DeviceError: the GPU did not answer in time, or a copy failed.
-            ReadFailure: a cold expert could not be read; see `cold.ColdTier.reads`.
+            ReadFailure: a cold expert could not be read; see `cold_reader.ColdReader.reads`.
             RuntimeError: `abort` was called, or an expert id is out of range or given twice.
         """
         with _device_errors():

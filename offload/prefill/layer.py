@@ -30,10 +30,11 @@ from torch import Tensor
 from moebox.kernels import cpu
 from moebox.offload.device.base import Event
 from moebox.offload.machine.hardware import gpu_identity
-from moebox.offload.memory.cold_rows import ColdTier
+from moebox.offload.memory.cold_reader import ColdReader
 from moebox.offload.memory.gpu_slab import GpuSlab
 from moebox.offload.memory.ram_slab import RamSlab
-from moebox.offload.prefill.admission import Admissions, ColdAdmissions
+from moebox.offload.memory.rows import RamRows
+from moebox.offload.prefill.admission import Admissions, ColdAdmissions, ExclusiveAdmissions
 from moebox.offload.prefill.cold_reads import LayerReads
 from moebox.offload.prefill.cpu_batches import CpuBatches
 from moebox.offload.prefill.gpu_queue import GpuQueue
@@ -91,12 +92,19 @@ class PrefillExperts:
         pool: cpu.ThreadPool,
         ram: RamSlab,
         gpu: GpuSlab,
-        exclusive: bool = False,
-        cold: ColdTier | None = None,
+        rows: RamRows | None = None,
+        cold: ColdReader | None = None,
     ) -> None:
-        """`cold`: where RAM does not hold what the GPU does not; only with `exclusive`."""
+        """
+        Args:
+            pool: computes the CPU's experts.
+            ram, gpu: the slabs; the GPU's device is used.
+            rows: of RAM in exclusive mode, where an expert lies in RAM or on the GPU, but not in both. None:
+                RAM holds all experts.
+            cold: reads experts that lie in neither; None if there are none.
+        """
         config = ram.config
-        self.pool, self.ram, self.gpu, self.exclusive, self.cold = pool, ram, gpu, exclusive, cold
+        self.pool, self.ram, self.gpu, self.rows, self.cold = pool, ram, gpu, rows, cold
         self.recorder: RoutingRecorder | None = None
         flops = 6.0 * config.hidden_size * config.moe_intermediate_size
         identity = gpu_identity(gpu.device.torch_device)
@@ -129,9 +137,8 @@ class PrefillExperts:
         with ExitStack() as undo:
             admissions = self._begin(undo, staging)
             ahead = self.next_layer.take()
-            tiers = (self.ram, self.gpu)
-            routing = (expert_ids, weights)
-            routed = route_layer(layer, routing, hidden, staging, tiers, ahead, exclusive=self.exclusive)
+            routing, tiers, exclusive = (expert_ids, weights), (self.ram, self.gpu), self.rows is not None
+            routed = route_layer(layer, routing, hidden, staging, tiers, ahead, exclusive=exclusive)
             self._use(routed)
             admissions.plan(routed.keys[routed.first_ahead :], routed.keys[: routed.first_ahead])
             self._learn()
@@ -176,10 +183,12 @@ class PrefillExperts:
     def _begin(self, undo: ExitStack, staging: Staging) -> Admissions:
         """A layer's admissions. On an error, `undo` leaves nothing under way, and a cache that holds what its
         table says."""
-        if self.cold is None:
-            admissions = Admissions(self.ram, self.gpu, self.exclusive)
+        if self.rows is None:
+            admissions = Admissions(self.gpu)
+        elif self.cold is None:
+            admissions = ExclusiveAdmissions(self.gpu, rows=self.rows)
         else:
-            admissions = ColdAdmissions(self.ram, self.gpu, self.exclusive, tier=self.cold)
+            admissions = ColdAdmissions(self.gpu, rows=self.rows)
         undo.callback(admissions.undo)
         undo.callback(self.next_layer.take)
         undo.callback(staging.sums.zero_)
@@ -278,7 +287,7 @@ class PrefillExperts:
         """
         keys = range(routed.all_keys.stop, routed.all_keys.stop + len(routed.all_keys))
         enough = len(routed.pairs.tokens) >= CERTAIN * len(keys)
-        if enough and keys.stop <= self.ram.n_keys and not self.exclusive:
+        if enough and keys.stop <= self.ram.n_keys and self.rows is None:
             self.next_layer.start(keys)
 
     def _combine(self, routed: RoutedLayer, staging: Staging, *, from_cpu: bool) -> Event:

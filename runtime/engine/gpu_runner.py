@@ -256,7 +256,7 @@ def _load_planned(checkpoint: Checkpoint, device: Device, plan: GpuPlan, options
         memory = CacheMemory(model, device, plan.context)
         pool = cpu.ThreadPool(options.threads or max(1, cpu.allowed_cpus() - CORES_FOR_UPLOADS))
         ram = RamSlab(config, plan.ram_rows, device, options.progress)
-        experts = GpuExperts.build(config, device, pool, ram, plan.slots, plan.exclusive, store)
+        experts = GpuExperts.build(device, pool, ram, plan.slots, plan.exclusive, store)
         experts.load(store, recording.statistics, options.progress)
         if options.prefetch:
             experts.upload_ahead()

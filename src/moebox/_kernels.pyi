@@ -195,19 +195,55 @@ AHEAD_FIELDS: list[str]
 class DeviceFailure(RuntimeError):
     """What `offload.roads` turns into `DeviceError`."""
 
-class ColdTier:
-    """Reads experts that are nowhere in memory into rows of RAM, whose account `residency` keeps.
+class RamRows:
+    """Which expert has which row of RAM. Plain bookkeeping: it moves no bytes and is not thread-safe.
+
+    A key has a row in `residency` as soon as the row is its own. `table` has the row once it holds all bytes
+    of the key; nothing else may write `table`.
 
     Args:
-        residency: its slots are the rows of RAM; `reserve` of them are free before a step reads.
-        reader: reads.
-        extents: of each key: runs of the reader's files, and the XXH3-64 to compare, or None.
+        table: int32 [n_keys], each key's row or -1. These rows, the first ones without a gap, are taken over.
+        n_rows: of RAM.
+        reserve: rows that are free before a step of decoding reads from the drive.
+        half_life: of a score, in ticks.
+        n_experts: keys of a layer, a divisor of n_keys.
+
+    Raises ValueError for a key, a number or a state that is not allowed.
+    """
+    def __init__(
+        self, table: npt.NDArray[np.int32], n_rows: int, reserve: int, half_life: float, n_experts: int
+    ) -> None: ...
+    @property
+    def residency(self) -> Residency:
+        """The scores, and the rows as its slots. Only `RamRows` places and releases keys."""
+    def take_over(self) -> None:
+        """Give each key the row that `table` says, and free all others. Scores stay."""
+    def place(self, key: int) -> int:
+        """Give the key the lowest free row; -1 if none is free. ValueError if it has one."""
+    def arrived(self, key: int) -> None:
+        """The key's row holds all its bytes: enter it in `table`."""
+    def drop(self, key: int) -> None:
+        """Free the key's row."""
+    def hand_over(self, from_key: int, to_key: int) -> None:
+        """Give the row of one key to another one, and enter it in `table`."""
+    def weakest(self, n: int, busy: Sequence[int] = ()) -> list[int]:
+        """Up to n keys that have a row and are not `busy`, the weakest first."""
+    def make_room(self, n_free: int, busy: Sequence[int] = ()) -> None:
+        """Drop the weakest keys, but none that is `busy`, until `n_free` rows are free."""
+
+class ColdReader:
+    """Reads experts that lie neither in RAM nor on the GPU into rows of RAM, while a token is decoded.
+
+    Args:
+        rows: of RAM.
+        reader: of the drives.
+        extents: of each key: where it lies on drives, and its XXH3-64 if it is to be verified.
 
     Raises ValueError where a number does not fit; sizes are checked by `DecodeRoads`.
     """
     def __init__(
         self,
-        residency: Residency,
+        rows: RamRows,
         reader: Reader,
         extents: list[tuple[list[tuple[int, int, int]], int | None]],
     ) -> None: ...
@@ -226,10 +262,10 @@ class DecodeRoads:
         slab: tuple[int, int],
         flags: tuple[int, int, int],
         experts: tuple[int, int],
-        exclusive: bool,
+        rows: RamRows | None,
         gbps: tuple[float, float],
         isa: str | None,
-        cold: ColdTier | None,
+        cold: ColdReader | None,
         guesses: tuple[Any, Any] | None = None,
     ) -> None: ...
     def clear(self) -> None:

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from helpers.experts import Routing, random_arrays, reference
-from moebox._kernels import ColdTier, HostCopier, Reader
+from moebox._kernels import ColdReader, HostCopier, RamRows, Reader
 from moebox.kernels.cpu import ThreadPool
 from moebox.offload.decode.host_step import DecodeRoads
-from moebox.offload.residency import Residency
+from moebox.offload.residency import HALF_LIFE_TOKENS, Residency
 
 FLAG_WORDS = 16
 
@@ -92,7 +92,11 @@ class Rig:
         self.nbytes = self.gold.shape[1]
         self.exclusive = spec.rows is not None
         self._place(spec.rows if spec.rows is not None else spec.keys)
-        self.cold = None if spec.spare is None else self._cold_tier()
+        self.rows = None
+        if self.exclusive:
+            table = self.ram_rows.numpy()
+            self.rows = RamRows(table, len(self.ram), spec.spare or 0, HALF_LIFE_TOKENS, spec.n_experts)
+        self.cold = None if spec.spare is None else self._cold_reader()
         self.box = Mailbox(spec)
         self.copier = HostCopier(spec.seed, spec.max_delay_us)
         self.pool = ThreadPool(spec.threads, pin=False)
@@ -115,7 +119,7 @@ class Rig:
             slot = self.residency.place(int(key))
             self.slab[slot, : self.nbytes] = torch.from_numpy(self.gold[key])
 
-    def _cold_tier(self) -> ColdTier:
+    def _cold_reader(self) -> ColdReader:
         """All experts in a file, as long as the rig lives."""
         spec, stride = self.spec, self.ram.shape[1]
         self.file = tempfile.NamedTemporaryFile()  # noqa: SIM115
@@ -125,11 +129,8 @@ class Rig:
         self.file.flush()
         self.reader = Reader(2, 4096)
         file = self.reader.add_file([self.file.name])
-        self.rows = Residency(spec.keys, len(self.ram), spec.spare, n_experts=spec.n_experts)
-        for key in self.ram_rows.argsort()[(self.ram_rows < 0).sum() :].tolist():
-            assert self.rows.place(key) == self.ram_rows[key]
         extents = [([(file, key * stride, self.nbytes)], None) for key in range(spec.keys)]
-        return ColdTier(self.rows, self.reader, extents)
+        return ColdReader(self.rows, self.reader, extents)
 
     def delay_reads(self, seed: int) -> None:
         """Each read takes its time, at random."""
@@ -154,7 +155,7 @@ class Rig:
             one_address=box.one.data_ptr(),
             n_experts=spec.n_experts,
             top_k=spec.top_k,
-            exclusive=self.exclusive,
+            rows=self.rows,
             cold=self.cold,
             pcie_gbps=50.0,
             cpu_gbps=spec.cpu_gbps,
@@ -165,7 +166,7 @@ class Rig:
         """Every expert has a home with its bytes in it; no home is shared. After `settle`."""
         rows, table = self.ram_rows.numpy(), self.residency.table()
         assert self.cold is not None or ((rows >= 0) | (table >= 0)).all()
-        assert self.cold is None or np.array_equal(rows, self.rows.table())
+        assert self.rows is None or np.array_equal(rows, self.rows.residency.table())
         for home in (rows[rows >= 0], table[table >= 0]):
             assert len(set(home.tolist())) == len(home)
         for key in range(self.spec.keys):

@@ -19,9 +19,10 @@ from moebox.kernels import cpu
 from moebox.offload.checkpoint.layout import ExpertLayout
 from moebox.offload.device.stand_in import StandInDevice
 from moebox.offload.disk.store import ExpertStore
+from moebox.offload.disk.synthetic import SyntheticSource
 from moebox.offload.experts import group_by_expert
 from moebox.offload.gpu_experts import GpuExperts
-from moebox.offload.memory.ram_slab import RamSlab, SyntheticSource, row_tensors
+from moebox.offload.memory.ram_slab import RamSlab, row_tensors
 from moebox.offload.prefill import layer as prefill
 
 EXPERTS, TOP_K, LAYERS = 32, 4, 2
@@ -57,7 +58,7 @@ def build(device, slots: int, exclusive: bool = False, threads: int = 1, **chang
     reserve = min(config.num_experts_per_tok, slots // 2)
     rows = config.n_keys - (slots - reserve if exclusive else 0)
     ram = RamSlab(config, rows, device)
-    tiers = GpuExperts.build(config, device, cpu.ThreadPool(threads, pin=False), ram, slots, exclusive)
+    tiers = GpuExperts.build(device, cpu.ThreadPool(threads, pin=False), ram, slots, exclusive)
     tiers.fill_synthetic()
     return tiers
 
@@ -74,7 +75,7 @@ def build_cold(device, file: Path, slots: int, rows: int, n_experts: int = EXPER
     store = ExpertStore(SimpleNamespace(config=config), reader, runs, None, ())
     ram = RamSlab(config, rows, device)
     pool = cpu.ThreadPool(1, pin=False)
-    tiers = GpuExperts.build(config, device, pool, ram, slots, exclusive=True, store=store)
+    tiers = GpuExperts.build(device, pool, ram, slots, exclusive=True, store=store)
     tiers.load(store)
     assert tiers.cold is not None
     return tiers
@@ -117,8 +118,9 @@ def check_places(tiers: GpuExperts) -> None:
         if tiers.cold is not None:
             assert slot < 0 or row < 0, key
             assert tiers.cold.residency.slot(key) == row, key
-        elif tiers.exclusive:
+        elif tiers.rows is not None:
             assert (slot < 0) != (row < 0), key
+            assert tiers.rows.row(key) == row, key
         else:
             assert row >= 0
         for slab, place in ((tiers.gpu.slab, slot), (tiers.ram.slab, row)):

@@ -78,7 +78,7 @@ def test_same_bits_as_all_in_ram(whole, pool, rows, dtype):
             assert experts.last.hits + experts.last.cold == len(given[0].unique())
             assert in_ram.last.cold == 0
     assert store.under_way == []
-    assert experts.cache.n_spare == experts.cache.reserve
+    assert experts.cache.n_free == experts.cache.reserve
 
 
 def test_hits_are_not_read_again(whole, pool):
@@ -142,7 +142,7 @@ def test_an_interrupt_in_the_middle_of_a_layer(whole, pool, monkeypatch):
     assert torch.equal(experts.forward(FIRST, *given), plain(pool, whole, 0, *given))
 
 
-class Foresight:
+class PrefetchLog:
     """Speculates on what it was told, and keeps what it was called with."""
 
     def __init__(self, cache):
@@ -151,13 +151,13 @@ class Foresight:
     def begin_layer(self, moe, picks):
         self.calls.append(("begin", moe, list(picks)))
 
-    def submitted(self, moe, hidden, picks):
-        self.calls.append(("submitted", moe, tuple(hidden.shape)))
+    def prefetch_next(self, moe, hidden, picks):
+        self.calls.append(("prefetch_next", moe, tuple(hidden.shape)))
         for key in self.next:
-            self.cache.speculate(key)
+            self.cache.prefetch(key)
 
     def end_layer(self, moe):
-        assert self.cache.n_spare + len(self.next) >= self.cache.reserve
+        assert self.cache.n_free + len(self.next) >= self.cache.reserve
 
     def end_token(self):
         self.calls.append(("end",))
@@ -166,25 +166,25 @@ class Foresight:
 def test_the_prefetcher_is_called_in_decoding_only(whole, pool):
     store = SlowStore(whole)
     experts = experts_with(store, pool, 16, 2 * TOP_K)
-    experts.prefetcher = foresight = Foresight(experts.cache)
+    experts.prefetcher = log = PrefetchLog(experts.cache)
     generator = torch.Generator().manual_seed(5)
     first, second = chunk(1, generator), chunk(1, generator)
-    foresight.next = [EXPERTS + int(expert) for expert in second[0][0]]
+    log.next = [EXPERTS + int(expert) for expert in second[0][0]]
     experts.forward(FIRST, *first)
-    foresight.next = []
+    log.next = []
     assert torch.equal(experts.forward(FIRST + 1, *second), plain(pool, whole, 1, *second))
     begun = [("begin", moe, sorted(given[0][0].tolist())) for moe, given in enumerate((first, second))]
     shape = (1, CONFIG.hidden_size)
-    assert foresight.calls == [
-        begun[0], ("submitted", 0, shape), begun[1], ("submitted", 1, shape), ("end",),
+    assert log.calls == [
+        begun[0], ("prefetch_next", 0, shape), begun[1], ("prefetch_next", 1, shape), ("end",),
     ]  # fmt: skip
-    assert experts.cache.counts.foreseen > 0
-    foresight.next = [3, 40]
+    assert experts.cache.counts.prefetched > 0
+    log.next = [3, 40]
     experts.forward(FIRST, *first)
-    seen = len(foresight.calls)
+    seen = len(log.calls)
     many = chunk(30, generator)
     assert torch.equal(experts.forward(FIRST, *many), plain(pool, whole, 0, *many))
-    assert len(foresight.calls) == seen
+    assert len(log.calls) == seen
     assert store.under_way == []
 
 
@@ -280,4 +280,4 @@ def test_a_guess_changes_who_is_read_early_and_not_who_stays(pool, rows):
     report = guessing.prefetcher.report()
     assert report.used + report.late > 100
     assert plain.cache.counts.hits == guessing.cache.counts.hits
-    assert plain.cache.counts.reads == guessing.cache.counts.reads + guessing.cache.counts.foreseen
+    assert plain.cache.counts.reads == guessing.cache.counts.reads + guessing.cache.counts.prefetched

@@ -55,7 +55,7 @@ def test_a_filled_ram_warms_the_cache():
     config, device = small_config(), StandInDevice()
     ram = RamSlab(config, device=device)
     ram.fill_synthetic()
-    tiers = GpuExperts.build(config, device, cpu.ThreadPool(1), ram, 12)
+    tiers = GpuExperts.build(device, cpu.ThreadPool(1), ram, 12)
     assert tiers.gpu.residency.n_resident == 12 - TOP_K
     check_places(tiers)
 
@@ -64,7 +64,7 @@ def test_a_filled_ram_warms_the_cache():
 def test_too_little_room(rows, slots, exclusive):
     config, device = small_config(), StandInDevice()
     with pytest.raises(PlanError, match=r"64 experts; RAM holds \d+.*bytes too few\n"):
-        GpuExperts.build(config, device, cpu.ThreadPool(1), RamSlab(config, rows, device), slots, exclusive)
+        GpuExperts.build(device, cpu.ThreadPool(1), RamSlab(config, rows, device), slots, exclusive)
 
 
 @pytest.mark.parametrize("exclusive", [False, True])
@@ -73,7 +73,7 @@ def test_a_checkpoint_as_the_cpu_tier_computes_it(tmp_path, exclusive):
     config, device, pool = checkpoint.config, StandInDevice(max_delay_us=0), cpu.ThreadPool(1)
     n_keys = config.n_keys
     ram = RamSlab(config, n_keys - 6 if exclusive else n_keys, device)
-    tiers = GpuExperts.build(config, device, pool, ram, 6 + config.num_experts_per_tok, exclusive)
+    tiers = GpuExperts.build(device, pool, ram, 6 + config.num_experts_per_tok, exclusive)
     calls = []
     with ExpertStore.open(checkpoint) as store:
         tiers.load(store, progress=lambda *call: calls.append(call))

@@ -57,6 +57,12 @@ void for_keys(const Residency& residency, const Array& keys, const std::optional
   for (std::size_t i = 0; i < *n; ++i) visit(key[i], value ? value[i] : 1.0f);
 }
 
+std::int32_t with_row(RamRows& rows, std::int64_t key) {
+  if (rows.residency().slot(checked(rows.residency(), key)) < 0)
+    bad("key: " + std::to_string(key) + " has no row");
+  return static_cast<std::int32_t>(key);
+}
+
 void register_residency(nb::module_& m) {
   nb::class_<Residency>(m, "Residency")
       .def(nb::init<std::size_t, std::size_t, std::size_t, double, std::size_t>(), "n_keys"_a, "n_slots"_a,
@@ -122,6 +128,55 @@ void register_residency(nb::module_& m) {
       .def("trim", &Residency::trim);
 }
 
+void register_rows(nb::module_& m) {
+  using Table = nb::ndarray<std::int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+  nb::class_<RamRows>(m, "RamRows")
+      .def(
+          "__init__",
+          [](RamRows* self, const Table& table, std::size_t n_rows, std::size_t reserve, double half_life,
+             std::size_t n_experts) {
+            new (self) RamRows({table.data(), table.size()}, n_rows, reserve, half_life, n_experts);
+          },
+          "table"_a.noconvert(), "n_rows"_a, "reserve"_a, "half_life"_a, "n_experts"_a,
+          nb::keep_alive<1, 2>())
+      .def_prop_ro("residency", &RamRows::residency, nb::rv_policy::reference_internal)
+      .def("take_over", &RamRows::take_over)
+      .def(
+          "place",
+          [](RamRows& rows, std::int64_t key) {
+            if (rows.residency().slot(checked(rows.residency(), key)) >= 0)
+              bad("key: " + std::to_string(key) + " has a row already");
+            return rows.place(static_cast<std::int32_t>(key));
+          },
+          "key"_a)
+      .def(
+          "arrived", [](RamRows& rows, std::int64_t key) { rows.arrived(with_row(rows, key)); }, "key"_a)
+      .def(
+          "drop", [](RamRows& rows, std::int64_t key) { rows.drop(with_row(rows, key)); }, "key"_a)
+      .def(
+          "hand_over",
+          [](RamRows& rows, std::int64_t from, std::int64_t to) {
+            if (rows.residency().slot(checked(rows.residency(), to)) >= 0)
+              bad("to_key: " + std::to_string(to) + " has a row already");
+            rows.hand_over(with_row(rows, from), static_cast<std::int32_t>(to));
+          },
+          "from_key"_a, "to_key"_a)
+      .def(
+          "weakest",
+          [](RamRows& rows, std::size_t n, const std::vector<std::int32_t>& busy) {
+            for (const std::int32_t key : busy) checked(rows.residency(), key);
+            return rows.weakest(n, busy);
+          },
+          "n"_a, "busy"_a = std::vector<std::int32_t>())
+      .def(
+          "make_room",
+          [](RamRows& rows, std::size_t n_free, const std::vector<std::int32_t>& busy) {
+            for (const std::int32_t key : busy) checked(rows.residency(), key);
+            rows.make_room(n_free, busy);
+          },
+          "n_free"_a, "busy"_a = std::vector<std::int32_t>());
+}
+
 void register_copiers(nb::module_& m) {
   nb::exception<DeviceFailure>(m, "DeviceFailure", PyExc_RuntimeError);
   nb::class_<Copier>(m, "Copier")
@@ -161,16 +216,17 @@ class Roads {
   Roads(ThreadPool& pool, Residency& residency, Copier& copier, std::pair<std::size_t, std::size_t> shape,
         Arrays arrays, std::pair<std::uintptr_t, std::size_t> slab,
         std::tuple<std::uintptr_t, std::size_t, std::uintptr_t> flags,
-        std::pair<std::size_t, std::size_t> experts, bool exclusive, std::pair<double, double> gbps,
-        const std::optional<std::string>& isa, ColdTier* cold, std::optional<std::pair<Array, Array>> guesses)
+        std::pair<std::size_t, std::size_t> experts, RamRows* rows, std::pair<double, double> gbps,
+        const std::optional<std::string>& isa, ColdReader* cold,
+        std::optional<std::pair<Array, Array>> guesses)
       : arrays_(std::move(arrays)), guesses_(std::move(guesses)) {
     const RoadShape road = checked_shape(shape, experts, residency);
     const auto& [uploaded, uploaded_stride, one] = flags;
     if (uploaded_stride < sizeof(std::int32_t))
       bad("uploaded_stride_bytes: " + std::to_string(uploaded_stride) + " given, at least 4 needed");
     roads_.emplace(pool, residency, copier, road, mailbox(uploaded, uploaded_stride, one),
-                   stores(road, slab, residency), exclusive, cold,
-                   MOEBOX_TABLE(kExpertKernels, choose_isa(isa)), checked_guesses(road.layers));
+                   stores(road, slab, residency), rows, cold, MOEBOX_TABLE(kExpertKernels, choose_isa(isa)),
+                   checked_guesses(road.layers));
     set(roads_->pcie, "pcie_gbps", gbps.first);
     set(roads_->cpu, "cpu_gbps", gbps.second);
   }
@@ -277,7 +333,7 @@ class Roads {
       if (given < bytes)
         bad("stride: " + std::to_string(given) + " bytes given, at least an expert's " +
             std::to_string(bytes) + " needed");
-    auto* row_of = data<std::int32_t>(arrays_[1]);
+    const auto* row_of = data<const std::int32_t>(arrays_[1]);
     for (std::size_t key = 0; key < *keys; ++key)
       if (row_of[key] < -1 || row_of[key] >= static_cast<std::int64_t>(*rows))
         bad("ram_rows[" + std::to_string(key) + "]: " + std::to_string(row_of[key]) +
@@ -299,24 +355,24 @@ class Roads {
 using Extent =
     std::pair<std::vector<std::tuple<int, std::uint64_t, std::size_t>>, std::optional<std::uint64_t>>;
 
-ColdTier make_cold(Residency& residency, Reader& reader, const std::vector<Extent>& given) {
-  std::vector<ColdTier::Extent> extents;
+ColdReader make_cold(RamRows& rows, Reader& reader, const std::vector<Extent>& given) {
+  std::vector<ColdReader::Extent> extents;
   for (const auto& [tuples, checksum] : given) {
     auto& extent = extents.emplace_back(std::vector<Run>{}, checksum);
     for (const auto& [file, offset, nbytes] : tuples) extent.runs.push_back({file, offset, nbytes});
   }
-  return {residency, reader, std::move(extents)};
+  return {rows, reader, std::move(extents)};
 }
 
 void register_cold(nb::module_& m) {
-  nb::class_<ColdTier>(m, "ColdTier")
+  nb::class_<ColdReader>(m, "ColdReader")
       .def(
           "__init__",
-          [](ColdTier* self, Residency& residency, Reader& reader, const std::vector<Extent>& extents) {
-            new (self) ColdTier(make_cold(residency, reader, extents));
+          [](ColdReader* self, RamRows& rows, Reader& reader, const std::vector<Extent>& extents) {
+            new (self) ColdReader(make_cold(rows, reader, extents));
           },
-          "residency"_a, "reader"_a, "extents"_a, nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>())
-      .def_prop_ro("failed", &ColdTier::failed);
+          "rows"_a, "reader"_a, "extents"_a, nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>())
+      .def_prop_ro("failed", &ColdReader::failed);
 }
 
 void register_decode(nb::module_& m) {
@@ -326,14 +382,15 @@ void register_decode(nb::module_& m) {
   m.attr("AHEAD_FIELDS") = nb::cast(std::vector<std::string>(ahead_fields.begin(), ahead_fields.end()));
   using Sizes = std::pair<std::size_t, std::size_t>;
   nb::class_<Roads>(m, "DecodeRoads")
-      .def(
-          nb::init<
-              ThreadPool&, Residency&, Copier&, Sizes, Roads::Arrays, std::pair<std::uintptr_t, std::size_t>,
-              std::tuple<std::uintptr_t, std::size_t, std::uintptr_t>, Sizes, bool, std::pair<double, double>,
-              const std::optional<std::string>&, ColdTier*, std::optional<std::pair<Array, Array>>>(),
-          "pool"_a, "residency"_a, "copier"_a, "shape"_a, "arrays"_a, "slab"_a, "flags"_a, "experts"_a,
-          "exclusive"_a, "gbps"_a, "isa"_a.none(), "cold"_a.none(), "guesses"_a.none() = nb::none(),
-          nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>(), nb::keep_alive<1, 13>())
+      .def(nb::init<ThreadPool&, Residency&, Copier&, Sizes, Roads::Arrays,
+                    std::pair<std::uintptr_t, std::size_t>,
+                    std::tuple<std::uintptr_t, std::size_t, std::uintptr_t>, Sizes, RamRows*,
+                    std::pair<double, double>, const std::optional<std::string>&, ColdReader*,
+                    std::optional<std::pair<Array, Array>>>(),
+           "pool"_a, "residency"_a, "copier"_a, "shape"_a, "arrays"_a, "slab"_a, "flags"_a, "experts"_a,
+           "rows"_a.none(), "gbps"_a, "isa"_a.none(), "cold"_a.none(), "guesses"_a.none() = nb::none(),
+           nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>(), nb::keep_alive<1, 10>(),
+           nb::keep_alive<1, 13>())
       .def("run_token", &Roads::run_token, "ids"_a.none(), "timeout_s"_a, "guesses"_a.none() = nb::none())
       .def(
           "clear", [](Roads& r) { r.get().clear(); }, Unlocked())
@@ -360,6 +417,7 @@ void register_decode(nb::module_& m) {
 
 void register_roads(nb::module_& m) {
   register_residency(m);
+  register_rows(m);
   register_copiers(m);
   register_cold(m);
   register_decode(m);

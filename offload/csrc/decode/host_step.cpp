@@ -114,7 +114,7 @@ Share divide(const Misses& misses, std::size_t inner, double pcie_gbps, double c
 }
 
 DecodeRoads::DecodeRoads(ThreadPool& pool, Residency& residency, Copier& copier, const RoadShape& shape,
-                         const Mailbox& mailbox, const Stores& stores, bool exclusive, ColdTier* cold,
+                         const Mailbox& mailbox, const Stores& stores, RamRows* rows, ColdReader* cold,
                          const ExpertKernels& kernels, const Guesses& guesses)
     : pool_(pool),
       residency_(residency),
@@ -124,13 +124,14 @@ DecodeRoads::DecodeRoads(ThreadPool& pool, Residency& residency, Copier& copier,
       guesses_(guesses),
       stores_(stores),
       kernels_(kernels),
-      cold_tier_(cold),
-      turnover_(residency, copier, stores, exclusive, cold),
+      cold_reader_(cold),
+      eviction_(residency, copier, stores, rows),
       ahead_(residency, copier, stores),
       stats_(shape.layers) {
-  if (!cold_tier_) return;
-  if (!exclusive) throw std::invalid_argument("cold: only where experts are in RAM or on the GPU, not both");
-  cold_tier_->attach(stores);
+  if (!cold_reader_) return;
+  if (rows != &cold->rows())
+    throw std::invalid_argument("cold: only where experts are in RAM or on the GPU, not both");
+  cold_reader_->attach(stores);
   cold_sums_.resize(shape.top_k * shape.hidden);
 }
 
@@ -152,8 +153,8 @@ void DecodeRoads::run_token(const std::int32_t* trace, const std::int32_t* guess
     copier_.attach();
     learn_upload_times();
     residency_.set_tick(residency_.tick() + 1);
-    if (cold_tier_) cold_tier_->set_tick(residency_.tick());
-    turnover_.begin_token();
+    if (cold_reader_) cold_reader_->rows().residency().set_tick(residency_.tick());
+    eviction_.begin_token();
     for (; layer < shape_.layers; ++layer)
       run_layer(hands, layer, (trace ? trace : box_.ids) + layer * shape_.top_k, timeout_s);
     if (const auto error = copier_.error()) throw DeviceFailure(*error);
@@ -170,9 +171,9 @@ void DecodeRoads::run_layer(Hands& hands, std::size_t layer, const std::int32_t*
   const auto start = Clock::now();
   wait_routed(layer, timeout_s);
   const auto seen = Clock::now();
-  turnover_.begin_step();
+  eviction_.begin_step();
   look_up(layer, ids);
-  turnover_.make_room(hit_keys_);
+  eviction_.make_room(hit_keys_);
   decide();
   publish_lists(layer);
   stats.listed_s = Seconds(Clock::now() - seen).count();
@@ -184,7 +185,7 @@ void DecodeRoads::run_layer(Hands& hands, std::size_t layer, const std::int32_t*
   stats.wait_s = Seconds(seen - start).count();
   upload_ahead(layer + 1);
   residency_.foresee(keys_);
-  if (cold_tier_) cold_tier_->foresee(keys_);
+  if (cold_reader_) cold_reader_->rows().residency().foresee(keys_);
   learn_upload_times();
 }
 
@@ -241,11 +242,11 @@ void DecodeRoads::look_up(std::size_t layer, const std::int32_t* ids) {
     const bool cold = slot < 0 && stores_.rows[key] < 0;
     (slot >= 0 ? hits_ : cold ? cold_ : cpu_).push_back({key, slot, weights[i]});
     if (slot >= 0) hit_keys_.push_back(key);
-    if (cold && !cold_tier_)
+    if (cold && !cold_reader_)
       throw std::logic_error("expert " + std::to_string(id) + " of MoE layer " + std::to_string(layer) +
                              " is neither in RAM nor on the GPU");
-    if (cold_tier_) cold_tier_->use(key);
-    if (cold_tier_ && slot < 0 && !cold) cold_tier_->keep(key);
+    if (cold_reader_) cold_reader_->rows().residency().use(key, 1);
+    if (cold_reader_ && slot < 0 && !cold) cold_reader_->rows().keep(key);
   }
   ahead_.compare(keys_);
 }
@@ -276,7 +277,7 @@ void DecodeRoads::decide() {
     } else {
       pick.slot = residency_.place(pick.key);
     }
-    turnover_.arrives(pick.key);
+    eviction_.arrives(pick.key);
   }
   // As if nothing had been early: sums hang on the order.
   std::ranges::sort(uploads_, [&](const Pick& a, const Pick& b) { return weaker(b, a); });
@@ -320,7 +321,7 @@ void DecodeRoads::queue_uploads(std::size_t layer) {
   }
   stats_[layer].wasted = static_cast<double>(ahead_.forget()) / static_cast<double>(stores_.expert_bytes);
   copier_.signal(box_.uploaded + layer * box_.uploaded_stride, box_.one);
-  turnover_.begin_downloads();
+  eviction_.begin_downloads();
 }
 
 void DecodeRoads::compute(ThreadPool::Lease& lease, std::size_t layer, Clock::time_point seen) {
@@ -361,7 +362,7 @@ void DecodeRoads::read_cold(std::size_t layer) {
   if (cold_.empty()) return;
   stats_[layer].cold = static_cast<double>(cold_.size());
   read_since_ = Clock::now();
-  for (const Pick& pick : cold_) cold_tier_->read(pick.key);
+  for (const Pick& pick : cold_) cold_reader_->read(pick.key);
 }
 
 // One after the other as they come; added up in the order of the picks, so that the sum hangs on no race.
@@ -369,8 +370,8 @@ void DecodeRoads::compute_cold(Hands& hands, std::size_t layer) {
   if (cold_.empty()) return;
   hands.hot.reset();  // reads take long, and their threads need cores
   const std::uint16_t* hidden = box_.hidden + layer * shape_.hidden;
-  while (cold_tier_->reading()) {
-    const std::int32_t key = cold_tier_->arrival();
+  while (cold_reader_->reading()) {
+    const std::int32_t key = cold_reader_->arrival();
     stats_[layer].read_s = Seconds(Clock::now() - read_since_).count();
     const auto pick = std::ranges::find(cold_, key, &Pick::key);
     const auto expert = expert_at(stores_.row(stores_.rows[key]), shape_.hidden, shape_.inner, 0);
@@ -399,7 +400,7 @@ void DecodeRoads::settle() {
   copier_.attach();
   copier_.synchronize();
   learn_upload_times();
-  turnover_.settle();
+  eviction_.finish();
 }
 
 // Lets the GPU's program run to its end with whatever is there.
@@ -434,8 +435,8 @@ void DecodeRoads::recover() {
   }
   timings_.clear();
   ahead_.recover();
-  if (cold_tier_) cold_tier_->cancel();
-  turnover_.undo();
+  if (cold_reader_) cold_reader_->cancel();
+  eviction_.undo();
 }
 
 }  // namespace moebox

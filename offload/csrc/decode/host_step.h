@@ -12,7 +12,7 @@
 #include <span>
 #include <vector>
 
-#include "decode/cold_rows.h"
+#include "decode/cold_reader.h"
 #include "decode/slot_eviction.h"
 #include "decode/upload_ahead.h"
 #include "device/copier.h"
@@ -98,7 +98,7 @@ Share divide(const Misses& misses, std::size_t inner, double pcie_gbps, double c
 class DecodeRoads {
  public:
   DecodeRoads(ThreadPool& pool, Residency& residency, Copier& copier, const RoadShape& shape,
-              const Mailbox& mailbox, const Stores& stores, bool exclusive, ColdTier* cold,
+              const Mailbox& mailbox, const Stores& stores, RamRows* rows, ColdReader* cold,
               const ExpertKernels& kernels, const Guesses& guesses);
 
   // `trace`: expert ids [L, k] to use instead of the mailbox's, or null; `guesses`: the same of its guesses.
@@ -158,8 +158,8 @@ class DecodeRoads {
   const Guesses guesses_;
   const Stores stores_;
   const ExpertKernels& kernels_;
-  ColdTier* const cold_tier_;  // null where every expert is in memory
-  Turnover turnover_;
+  ColdReader* const cold_reader_;  // null where every expert is in memory
+  SlotEviction eviction_;
   AheadUploads ahead_;
   std::atomic<bool> abort_{false};
 

@@ -61,6 +61,7 @@ class Residency {
 
   // A held key is resident and no candidate for eviction.
   void hold(std::int32_t key, bool held) { held_[slot_of_[key]] = held; }
+  bool held(std::int32_t key) const { return held_[slot_of_[key]]; }
   // Up to n resident keys that are not held, weakest first.
   std::vector<std::int32_t> weakest(std::size_t n);
   // Releases the weakest until `reserve` slots are free; returns their keys.

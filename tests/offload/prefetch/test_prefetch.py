@@ -1,4 +1,4 @@
-"""Speculative reads: where they may go, what becomes of them, and how they are counted."""
+"""Prefetches: into which rows they may be read, when they are cancelled, and how they are counted."""
 
 import logging
 
@@ -70,7 +70,7 @@ def layer(prefetcher, cache, moe, picks):
     cache.use(np.array(keys, np.int32))
     prefetcher.begin_layer(moe, picks)
     cache.demand(*keys)
-    prefetcher.submitted(moe, HIDDEN, picks)
+    prefetcher.prefetch_next(moe, HIDDEN, picks)
     for key in keys:
         cache.wait(key)
     cache.done(keys)
@@ -101,7 +101,7 @@ def test_nobody_is_evicted_for_a_guess(whole):
     layer(prefetcher, cache, 0, [0, 1, 2, 3])
     assert store.reads == keys(1, 0, 1, 2, 3)  # one row was free, the others when the layer had made room
     assert all(cache.resident(key) for key in range(29))
-    assert cache.n_spare == 0
+    assert cache.n_free == 0
 
 
 def test_counts_what_was_in_time_late_and_wrong(whole):
@@ -123,7 +123,7 @@ def test_a_wrong_read_under_way_is_given_up_behind_the_demanded_ones(whole):
     prefetcher.begin_layer(1, [5, 20])
     assert sorted(store.under_way) == keys(1, 1, 3, 5, 9)
     cache.demand(*keys(1, 5, 20))
-    prefetcher.submitted(1, HIDDEN, [5, 20])
+    prefetcher.prefetch_next(1, HIDDEN, [5, 20])
     assert sorted(store.under_way) == keys(1, 5, 20)
 
 
@@ -163,7 +163,7 @@ def test_after_the_last_layer_nothing_is_under_way(whole):
     layer(prefetcher, cache, 0, [0, 1, 2, 3])
     prefetcher.end_token()
     assert store.under_way == []
-    assert cache.n_spare == 8
+    assert cache.n_free == 8
     assert prefetcher.report().wrong == 4
 
 
@@ -238,7 +238,7 @@ def test_whatever_is_guessed_rows_and_reads_stay_in_order(whole, seed):
         else:
             prefetcher.end_token()
         assert store.under_way == []
-        assert cache.n_spare + cache.residency.n_resident == 24
+        assert cache.n_free + cache.residency.n_resident == 24
     report = prefetcher.report()
     assert report.issued >= report.used + report.late
     assert report.used > 0

@@ -22,7 +22,7 @@ from helpers.tiers import (
     small_config,
     watch_cpu,
 )
-from moebox._kernels import ColdTier, ReadFailure
+from moebox._kernels import ColdReader, ReadFailure
 from moebox.errors import CheckpointError, PlanError
 from moebox.offload.decode.host_step import FIELDS
 from moebox.offload.device.stand_in import StandInDevice
@@ -115,12 +115,12 @@ def test_wrong_tiers():
     """Each is named."""
     rig = Rig(COLD)
     with pytest.raises(ValueError, match=r"extents: of 0 experts given, of n_keys=30 needed"):
-        ColdTier(rig.rows, rig.reader, [])
-    rig.cold = ColdTier(rig.rows, rig.reader, [([(0, 0, 5)], None)] * 30)
+        ColdReader(rig.rows, rig.reader, [])
+    rig.cold = ColdReader(rig.rows, rig.reader, [([(0, 0, 5)], None)] * 30)
     with pytest.raises(ValueError, match=r"extents\[0\]: 5 bytes given, an expert's 3456 needed"):
         rig._roads()
     rig = Rig(COLD)
-    rig.exclusive = False
+    rig.rows = None
     with pytest.raises(ValueError, match="only where experts are in RAM or on the GPU"):
         rig._roads()
 
