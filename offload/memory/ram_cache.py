@@ -152,8 +152,8 @@ class RamCache:
         self.residency.use(keys, counts)
 
     def foresee(self, keys: Sequence[int]) -> None:
-        """A decoded token's picks of one layer, used before: see `Residency.foresee`."""
-        self.residency.foresee(np.array(keys, np.int32))
+        """A decoded token's picks of one layer, used before: see `Residency.update_values`."""
+        self.residency.update_values(np.array(keys, np.int32))
 
     @property
     def complete(self) -> bool:

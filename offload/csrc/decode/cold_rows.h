@@ -34,7 +34,7 @@ class ColdTier {
 
   void set_tick(std::int64_t tick) { residency_.set_tick(tick); }
   void use(std::int32_t key) { residency_.use(key, 1); }
-  void foresee(std::span<const std::int32_t> picks) { residency_.foresee(picks); }
+  void update_values(std::span<const std::int32_t> picks) { residency_.update_values(picks); }
   // The key's row stays until end_step().
   void keep(std::int32_t key);
   void end_step();
