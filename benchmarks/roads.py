@@ -114,7 +114,7 @@ class Bench:
         return np.array(rows, np.int32)
 
     def program_and_host(self, uploads: int | None) -> tuple[Program, DecodeHost]:
-        """Both sides of a decode step; `uploads`: a fixed number a layer, or None to split by live averages."""
+        """Both sides of a decode step. `uploads`: a fixed number a layer; None: by live averages."""
         k = self.config.num_experts_per_tok
         reserve = k if uploads is None else uploads
         slots = reserve + 1 if reserve else 0
