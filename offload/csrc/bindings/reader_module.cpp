@@ -24,7 +24,7 @@ nb::tuple arguments(const ReadFailure& failure) {
   return nb::make_tuple(failure.what(), failure.kind_name(), failure.path, failure.offset, failure.error);
 }
 
-// Python's exception carries (message, kind, path, offset, errno).
+// The arguments of Python's exception are (message, kind, path, offset, errno).
 void register_failure(nb::module_& m) {
   const nb::handle type = nb::exception<ReadFailure>(m, "ReadFailure", PyExc_RuntimeError);
   nb::register_exception_translator(
@@ -51,7 +51,7 @@ Reader::Ticket submit(Reader& reader, const std::vector<RunTuple>& tuples, nb::h
   return reader.submit(runs, elements<std::byte>(memory), prefetch, checksum);
 }
 
-// Without the GIL, but awake now and then for Ctrl-C; the ticket goes on then.
+// Waits without the GIL, and checks for Ctrl-C regularly; the ticket stays valid after it.
 void wait(Reader& reader, Reader::Ticket ticket) {
   for (;;) {
     {

@@ -222,7 +222,8 @@ void HostStep::order_misses() {
 RoadSplit HostStep::road_split() const {
   const Misses misses{cpu_.size(), residency_.n_free(), uploaded_ahead_};
   const RoadRates rates{pcie.gbps(), cpu.gbps()};
-  if (residency_.n_slots() > 0 && takes_split_experts(kernels_)) return split_misses(misses, shape_.inner, rates);
+  if (residency_.n_slots() > 0 && takes_split_experts(kernels_))
+    return split_misses(misses, shape_.inner, rates);
   return {split_whole_experts(misses, rates), 0};
 }
 
