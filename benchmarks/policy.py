@@ -169,7 +169,7 @@ def cost_us(layers: int = 60, n_experts: int = 384, top_k: int = 8) -> dict[str,
                 if residency.slot(key) < 0:
                     residency.place(key)
             middle = time.thread_time()
-            residency.foresee(keys)
+            residency.update_values(keys)
             if warm >= 20:
                 spent["evict"] += middle - start
                 spent["foresee"] += time.thread_time() - middle

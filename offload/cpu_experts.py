@@ -33,9 +33,6 @@ from moebox.offload.traffic import Traffic
 
 Floats = npt.NDArray[np.float32]
 
-PART_TOKENS = 1024
-"""Tokens of one kernel call. How many tokens an expert has in a call decides how its output is rounded."""
-
 
 @dataclass
 class LayerCounts:
@@ -74,7 +71,7 @@ class CpuExperts:
         self.nbytes = config.experts_bytes
         self.recorder: RoutingRecorder | None = None
         self.prefetcher: TokenPrefetcher | None = None
-        self.part_tokens = PART_TOKENS
+        self.part_tokens = cpu.PART_TOKENS
         self.last = LayerCounts()
         self._hits = self._cold = 0
 
@@ -234,7 +231,7 @@ class _Work:
         cold = [i for i, key in enumerate(keys) if not cache.resident(key)]
         self._demand(keys, len(cold))
         if not cache.complete:  # while the drive reads
-            cache.foresee(keys)
+            cache.update_values(keys)
             cache.trim()
         if self.prefetcher is not None:
             self.prefetcher.prefetch_next(self.moe, hidden, self.chosen)

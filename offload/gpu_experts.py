@@ -17,9 +17,9 @@ from torch import Tensor
 
 from moebox.errors import PlanError
 from moebox.kernels import cpu
-from moebox.offload.decode.host_step import FIELDS, DecodeRoads
+from moebox.offload.decode.host_step import FIELDS, DecodeHost
 from moebox.offload.decode.mailbox import Mailbox
-from moebox.offload.decode.upload_ahead import Decides, UploadsAhead
+from moebox.offload.decode.upload_ahead import OnOffTrial, UploadAheadTrial
 from moebox.offload.device.base import Device
 from moebox.offload.disk.base import Source
 from moebox.offload.disk.store import ExpertStore
@@ -62,11 +62,12 @@ class GpuExperts:
 
     Attributes:
         device, pool, ram, gpu: what it was built from.
-        mailbox, roads, prefill: see those modules.
+        mailbox, decode_host, prefill: see those modules.
         shape: (H, I).
         routing: replaces the router's choice where set.
-        guesses: int32 [L, k] of each token, decoded with `routing`: replaces the routers' guesses where set.
-        ahead: uploads on a guess, where they may be; see `upload_ahead`.
+        predictions: int32 [L, k] of each token that is decoded with `routing`; replaces the routers'
+            predictions where set.
+        ahead: whether uploading ahead pays; None where it is off. See `upload_ahead`.
         nbytes: INT4 bytes of all experts, wherever they lie.
         exclusive: an expert lies in RAM or on the GPU, not in both.
         cold: where the two do not hold the model: reads the others from disk.
@@ -86,14 +87,14 @@ class GpuExperts:
         self.rows, self.cold = rows, cold
         self.shape = gpu.shape
         self.routing: Routing | None = None
-        self.guesses: Callable[[], Tensor] | None = None
-        self.ahead: UploadsAhead | None = None
+        self.predictions: Callable[[], Tensor] | None = None
+        self.ahead: UploadAheadTrial | None = None
         self.nbytes = config.experts_bytes
         self.prefill = PrefillExperts(pool, ram, gpu, rows, cold)
         self.mailbox = Mailbox.allocate(
             device, len(config.moe_layers), config.num_experts_per_tok, config.hidden_size
         )
-        self.roads = self._decode_roads()
+        self.decode_host = self._build_decode_host()
         self._decoded = np.zeros(len(_DECODED))
 
     @classmethod
@@ -196,7 +197,7 @@ class GpuExperts:
             CheckpointError: an expert could not be read.
         """
         moe = layer - self.config.first_k_dense_replace
-        self.roads.settle()
+        self.decode_host.wait_for_copies()
         if moe == 0:
             for residency in self._residencies():
                 residency.tick += len(hidden)
@@ -204,40 +205,41 @@ class GpuExperts:
             expert_ids = self.routing.prefill(moe, len(hidden))
         return self.prefill.run(moe, expert_ids, weights, hidden)
 
-    def upload_ahead(self, trial: Decides | None = None) -> None:
-        """Let guesses fill PCIe's idle time while tokens are decoded, while `trial` finds that this pays.
+    def upload_ahead(self, trial: OnOffTrial | None = None) -> None:
+        """Upload predicted experts while PCIe is idle during decoding, as long as `trial` finds that this
+        pays.
 
         Does nothing where no expert is ever uploaded.
         """
         if 0 < self.gpu.n_cached < self.ram.n_keys:
-            self.ahead = UploadsAhead(self.roads, trial)
+            self.ahead = UploadAheadTrial(self.decode_host, trial)
 
     @property
-    def guessing(self) -> bool:
-        """Whether the coming token's program has to guess: an injected trace no router here foresees."""
-        known = self.routing is None or self.guesses is not None
+    def predicting(self) -> bool:
+        """Whether the coming token's program predicts. The routers cannot predict an injected trace."""
+        known = self.routing is None or self.predictions is not None
         return self.ahead is not None and self.ahead.on and known
 
     def begin_token(self) -> None:
         """Take all flags down: before the token program is launched, when the last one is over."""
         self.prefill.synchronize()
-        self.roads.clear()
+        self.decode_host.clear_flags()
 
     def run_token(self, timeout_s: float = 30.0) -> None:
-        """The host's side of one token, while the program runs: see `DecodeRoads.run_token`.
+        """The host's side of one token, while the program runs: see `DecodeHost.serve_token`.
 
         Raises:
             CheckpointError: an expert could not be read; the token is lost, nothing else.
         """
         ids = None if self.routing is None else self.routing.decode()
-        guesses = None if ids is None or self.guesses is None else self.guesses()
+        predictions = None if ids is None or self.predictions is None else self.predictions()
         begun_s = time.perf_counter()
         with nullcontext() if self.cold is None else self.cold.reads():
-            self.roads.run_token(ids, timeout_s, guesses)
+            self.decode_host.serve_token(ids, timeout_s, predictions)
         seconds = time.perf_counter() - begun_s
-        moved = self.roads.stats[:, _COLUMNS].sum(axis=0)
+        moved = self.decode_host.stats[:, _COLUMNS].sum(axis=0)
         self._decoded += moved
-        if self.ahead is not None and (ids is None or guesses is not None):
+        if self.ahead is not None and (ids is None or predictions is not None):
             self.ahead.observe(seconds, round(float(moved[1:5].sum())))
         if self.recorder is not None:
             self.recorder.token((self.mailbox.ids if ids is None else ids).numpy())
@@ -268,37 +270,19 @@ class GpuExperts:
     def synchronize(self) -> None:
         """Wait for what is under way: before others look at RAM, slots or records."""
         self.prefill.synchronize()
-        self.roads.settle()
+        self.decode_host.wait_for_copies()
 
-    def _decode_roads(self) -> DecodeRoads:
-        box = self.mailbox
-        return DecodeRoads(
+    def _build_decode_host(self) -> DecodeHost:
+        return DecodeHost(
             self.pool,
             self.gpu.residency,
             self.device.copier(),
             shape=self.shape,
+            mailbox=self.mailbox,
             ram=self.ram.slab,
             ram_rows=self.ram.rows,
             slab_address=self.gpu.address,
             slab_stride=self.gpu.stride,
-            routed=box.routed,
-            listed=box.listed,
-            summed=box.summed,
-            ids=box.ids,
-            weights=box.weights,
-            hits=box.hits,
-            hit_weights=box.hit_weights,
-            uploads=box.uploads,
-            upload_weights=box.upload_weights,
-            part=box.part,
-            part_weight=box.part_weight,
-            hidden=box.hidden,
-            sums=box.sums,
-            guessed=box.guessed,
-            guesses=box.guesses,
-            uploaded_address=box.uploaded.data_ptr(),
-            uploaded_stride_bytes=box.uploaded.stride(0) * box.uploaded.itemsize,
-            one_address=box.one.data_ptr(),
             n_experts=self.config.n_routed_experts,
             top_k=self.config.num_experts_per_tok,
             rows=self.rows,
@@ -317,7 +301,7 @@ class GpuExperts:
     def _get_ready(self) -> None:
         """What loading ends with: kernels that are right, and the uploads' speed."""
         check_expert_kernels(self.device, self.ram, self.gpu, self.shape, self.config.num_experts_per_tok)
-        self.prefill.costs.pcie_gbps = self.roads.pcie_gbps = self.gpu.measure_gbps(self.ram)
+        self.prefill.costs.pcie_gbps = self.decode_host.pcie_gbps = self.gpu.measure_gbps(self.ram)
 
     def _spread_keys(self) -> list[int]:
         return spread_keys(len(self.config.moe_layers), self.config.n_routed_experts)

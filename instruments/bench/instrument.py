@@ -172,7 +172,7 @@ class GpuWatch:
     def decode_layers(self) -> Samples:
         """See `Watch`."""
         self._experts.synchronize()
-        return self._experts.roads.stats[:, self._columns]
+        return self._experts.decode_host.stats[:, self._columns]
 
     def prefill_layers(self, ceilings: Ceilings) -> list[LayerWork]:
         """See `Watch`."""
@@ -187,9 +187,9 @@ class GpuWatch:
         return _by_layer(self._seen, self._config, ceilings)
 
     def prefetch(self) -> PrefetchReport | None:
-        """See `Watch`: uploads on a guess."""
+        """See `Watch`: experts that were uploaded ahead."""
         experts = self._experts
-        if experts.ahead is None or (self.routing is not None and experts.guesses is None):
+        if experts.ahead is None or (self.routing is not None and experts.predictions is None):
             return None
         return experts.ahead.report()
 

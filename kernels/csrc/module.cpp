@@ -1,4 +1,4 @@
-// The extension module moebox._kernels: what kernels/cpu.py wraps.
+// The extension module moebox._kernels; src/moebox/_kernels.pyi describes it.
 #include "module.h"
 
 #include <nanobind/stl/string.h>
@@ -17,5 +17,10 @@ NB_MODULE(_kernels, m) {
   moebox::register_quantize(m);
   moebox::register_reader(m);
   moebox::register_replay(m);
-  moebox::register_roads(m);
+  moebox::register_residency(m);
+  moebox::register_copiers(m);
+  moebox::register_ram_rows(m);
+  moebox::register_cold_reader(m);
+  moebox::register_mailbox(m);
+  moebox::register_host_step(m);
 }

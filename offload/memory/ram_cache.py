@@ -126,9 +126,9 @@ class RamCache:
         """Add counts, fp32 [n], 1 each by default, to the scores of keys, int32 [n]."""
         self.residency.use(keys, counts)
 
-    def foresee(self, keys: Sequence[int]) -> None:
+    def update_values(self, keys: Sequence[int]) -> None:
         """Have the value model learn from a decoded token's picks of one layer, after `use` of them."""
-        self.residency.foresee(np.array(keys, np.int32))
+        self.residency.update_values(np.array(keys, np.int32))
 
     def demand(self, *keys: int) -> None:
         """Keep the keys' rows from now on, and begin to read those that are missing.

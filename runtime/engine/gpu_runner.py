@@ -146,7 +146,7 @@ class GpuRunner:
     def decode(self, token: int, cache: DeviceCache) -> Tensor:
         """Run one token through the program, and commit it to the cache: fp32 [vocab_size] on the CPU."""
         self._inputs[0], self._inputs[1] = token, len(cache)  # compiling runs it too
-        launch = self._launches(cache.memory)[self.experts.guessing]
+        launch = self._launches(cache.memory)[self.experts.predicting]
         self.experts.begin_token()
         try:
             launch.start()
@@ -177,13 +177,13 @@ class GpuRunner:
         uploads.record().synchronize()
 
     def _launches(self, memory: CacheMemory) -> dict[bool, Launch]:
-        """The programs for this memory, by whether they guess; compiled at its first token."""
+        """The programs for this memory, by whether they predict; compiled at its first token."""
         wanted = {False} if self.experts.ahead is None else {False, True}
-        for guesses in sorted(wanted - memory.launches.keys()):
-            memory.launches[guesses] = self._compile(memory, guesses)
+        for predicts in sorted(wanted - memory.launches.keys()):
+            memory.launches[predicts] = self._compile(memory, predicts)
         return memory.launches
 
-    def _compile(self, memory: CacheMemory, guesses: bool) -> Launch:
+    def _compile(self, memory: CacheMemory, predicts: bool) -> Launch:
         box = self.experts.mailbox
         program = DecodeProgram(
             self.model,
@@ -195,7 +195,7 @@ class GpuRunner:
             memory.layers,
             self._inputs,
             self._logits,
-            guesses,
+            predicts,
         )
         box.raise_flags()
         return self._device.compile(program)

@@ -143,12 +143,14 @@ def decode(tiers, ids, weights, hidden):
             )  # fmt: skip
             ops.wait(box.listed[layer])
             ops.experts_one(
-                tiers.gpu.slab, tiers.shape, box.hits[layer], box.hit_weights[layer], x, parts[0][layer]
-            )
+                tiers.gpu.slab, tiers.shape, box.resident_slots[layer], box.resident_weights[layer],
+                x, parts[0][layer],
+            )  # fmt: skip
             ops.wait(box.uploaded[layer])
             ops.experts_one(
-                tiers.gpu.slab, tiers.shape, box.uploads[layer], box.upload_weights[layer], x, parts[1][layer]
-            )
+                tiers.gpu.slab, tiers.shape, box.upload_slots[layer], box.upload_weights[layer],
+                x, parts[1][layer],
+            )  # fmt: skip
             ops.wait(box.summed[layer])
 
     launch = device.compile(program)
@@ -156,7 +158,7 @@ def decode(tiers, ids, weights, hidden):
     launch.start()
     tiers.run_token()
     launch.finish()
-    return parts[0] + parts[1] + box.sums
+    return parts[0] + parts[1] + box.cpu_sums
 
 
 class Races:

@@ -46,7 +46,7 @@ def test_all_experts_are_somewhere(slots, exclusive):
     check_places(tiers)
     assert tiers.gpu.residency.n_resident == tiers.gpu.n_cached
     assert tiers.nbytes == small_config().experts_bytes
-    assert tiers.roads.pcie_gbps == pytest.approx(tiers.prefill.costs.pcie_gbps)
+    assert tiers.decode_host.pcie_gbps == pytest.approx(tiers.prefill.costs.pcie_gbps)
     tiers.fill_synthetic()  # once more, over what is there
     check_places(tiers)
 

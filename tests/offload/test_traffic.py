@@ -98,7 +98,7 @@ def test_prompts_on_a_gpu(slots, exclusive):
         for layer in range(FIRST, FIRST + LAYERS):
             given = random_chunk(n_tokens, generator)
             keys = (layer - FIRST) * EXPERTS + given[0].unique().numpy()
-            tiers.roads.settle()
+            tiers.decode_host.wait_for_copies()
             used += len(keys)
             resident += int((tiers.gpu.residency.table()[keys] >= 0).sum())
             tiers.forward(layer, *given)

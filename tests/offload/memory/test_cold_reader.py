@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from helpers.roads import Gpu, Rig, Spec, random_ids, run_token
+from helpers.decode_rig import Gpu, Rig, Spec, play_token, random_ids
 from helpers.tiers import (
     EXPERTS,
     FIRST,
@@ -49,7 +49,7 @@ def oracle():
 
 def field(rig, name):
     """The last token's figure by layer."""
-    return rig.roads.stats[:, FIELDS.index(name)]
+    return rig.host.stats[:, FIELDS.index(name)]
 
 
 def relative_error(out, expected):
@@ -59,11 +59,11 @@ def relative_error(out, expected):
 def test_what_is_used_stays_in_memory():
     """The same experts again and again need no drive in the end."""
     rig, ids = Rig(COLD), random_ids(COLD, np.random.default_rng(0))
-    run_token(rig, ids, 0)
+    play_token(rig, ids, 0)
     assert (field(rig, "cold") > 0).any()
     assert (field(rig, "read_s")[field(rig, "cold") > 0] > 0).all()
     for token in range(1, 4):
-        run_token(rig, ids, token)
+        play_token(rig, ids, token)
     assert (field(rig, "cold") == 0).all()
     assert (field(rig, "read_s") == 0).all()
 
@@ -75,9 +75,9 @@ def test_the_sum_hangs_on_no_race():
         rig = Rig(Spec(layers=1, n_experts=20, slots=0, reserve=0, rows=12, spare=4))
         rig.delay_reads(seed)
         cold = np.flatnonzero(rig.ram_rows.numpy() < 0)[:4].astype(np.int32)[None]
-        run_token(rig, cold, 7)
+        play_token(rig, cold, 7)
         assert field(rig, "cold") == 4
-        sums.append(rig.box.sums.clone())
+        sums.append(rig.box.cpu_sums.clone())
     assert torch.equal(sums[0], sums[1])
     assert torch.equal(sums[0], sums[2])
 
@@ -90,11 +90,11 @@ def test_a_read_that_fails_ends_the_token(after):
 
     def tokens():
         for token in range(20):
-            rig.roads.clear()
+            rig.host.clear_flags()
             gpu = Gpu(rig, token, random_ids(COLD, generator))
             gpu.start()
             try:
-                rig.roads.run_token()
+                rig.host.serve_token()
             finally:
                 gpu.join(60)
                 assert not gpu.is_alive()
@@ -106,8 +106,8 @@ def test_a_read_that_fails_ends_the_token(after):
     assert rig.ram_rows[rig.cold.failed] < 0
     rig.check_places()
     for token in range(5):
-        run_token(rig, random_ids(COLD, generator), token)
-    rig.roads.settle()
+        play_token(rig, random_ids(COLD, generator), token)
+    rig.host.wait_for_copies()
     rig.check_places()
 
 
@@ -118,11 +118,11 @@ def test_wrong_tiers():
         ColdReader(rig.rows, rig.reader, [])
     rig.cold = ColdReader(rig.rows, rig.reader, [([(0, 0, 5)], None)] * 30)
     with pytest.raises(ValueError, match=r"extents\[0\]: 5 bytes given, an expert's 3456 needed"):
-        rig._roads()
+        rig.make_host()
     rig = Rig(COLD)
     rig.rows = None
     with pytest.raises(ValueError, match="only where experts are in RAM or on the GPU"):
-        rig._roads()
+        rig.make_host()
 
 
 @pytest.mark.parametrize(("slots", "rows"), PLACES)

@@ -142,7 +142,7 @@ def cycle(residency: Residency, tokens: int) -> None:
         for layer in range(2):
             picks = np.array([first, first + 1], np.int32) + 6 * layer
             residency.use(picks)
-            residency.foresee(picks)
+            residency.update_values(picks)
 
 
 def test_foreseeing_learns_who_comes_next() -> None:
@@ -195,8 +195,8 @@ WRONG = {
     "reserve: 4 given, fewer than n_slots=4": lambda _: Residency(5, 4, 4),
     "half_life: 0": lambda _: Residency(5, 4, 1, 0.0),
     "n_experts: 2 given, a divisor of n_keys=5": lambda _: Residency(5, 4, 1, n_experts=2),
-    "key: 5 given, 0 to": lambda r: r.foresee(np.array([0, 5], np.int32)),
-    "keys: 1 and 3 given, keys of one layer": lambda _: Residency(6, 4, 1, n_experts=3).foresee(
+    "key: 5 given, 0 to": lambda r: r.update_values(np.array([0, 5], np.int32)),
+    "keys: 1 and 3 given, keys of one layer": lambda _: Residency(6, 4, 1, n_experts=3).update_values(
         np.array([1, 3], np.int32)
     ),
 }
