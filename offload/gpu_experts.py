@@ -1,4 +1,4 @@
-"""The routed experts of all layers, shared between a GPU, the CPU and the road between them.
+"""The routed experts of a box with a GPU: shared between the GPU, the CPU, and PCIe between the two.
 
 Shapes: T tokens, H hidden_size, I moe_intermediate_size, E n_routed_experts, k num_experts_per_tok, L MoE
 layers. A key is `moe_index * E + expert`, where moe_index counts MoE layers from 0.
@@ -44,25 +44,28 @@ _COLUMNS = [FIELDS.index(name) for name in _DECODED]
 
 
 class Routing(Protocol):
-    """Expert ids that are used instead of the router's: an injected trace. `layer` is an MoE index."""
+    """An injected trace: expert ids that are used instead of the routers' choice."""
 
     def prefill(self, layer: int, tokens: int) -> Tensor:
-        """int64 [tokens, k] on the CPU, distinct within a row."""
+        """A prompt's ids in an MoE layer, from 0: int64 [tokens, k] on the CPU, distinct within a row."""
         ...
 
     def decode(self) -> Tensor:
-        """int32 [L, k] on the CPU, distinct within a row: the next token's."""
+        """The next token's ids in all layers: int32 [L, k] on the CPU, distinct within a row."""
         ...
 
 
 class GpuExperts:
-    """Implements `Experts` for prefill; for decode it holds what the token program and its host side share.
+    """Implements `Experts` for prompts. A token's experts are computed by the GPU's token program together
+    with `serve_token`; the two share the slabs and the mailbox.
 
     Not thread-safe.
 
     Attributes:
-        device, pool, ram, gpu: what it was built from.
-        mailbox, decode_host, prefill: see those modules.
+        config, device, pool, ram, gpu: of the model; where and with what it is computed.
+        rows: of RAM in exclusive mode, where an expert lies in RAM or on the GPU, but not in both; else None.
+        cold: reads experts that lie in neither; None where there are none.
+        mailbox, decode_host: of decoding. prefill: computes prompts.
         shape: (H, I).
         routing: replaces the router's choice where set.
         predictions: int32 [L, k] of each token that is decoded with `routing`; replaces the routers'
@@ -107,11 +110,16 @@ class GpuExperts:
         exclusive: bool = False,
         store: ExpertStore | None = None,
     ) -> GpuExperts:
-        """Allocate the GPU's slab and the mailbox; where RAM is filled already, warm the slots from it.
+        """Allocate the GPU's slab and the mailbox. If RAM holds all experts already, fill the slots from it.
 
-        `slots` is of cache; `gpu.STAGING_SLOTS` come on top for prefill. Fewer are taken, and said, where
-        the device has less memory than was planned. In exclusive mode experts that find no room are left in
-        the `store`, if there is one, which must then stay open.
+        Args:
+            pool: computes the CPU's experts.
+            ram: rows of experts, pinned for the device.
+            slots: of the GPU's cache; the ring comes on top. Where the device has less memory than was
+                planned, there are fewer, and a warning says so.
+            exclusive: an expert lies in RAM or on the GPU, not in both.
+            store: in exclusive mode, experts beyond RAM and slots are read from it; it must stay open. None:
+                RAM and slots must hold all experts.
 
         Raises:
             PlanError: RAM, or in exclusive mode RAM and slots together, is too small; no memory for the ring.
@@ -136,8 +144,9 @@ class GpuExperts:
         """Read experts from disk onto the GPU and into RAM, as far as there are slots and rows.
 
         Args:
-            statistics: say who is hot, and so who lies where at first, and what the first scores are.
-            progress: see `fill`.
+            store: has all experts.
+            statistics: give the order in which experts are placed, the most used first, and the first scores.
+            progress: called with ("experts", bytes done, bytes in all).
 
         Raises:
             CheckpointError: an expert could not be read.
@@ -150,17 +159,18 @@ class GpuExperts:
                 residency.seed(keys, scores)
 
     def fill_synthetic(self, seed: int = 0) -> None:
-        """Random experts in the same places, without a checkpoint; see `RamSlab.fill_synthetic`."""
+        """Fill with random experts, without a checkpoint; see `SyntheticSource`."""
         self.fill(SyntheticSource(self.config, seed))
 
     def fill(
         self, source: Source, progress: Progress | None = None, order: Sequence[int] | None = None
     ) -> None:
-        """Take experts from `source`; what lay in RAM and in the cache is forgotten.
+        """Fill the cache and RAM with experts from `source`, and forget what they held.
 
         Args:
             progress: called with ("experts", bytes done, bytes in all).
-            order: all keys; the first ones go to the GPU, the last ones stay on disk where not all find room.
+            order: all keys. The first ones go to the GPU; the last ones stay on disk if there is no room.
+                None: an order that is even over the layers.
         """
         self.synchronize()
         self.gpu.clear()
@@ -171,26 +181,27 @@ class GpuExperts:
             return
         in_memory = keys if self.cold is None else keys[: n_cache + self.rows.capacity]
         n, nbytes = len(in_memory), self.config.expert_bytes
-        for first in range(0, n_cache, self.ram.n_rows):  # through rows that are not in use yet
+        for first in range(0, n_cache, self.ram.n_rows):  # through RAM's rows, which are filled last
             batch = in_memory[first : min(first + self.ram.n_rows, n_cache)]
-            self.ram.fill(source, batch, _part(progress, first, n, nbytes))
+            self.ram.fill(source, batch, _part_of(progress, first, n, nbytes))
             self.gpu.fill(self.ram, batch)
-        self.ram.fill(source, in_memory[n_cache:], _part(progress, n_cache, n, nbytes))
+        self.ram.fill(source, in_memory[n_cache:], _part_of(progress, n_cache, n, nbytes))
         self.rows.take_over()
         self._get_ready()
 
     def placement(self) -> npt.NDArray[np.uint8]:
-        """Where each expert lies, or goes: uint8 [L, E] of `counts.TIERS`. Waits for nothing."""
+        """Where each expert lies: uint8 [L, E] of indices into `TIERS`; copies under way count as done."""
         tiers = np.full(self.ram.n_keys, TIERS.index("drive"), np.uint8)
         tiers[self.ram.rows >= 0] = TIERS.index("RAM")
         tiers[self.gpu.residency.table() >= 0] = TIERS.index("GPU")
         return tiers.reshape(-1, self.config.n_routed_experts)
 
     def forward(self, layer: int, expert_ids: Tensor, weights: Tensor, hidden: Tensor) -> Tensor:
-        """See `Experts.forward`: tensors on the device, bf16 `hidden`; `layer` as the model counts.
+        """Sum of the chosen experts' outputs, as `Experts.forward` defines it; tensors are on the device, and
+        `hidden` is bf16.
 
-        Returns when all of the GPU's work is queued, on the compute stream, and the CPU's is done. Layers
-        come in order, the first one starting a chunk.
+        Call it layer by layer, in order; the first layer begins a prompt. It returns when all of the GPU's
+        work is queued on the compute stream, and the CPU's is done.
 
         Raises:
             DeviceError: a copy failed.
@@ -221,15 +232,15 @@ class GpuExperts:
         return self.ahead is not None and self.ahead.on and known
 
     def begin_token(self) -> None:
-        """Take all flags down: before the token program is launched, when the last one is over."""
+        """Take all flags down. Call it before the token program is launched, after the last one has ended."""
         self.prefill.synchronize()
         self.decode_host.clear_flags()
 
-    def run_token(self, timeout_s: float = 30.0) -> None:
-        """The host's side of one token, while the program runs: see `DecodeHost.serve_token`.
+    def serve_token(self, timeout_s: float = 30.0) -> None:
+        """Do the host's part of one token, while the token program runs; see `DecodeHost.serve_token`.
 
         Raises:
-            CheckpointError: an expert could not be read; the token is lost, nothing else.
+            CheckpointError: an expert could not be read. The token's result is worthless; all else is right.
         """
         ids = None if self.routing is None else self.routing.decode()
         predictions = None if ids is None or self.predictions is None else self.predictions()
@@ -245,7 +256,7 @@ class GpuExperts:
             self.recorder.token((self.mailbox.ids if ids is None else ids).numpy())
 
     def traffic(self) -> Traffic:
-        """See `Experts.traffic`. A token that failed is not counted."""
+        """Where experts were found and what moved since loading began, without tokens that failed."""
         hits, uploads, part, cpu, cold, wasted = self._decoded.tolist()
         nbytes = self.config.expert_bytes
         decoded = Traffic(
@@ -260,7 +271,7 @@ class GpuExperts:
 
     @property
     def recorder(self) -> RoutingRecorder | None:
-        """Is told what was routed, where set."""
+        """Is told what was routed, if it is set."""
         return self.prefill.recorder
 
     @recorder.setter
@@ -268,7 +279,7 @@ class GpuExperts:
         self.prefill.recorder = recorder
 
     def synchronize(self) -> None:
-        """Wait for what is under way: before others look at RAM, slots or records."""
+        """Wait for all queued work. Call it before anything else uses RAM, slots or records."""
         self.prefill.synchronize()
         self.decode_host.wait_for_copies()
 
@@ -299,7 +310,7 @@ class GpuExperts:
         self._get_ready()
 
     def _get_ready(self) -> None:
-        """What loading ends with: kernels that are right, and the uploads' speed."""
+        """End loading: check the kernels, and measure the speed of uploads."""
         check_expert_kernels(self.device, self.ram, self.gpu, self.shape, self.config.num_experts_per_tok)
         self.prefill.costs.pcie_gbps = self.decode_host.pcie_gbps = self.gpu.measure_gbps(self.ram)
 
@@ -329,8 +340,8 @@ def _check_rows(ram: RamSlab) -> None:
         )
 
 
-def _part(progress: Progress | None, first: int, n: int, nbytes: int) -> Progress | None:
-    """`progress` of a part of n experts of `nbytes`, the one that begins with the `first`."""
+def _part_of(progress: Progress | None, first: int, n: int, nbytes: int) -> Progress | None:
+    """A progress for a part of n experts of `nbytes` each, which begins with expert `first` of all."""
     if progress is None:
         return None
 

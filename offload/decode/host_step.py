@@ -73,8 +73,8 @@ class DecodeHost(_kernels.HostStep):
         ram_rows: int32 [L * E]: a key's row or -1.
         slab_address, slab_stride: the GPU's slots, in bytes.
         n_experts, top_k: E and k.
-        rows: of `ram`, with the table `ram_rows`, in exclusive mode. There an expert lies in RAM or in a slot,
-            not in both: an upload that stays frees its row, and an expert that is evicted is downloaded
+        rows: of `ram`, with the table `ram_rows`, in exclusive mode. There an expert lies in RAM or in a
+            slot, not in both: an upload that stays frees its row, and an expert that is evicted is downloaded
             before its slot is free. None: every expert has a row, and `ram_rows` does not change.
         cold: reads experts that lie in neither; only with its `rows`.
         pcie_gbps, cpu_gbps: where the live averages of the two roads' speeds start.

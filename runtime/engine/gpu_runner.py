@@ -150,7 +150,7 @@ class GpuRunner:
         self.experts.begin_token()
         try:
             launch.start()
-            self.experts.run_token()
+            self.experts.serve_token()
         except BaseException:
             self._release()
             launch.finish()

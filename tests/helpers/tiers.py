@@ -156,7 +156,7 @@ def decode(tiers, ids, weights, hidden):
     launch = device.compile(program)
     tiers.begin_token()
     launch.start()
-    tiers.run_token()
+    tiers.serve_token()
     launch.finish()
     return parts[0] + parts[1] + box.cpu_sums
 

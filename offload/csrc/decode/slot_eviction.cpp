@@ -17,7 +17,7 @@ SlotEviction::SlotEviction(Residency& residency, Copier& copier, const Stores& s
 }
 
 void SlotEviction::begin_token() {
-  if (!rows_) fresh_.clear();
+  if (!rows_) uploaded_.clear();
 }
 
 void SlotEviction::begin_step() {
@@ -46,7 +46,7 @@ void SlotEviction::make_room(std::span<const std::int32_t> hits) {
   for (std::int32_t key : hits) residency_.hold(key, true);
   if (rows_) {
     choose_victims();
-    release_rows_of_fresh();
+    free_uploaded_rows();
     rows_->make_room(rows_->residency().reserve());
   } else {
     residency_.trim();
@@ -68,10 +68,10 @@ void SlotEviction::choose_victims() {
   }
 }
 
-void SlotEviction::release_rows_of_fresh() {
-  for (std::int32_t key : fresh_)
+void SlotEviction::free_uploaded_rows() {
+  for (std::int32_t key : uploaded_)
     if (residency_.slot(key) >= 0) rows_->drop(key);
-  fresh_.clear();
+  uploaded_.clear();
 }
 
 void SlotEviction::begin_downloads() {
@@ -93,7 +93,7 @@ void SlotEviction::finish() {
   rows_->release_kept();
   choose_victims();
   victims_.clear();
-  release_rows_of_fresh();
+  free_uploaded_rows();
 }
 
 void SlotEviction::undo() {
@@ -103,9 +103,9 @@ void SlotEviction::undo() {
   }
   downloads_.clear();
   if (rows_) rows_->release_kept();
-  for (std::int32_t key : fresh_)
+  for (std::int32_t key : uploaded_)
     if (stores_.rows[key] >= 0 && residency_.slot(key) >= 0) residency_.release(key);
-  fresh_.clear();
+  uploaded_.clear();
 }
 
 }  // namespace moebox

@@ -47,7 +47,7 @@ class SlotEviction {
   // Queues the downloads of the victims that make_room() chose.
   void begin_downloads();
   // An upload of the key is queued. The key keeps its row at least until the next step.
-  void arrives(std::int32_t key) { fresh_.push_back(key); }
+  void arrives(std::int32_t key) { uploaded_.push_back(key); }
   // All copies are complete: frees the slots of victims, and the rows of uploaded experts.
   void finish();
   // Copies have failed: victims keep their slots, and uploaded experts that still have a row lose theirs.
@@ -61,14 +61,14 @@ class SlotEviction {
   };
 
   void choose_victims();
-  void release_rows_of_fresh();
+  void free_uploaded_rows();
   void end(const Download& download);
 
   Residency& residency_;
   Copier& copier_;
   const Stores stores_;
   RamRows* const rows_;
-  std::vector<std::int32_t> fresh_;    // uploaded in the last step
+  std::vector<std::int32_t> uploaded_;    // in the last step
   std::vector<std::int32_t> victims_;  // to be downloaded
   std::vector<Download> downloads_;    // under way; their keys are held in slots and rows
 };
