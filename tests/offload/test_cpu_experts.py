@@ -1,4 +1,4 @@
-"""The same bits wherever an expert lies and whenever it arrives; and what an error leaves behind."""
+"""The same bits wherever an expert lies and in whatever order reads end; what an error leaves behind."""
 
 import numpy as np
 import pytest
@@ -92,7 +92,7 @@ def test_hits_are_not_read_again(whole, pool):
     assert (experts.last.hits, experts.last.cold, experts.last.cold_bytes) == (TOP_K, 0, 0)
 
 
-def test_prefill_keeps_who_scores_most(whole, pool):
+def test_a_prompt_keeps_the_experts_that_score_most(whole, pool):
     experts = experts_with(SlowStore(whole), pool, 24)
     for layer in (FIRST, FIRST + 1):
         experts.forward(layer, *chunk(60, torch.Generator().manual_seed(layer)))
@@ -143,7 +143,7 @@ def test_an_interrupt_in_the_middle_of_a_layer(whole, pool, monkeypatch):
 
 
 class PrefetchLog:
-    """Speculates on what it was told, and keeps what it was called with."""
+    """Prefetches the keys in `next`, and keeps the arguments of all calls."""
 
     def __init__(self, cache):
         self.cache, self.calls, self.next = cache, [], []
@@ -223,7 +223,7 @@ class Known:
 
 
 @pytest.mark.parametrize("tokens", [None, 0, 100])
-def test_statistics_say_who_is_there_first(whole, pool, tokens):
+def test_statistics_choose_the_first_experts_in_ram(whole, pool, tokens):
     statistics = None if tokens is None else Known(tokens)
     calls = []
     experts = CpuExperts.load(
@@ -248,7 +248,7 @@ def test_all_in_ram_has_no_reserve(whole, pool):
 
 
 class Oracle:
-    """Names what will be picked, and some others."""
+    """Predicts what will be picked, and some other experts."""
 
     def __init__(self, rng):
         self.rng, self.picks = rng, []
@@ -260,8 +260,8 @@ class Oracle:
 
 
 @pytest.mark.parametrize("rows", [2 * TOP_K, 20, 40, 60])
-def test_a_guess_changes_who_is_read_early_and_not_who_stays(pool, rows):
-    """As many hits with prefetching as without: layer by layer the same experts are in RAM."""
+def test_predictions_change_which_experts_are_read_early_but_not_which_stay(pool, rows):
+    """With prefetching and without, the same experts are in RAM after each layer."""
     config = small_config(num_hidden_layers=FIRST + 4)
     whole = RamSlab(config)
     whole.fill_synthetic()

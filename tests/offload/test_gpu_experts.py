@@ -1,4 +1,4 @@
-"""Building and filling tiers, injected routing, and a decode step through the mailbox after prefill."""
+"""Building and filling the tiers, injected routing, and prompts and tokens that take turns."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ from moebox.offload.memory.ram_slab import RamSlab
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """torch's threads wait for each other at sizes like these, longest where cores are few."""
+    """One thread: at these sizes torch's threads only wait for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -47,7 +47,7 @@ def test_all_experts_are_somewhere(slots, exclusive):
     assert tiers.gpu.residency.n_resident == tiers.gpu.n_cached
     assert tiers.nbytes == small_config().experts_bytes
     assert tiers.decode_host.pcie_gbps == pytest.approx(tiers.prefill.costs.pcie_gbps)
-    tiers.fill_synthetic()  # once more, over what is there
+    tiers.fill_synthetic()  # once more, over the experts that are there
     check_places(tiers)
 
 
@@ -113,7 +113,7 @@ def test_injected_routing(oracle):
 def test_prefill_and_decode_take_turns(oracle, slots, exclusive):
     tiers = build(StandInDevice(5, max_delay_us=50), slots, exclusive)
     generator = torch.Generator().manual_seed(slots)
-    for n_tokens, layers in ((30, LAYERS), (40, 1), (2, LAYERS)):  # one is cancelled, with early uploads
+    for n_tokens, layers in ((30, LAYERS), (40, 1), (2, LAYERS)):  # one prompt ends early, with uploads ahead
         for layer in range(FIRST, FIRST + layers):
             chunk = random_chunk(n_tokens, generator)
             expected = oracle.forward(layer, *chunk)

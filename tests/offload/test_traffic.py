@@ -1,4 +1,4 @@
-"""Hits by tier and bytes per road, on every tier, against what was seen by other means."""
+"""Hits by tier and bytes by road, compared with counts that were taken by other means."""
 
 import numpy as np
 import pytest
@@ -94,7 +94,7 @@ def test_prompts_on_a_gpu(slots, exclusive):
     tiers.synchronize()
     races.steps.clear()
     used = resident = 0
-    for n_tokens in (60, 3, 9):  # the first one's next layer is uploaded early
+    for n_tokens in (60, 3, 9):  # the first prompt uploads ahead
         for layer in range(FIRST, FIRST + LAYERS):
             given = random_chunk(n_tokens, generator)
             keys = (layer - FIRST) * EXPERTS + given[0].unique().numpy()

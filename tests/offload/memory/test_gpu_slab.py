@@ -1,4 +1,4 @@
-"""The GPU's slab: it shrinks when memory is short, and holds what the residency says."""
+"""The GPU's slab: it shrinks if memory is short, and holds the experts that its table says."""
 
 import logging
 

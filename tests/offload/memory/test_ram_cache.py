@@ -1,4 +1,4 @@
-"""Rows that are read into: who is trusted, who makes room, and what errors leave behind."""
+"""Reads into rows: when a row's bytes may be used, what is evicted, and what errors leave behind."""
 
 import numpy as np
 import pytest
@@ -62,7 +62,7 @@ def test_a_miss_is_read_and_a_hit_is_not(store):
     assert cache.ram.rows[7] == cache.row(7)
 
 
-def test_the_weakest_makes_room_and_who_is_in_use_does_not(store):
+def test_the_weakest_makes_room_but_not_an_expert_in_use(store):
     cache = cache_of(store, 3, held=[1, 2, 3])
     use(cache, 2, 3)
     cache.demand(1)
@@ -85,7 +85,7 @@ def test_more_in_use_than_rows(store):
         cache.demand(3)
 
 
-def test_trim_keeps_rows_free_and_newcomers_compete(store):
+def test_trim_keeps_rows_free_and_new_experts_compete(store):
     cache = cache_of(store, 6, reserve=2, held=[1, 2, 3, 4])
     for _ in range(3):
         use(cache, 1, 2, 3, 4)
@@ -111,7 +111,7 @@ def test_all_in_ram_needs_neither_store_nor_reserve(whole):
         RamCache(few)
 
 
-def test_speculation_takes_free_rows_only(store):
+def test_prefetches_take_free_rows_only(store):
     cache = cache_of(store, 4, reserve=2, held=[1, 2])
     assert cache.prefetch(7)
     assert cache.prefetch(8)
@@ -122,12 +122,12 @@ def test_speculation_takes_free_rows_only(store):
     cache.trim()
     assert cache.resident(1)
     assert cache.resident(2)
-    cache.demand(9)  # for a layer whose picks nobody foresaw: a resident goes, not what is on its way
+    cache.demand(9)  # not predicted: a resident is evicted, and no prefetch is cancelled
     assert cache.row(7) >= 0
     assert cache.row(8) >= 0
 
 
-def test_demand_takes_rows_back_from_speculation(store):
+def test_demand_takes_the_rows_of_prefetches(store):
     cache = cache_of(store, 3)
     for key in (7, 8, 9):
         assert cache.prefetch(key)
@@ -139,7 +139,7 @@ def test_demand_takes_rows_back_from_speculation(store):
         assert holds(cache, key)
 
 
-def test_a_speculative_read_that_is_wanted(store):
+def test_a_prefetch_that_is_right(store):
     cache = cache_of(store, 4)
     cache.prefetch(7)
     cache.demand(7)
@@ -151,7 +151,7 @@ def test_a_speculative_read_that_is_wanted(store):
     assert holds(cache, 7)
 
 
-def test_a_speculative_read_that_is_not(store):
+def test_a_prefetch_that_is_wrong(store):
     store.chance = 0
     cache = cache_of(store, 4)
     cache.prefetch(7)

@@ -1,4 +1,4 @@
-"""Rows hold an expert's bytes, from either layout on disk; full memory is said."""
+"""Rows hold an expert's bytes, from either layout on disk; too little memory is an error."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ from moebox.quantize.convert import quantize
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Six tensors an expert, not one behind the other."""
+    """A checkpoint whose experts' six tensors do not lie one behind the other."""
     return make_checkpoint(tmp_path_factory.mktemp("ram") / "model")
 
 

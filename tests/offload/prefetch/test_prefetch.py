@@ -18,7 +18,7 @@ HIDDEN = torch.zeros(1, 64)
 
 
 class Fixed:
-    """A predictor that says what it is told: {(moe, ahead): experts}."""
+    """A predictor with fixed predictions: {(moe, ahead): experts}."""
 
     def __init__(self, guesses):
         self.guesses = guesses
@@ -55,7 +55,7 @@ def whole():
 
 
 def build(whole, guesses, rows=40, held=32, reserve=TOP_K, chance=0.0, trial=None):
-    """A prefetcher over a cache that holds layer 0 and has some rows to spare."""
+    """A prefetcher over a cache that holds layer 0 and has free rows."""
     store = Store(whole, chance=chance)
     cache = RamCache(RamSlab(whole.config, rows), store, reserve)
     cache.fill(range(held))
@@ -96,10 +96,10 @@ def test_an_expert_in_ram_is_not_read(whole):
     assert store.reads == keys(1, 2, 3)
 
 
-def test_nobody_is_evicted_for_a_guess(whole):
+def test_no_expert_is_evicted_for_a_prediction(whole):
     prefetcher, cache, store, _ = build(whole, {(0, 1): [0, 1, 2, 3]}, rows=33)
     layer(prefetcher, cache, 0, [0, 1, 2, 3])
-    assert store.reads == keys(1, 0, 1, 2, 3)  # one row was free, the others when the layer had made room
+    assert store.reads == keys(1, 0, 1, 2, 3)  # one row was free, and the others after the layer
     assert all(cache.resident(key) for key in range(29))
     assert cache.n_free == 0
 
@@ -117,7 +117,7 @@ def test_counts_what_was_in_time_late_and_wrong(whole):
     assert store.under_way == []
 
 
-def test_a_wrong_read_under_way_is_given_up_behind_the_demanded_ones(whole):
+def test_a_wrong_prefetch_under_way_is_cancelled_after_the_demanded_reads_are_queued(whole):
     prefetcher, cache, store, _ = build(whole, {(0, 1): [5, 3, 9, 1]})
     layer(prefetcher, cache, 0, [0, 1, 2, 3])
     prefetcher.begin_layer(1, [5, 20])
@@ -127,7 +127,7 @@ def test_a_wrong_read_under_way_is_given_up_behind_the_demanded_ones(whole):
     assert sorted(store.under_way) == keys(1, 5, 20)
 
 
-def test_a_layer_takes_rows_from_guesses_before_residents(whole):
+def test_a_layer_takes_rows_of_prefetches_before_those_of_residents(whole):
     guesses = {(0, 1): [5, 3], (0, 2): [8, 6]}
     prefetcher, cache, store, _ = build(whole, guesses, rows=36, reserve=0)
     layer(prefetcher, cache, 0, [0, 1, 2, 3])
@@ -167,7 +167,7 @@ def test_after_the_last_layer_nothing_is_under_way(whole):
     assert prefetcher.report().wrong == 4
 
 
-def test_a_token_that_was_broken_off_leaves_no_trace_in_the_counts_of_the_next(whole):
+def test_a_token_that_failed_does_not_change_the_counts_of_the_next(whole):
     prefetcher, cache, _, _ = build(whole, {(0, 1): [5, 3, 9, 1]})
     layer(prefetcher, cache, 0, [0, 1, 2, 3])
     cache.abandon()
@@ -190,11 +190,11 @@ def test_the_trial_is_told_a_token_s_time_and_what_was_not_in_ram(whole):
     layer(prefetcher, cache, 1, [5, 3, 20])
     prefetcher.end_token()
     seconds, to_read = trial.seen
-    assert to_read == 3  # a guess makes no difference: both sides of the trial are counted alike
+    assert to_read == 3  # prefetches count, too: both sides of the trial count alike
     assert seconds > 0
 
 
-def test_a_loss_switches_it_off_and_is_said_once(whole, caplog, monkeypatch):
+def test_a_loss_switches_it_off_with_one_warning(whole, caplog, monkeypatch):
     clock = [0.0]
     monkeypatch.setattr("moebox.offload.prefetch.prefetch.time.perf_counter", lambda: clock[0])
     prefetcher, cache, _, _ = build(whole, {(0, 1): [5, 3, 9, 1]}, trial=Trial())
@@ -213,8 +213,8 @@ def test_a_loss_switches_it_off_and_is_said_once(whole, caplog, monkeypatch):
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_whatever_is_guessed_rows_and_reads_stay_in_order(whole, seed):
-    """Random routing, guesses and ends of reads: weights are right, and no row is lost."""
+def test_any_predictions_leave_rows_and_reads_right(whole, seed):
+    """With random picks, predictions and ends of reads, weights are right and no row is lost."""
     rng = np.random.default_rng(seed)
     guesses = {}
     prefetcher, cache, store, _ = build(whole, guesses, rows=24, held=20, chance=0.3)

@@ -1,4 +1,4 @@
-"""Prefill on two roads: the same answers wherever experts lie, bytes where the tables say, no races."""
+"""Prompts on two roads: the same answers wherever experts lie, tables that are right, and no races."""
 
 import itertools
 import time
@@ -36,7 +36,7 @@ PLACEMENTS = [(0, False), (4, False), (20, False), (64 + 4, False), (4, True), (
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """torch's threads wait for each other at sizes like these, longest where cores are few."""
+    """One thread: at these sizes torch's threads only wait for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -112,7 +112,7 @@ def test_uploads_take_the_busiest(monkeypatch):
 def test_no_races(monkeypatch, slots, exclusive):
     races = Races()
     tiers = build(RecordingDevice(races), slots, exclusive)
-    races.steps.clear()  # loading ended with a look at results, so all of it is done
+    races.steps.clear()  # of loading, which has ended
     watch_cpu(races, tiers, monkeypatch)
     tiers.prefill.costs.pcie_gbps = tiers.prefill.costs.cpu_gbps = 1.0
     generator = torch.Generator().manual_seed(6)
@@ -138,7 +138,7 @@ def test_the_race_detector_finds_a_missing_wait(monkeypatch):
 
 def test_what_prefill_routed_stays_in_the_cache():
     tiers = build(StandInDevice(max_delay_us=0), 24)
-    tiers.prefill.costs.cpu_gbps = 1e-6  # all by upload, so that all may be admitted
+    tiers.prefill.costs.cpu_gbps = 1e-6  # the CPU is so slow that all are uploaded, and so may be admitted
     ids = torch.arange(TOP_K).expand(40, TOP_K).contiguous()
     tiers.forward(FIRST, ids + 20, *random_chunk(40, torch.Generator())[1:])
     tiers.forward(FIRST + 1, ids + 9, *random_chunk(40, torch.Generator())[1:])

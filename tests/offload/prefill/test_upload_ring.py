@@ -1,4 +1,4 @@
-"""Uploads ahead of a layer's routing: used where they fit, harmless where they do not, and without races."""
+"""Uploads ahead of the next layer: used if they are right, harmless if they are not, and without races."""
 
 import itertools
 
@@ -27,7 +27,7 @@ from moebox.offload.prefill.upload_ring import CERTAIN, Ring
 LAYERS = 4
 DEEP = {"num_hidden_layers": FIRST + LAYERS}
 MANY = CERTAIN * EXPERTS // TOP_K
-"""The fewest tokens that have early uploads."""
+"""The fewest tokens with which experts are uploaded ahead."""
 
 
 @pytest.fixture(autouse=True)
@@ -180,7 +180,7 @@ def test_no_races(slots):
     tiers.prefill.costs.pcie_gbps, tiers.prefill.costs.cpu_gbps = 1.0, 1e-6
     generator = torch.Generator().manual_seed(8)
     forward_watched(tiers, MANY, LAYERS, generator)
-    forward_watched(tiers, MANY, 2, generator, narrow_chunk)  # cancelled there
+    forward_watched(tiers, MANY, 2, generator, narrow_chunk)  # the prompt ends after two layers
     forward_watched(tiers, MANY, 2, generator)
     assert races.find() == []
     records = settled_records(tiers)
