@@ -157,7 +157,7 @@ def measure(path: Path, options: argparse.Namespace) -> dict[str, Any]:
             turns[name].append(decoded)
     figures = compare(turns, options.baseline_tokens)
     figures |= {"share": share, "in_ram_token_ms": 1e3 * statistics.mean(reference.seconds)}
-    figures["guesses"] = measure_guesses(path, reference, share)
+    figures["guesses"] = measure_alternating(path, reference, share)
     figures |= measure_road(path, options.rounds)
     return figures
 
@@ -230,9 +230,9 @@ def decode_moebox(path: Path, reference: Reference, share: float) -> dict[str, D
     """Decode as `moebox run --ram` does, with prefetching and without: two engines alternate token by token,
     so that both have the same conditions."""
     began_s = time.perf_counter()
-    with opened(path, share, prefetch=True) as guessing, opened(path, share, prefetch=False) as plain:
+    with opened(path, share, prefetch=True) as prefetching, opened(path, share, prefetch=False) as plain:
         load_s = (time.perf_counter() - began_s) / 2
-        both = [Replay(engine, reference) for engine in (guessing, plain)]
+        both = [Replay(engine, reference) for engine in (prefetching, plain)]
         for token in reference.tokens:
             for one in both:
                 one.step(token)
@@ -240,16 +240,18 @@ def decode_moebox(path: Path, reference: Reference, share: float) -> dict[str, D
         replays = {one.engine: one for one in both}
         return {
             name: decoded(replays[engine], load_s)
-            for name, engine in (("prefetch", guessing), ("no_prefetch", plain))
+            for name, engine in (("prefetch", prefetching), ("no_prefetch", plain))
         }
 
 
 def decoded(replay: Replay, load_s: float) -> Decoded:
     """The figures of a replay by moebox."""
     experts = experts_of(replay.engine)
-    counts, guesses = experts.cache.counts, experts.prefetcher
+    counts, prefetching = experts.cache.counts, experts.prefetcher
     hit_rate = counts.hits / (counts.hits + counts.prefetched + counts.reads)
-    trial_cost = guesses.trial.cost_s / sum(replay.seconds) if isinstance(guesses, Prefetcher) else 0.0
+    trial_cost = (
+        prefetching.trial.cost_s / sum(replay.seconds) if isinstance(prefetching, Prefetcher) else 0.0
+    )
     return Decoded(replay.seconds, replay.identical, hit_rate, load_s, trial_cost)
 
 
@@ -268,7 +270,7 @@ class InTurns(Trial):
         return False
 
 
-def measure_guesses(path: Path, reference: Reference, share: float) -> dict[str, Any]:
+def measure_alternating(path: Path, reference: Reference, share: float) -> dict[str, Any]:
     """Prefetch at every other token of one run: the change of a token's time, and the reads."""
     with opened(path, share, prefetch=True) as engine:
         prefetcher = experts_of(engine).prefetcher
@@ -422,10 +424,10 @@ def describe(name: str, figures: dict[str, Any]) -> None:
         f"  ms a token: all in RAM {figures['in_ram_token_ms']:.1f}, "
         + ", ".join(f"{contender} {value:.1f}" for contender, value in ms.items())
     )
-    guesses, change = figures["guesses"], figures["prefetch_change"]
+    prefetching, change = figures["guesses"], figures["prefetch_change"]
     print(
-        f"  guessing at every other token: {guesses['change']:+.1%} of a token's time (standard error "
-        f"{guesses['error']:.1%}), {guesses['needed']:.0%} of {guesses['issued']} reads needed"
+        f"  prefetching at every other token: {prefetching['change']:+.1%} of a token's time (standard error "
+        f"{prefetching['error']:.1%}), {prefetching['needed']:.0%} of {prefetching['issued']} reads needed"
     )
     print(
         f"  prefetch: {change['all']:+.1%} of a token's time (standard error {change['error']:.1%}), "

@@ -168,33 +168,33 @@ class Races:
         self.clocks: defaultdict[str, dict[str, int]] = defaultdict(dict)
         self.steps: list[tuple[str, int, dict[str, int], list[Tensor], list[Tensor]]] = []
 
-    def join(self, who: str, clock: dict[str, int]) -> None:
-        """`who`, the host or a stream, goes on after all steps that `clock` knows."""
-        mine = self.clocks[who]
+    def join(self, actor: str, clock: dict[str, int]) -> None:
+        """`actor`, the host or a stream, goes on after all steps that `clock` knows."""
+        mine = self.clocks[actor]
         for stream, position in clock.items():
             mine[stream] = max(mine.get(stream, 0), position)
 
-    def step(self, who: str, reads: list[Tensor], writes: list[Tensor]) -> None:
+    def step(self, actor: str, reads: list[Tensor], writes: list[Tensor]) -> None:
         """Record a step: of the host, of a stream on which the host queued it, or of the CPU's thread."""
-        if who != "cpu":
-            self.join(who, self.clocks["host"])
-        clock = self.clocks[who]
-        clock[who] = clock.get(who, 0) + 1
-        self.steps.append((who, clock[who], dict(clock), reads, writes))
+        if actor != "cpu":
+            self.join(actor, self.clocks["host"])
+        clock = self.clocks[actor]
+        clock[actor] = clock.get(actor, 0) + 1
+        self.steps.append((actor, clock[actor], dict(clock), reads, writes))
 
     def find(self) -> list[str]:
         """Pairs of steps that use the same memory in no certain order, and of which one writes."""
         found = []
-        for later, (who, _, clock, reads, writes) in enumerate(self.steps):
+        for later, (actor, _, clock, reads, writes) in enumerate(self.steps):
             for other, position, _, other_reads, other_writes in self.steps[:later]:
-                if other == who or clock.get(other, 0) >= position:
+                if other == actor or clock.get(other, 0) >= position:
                     continue
                 if (
                     _overlap(writes, other_writes)
                     or _overlap(writes, other_reads)
                     or _overlap(reads, other_writes)
                 ):
-                    found.append(f"{who} and {other}")
+                    found.append(f"{actor} and {other}")
         return found
 
 

@@ -267,17 +267,17 @@ def test_predictions_change_which_experts_are_read_early_but_not_which_stay(pool
     whole.fill_synthetic()
     rng, generator = np.random.default_rng(rows), torch.Generator().manual_seed(rows)
     oracle = Oracle(rng)
-    plain, guessing = (CpuExperts.load(config, SlowStore(whole, seed=1), pool, rows) for _ in range(2))
-    guessing.prefetcher = Prefetcher(guessing.cache, oracle, None, EXPERTS, AlwaysOn())
+    plain, prefetching = (CpuExperts.load(config, SlowStore(whole, seed=1), pool, rows) for _ in range(2))
+    prefetching.prefetcher = Prefetcher(prefetching.cache, oracle, None, EXPERTS, AlwaysOn())
     for _ in range(40):
         given = [chunk(1, generator) for _ in range(4)]
         oracle.picks = [ids[0].tolist() for ids, _, _ in given]
         for moe in range(4):
-            outs = [experts.forward(FIRST + moe, *given[moe]) for experts in (plain, guessing)]
+            outs = [experts.forward(FIRST + moe, *given[moe]) for experts in (plain, prefetching)]
             assert torch.equal(*outs)
-            placed = [experts.placement() for experts in (plain, guessing)]
+            placed = [experts.placement() for experts in (plain, prefetching)]
             assert (placed[0] == placed[1]).all()
-    report = guessing.prefetcher.report()
+    report = prefetching.prefetcher.report()
     assert report.used + report.late > 100
-    assert plain.cache.counts.hits == guessing.cache.counts.hits
-    assert plain.cache.counts.reads == guessing.cache.counts.reads + guessing.cache.counts.prefetched
+    assert plain.cache.counts.hits == prefetching.cache.counts.hits
+    assert plain.cache.counts.reads == prefetching.cache.counts.reads + prefetching.cache.counts.prefetched

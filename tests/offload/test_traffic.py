@@ -104,7 +104,7 @@ def test_prompts_on_a_gpu(slots, exclusive):
             tiers.forward(layer, *given)
     tiers.synchronize()
     moved = tiers.traffic()
-    uploads = sum(who == "uploads" for who, *_ in races.steps)
+    uploads = sum(actor == "uploads" for actor, *_ in races.steps)
     assert (moved.gpu_hits, moved.ram_hits, moved.disk_hits) == (resident, used - resident, 0)
     assert moved.pcie_bytes == uploads * NBYTES > 0
     wasted = sum(record.wasted for record in tiers.prefill.records)

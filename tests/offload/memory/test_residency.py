@@ -71,7 +71,7 @@ STEPS = st.lists(
 
 
 def take_step(residency: Residency, model: Model, step: str, argument: object) -> None:
-    """Do the same to both, and compare what comes back."""
+    """Make the same call on both, and compare the results."""
     if step == "use":
         keys = np.array([key for key, _ in argument], np.int32)
         residency.use(keys, np.array([count for _, count in argument], np.float32))
@@ -119,7 +119,7 @@ def test_matches_the_model(n_slots: int, reserve: int, half_life: float, n_exper
 
 
 def test_scores_halve_and_their_order_stays() -> None:
-    """Also after far more ticks than a float could count down."""
+    """Also after so many ticks that a float score would be 0."""
     residency = Residency(3, 2, 1, half_life=8.0)
     residency.use(np.array([0, 1, 1], np.int32))
     residency.tick = 8
@@ -145,8 +145,8 @@ def cycle(residency: Residency, tokens: int) -> None:
             residency.update_values(picks)
 
 
-def test_foreseeing_learns_who_comes_next() -> None:
-    """The score alone keeps whom it has just seen."""
+def test_the_value_model_learns_which_experts_come_next() -> None:
+    """The score alone keeps the experts that were just used."""
     residency = Residency(KEYS, 11, 1, n_experts=6)
     for key in range(6):
         residency.place(key)
@@ -160,8 +160,8 @@ def test_foreseeing_learns_who_comes_next() -> None:
     assert residency.weakest(1) != [now]  # its score counts again
 
 
-def test_foreseeing_needs_tokens_in_a_row() -> None:
-    """A prompt in between ends what a guess could be compared with; nothing is learned from it."""
+def test_the_value_model_needs_tokens_in_a_row() -> None:
+    """After a prompt, the last estimate is not compared with anything, and nothing is learned."""
     residency = Residency(KEYS, 11, 1, n_experts=6)
     for key in range(6):
         residency.place(key)
@@ -173,7 +173,7 @@ def test_foreseeing_needs_tokens_in_a_row() -> None:
 
 
 @pytest.mark.parametrize(("n_slots", "n_experts"), [(4, 0), (0, 6), (12, 6)])
-def test_foreseeing_is_left_out_where_it_is_of_no_use(n_slots: int, n_experts: int) -> None:
+def test_no_value_model_where_it_is_of_no_use(n_slots: int, n_experts: int) -> None:
     """One layer, no slots, or a slot for every key."""
     residency = Residency(KEYS, n_slots, 0, n_experts=n_experts)
     for key in range(n_slots):

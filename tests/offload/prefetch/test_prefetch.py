@@ -20,12 +20,12 @@ HIDDEN = torch.zeros(1, 64)
 class Fixed:
     """A predictor with fixed predictions: {(moe, ahead): experts}."""
 
-    def __init__(self, guesses):
-        self.guesses = guesses
+    def __init__(self, predictions):
+        self.predictions = predictions
 
     def predict(self, moe, hidden):
         assert hidden is HIDDEN
-        return [(ahead, self.guesses[moe, ahead]) for ahead in (1, 2) if (moe, ahead) in self.guesses]
+        return [(ahead, self.predictions[moe, ahead]) for ahead in (1, 2) if (moe, ahead) in self.predictions]
 
 
 class Store(SlowStore):
@@ -54,13 +54,13 @@ def whole():
     return ram
 
 
-def build(whole, guesses, rows=40, held=32, reserve=TOP_K, chance=0.0, trial=None):
+def build(whole, predictions, rows=40, held=32, reserve=TOP_K, chance=0.0, trial=None):
     """A prefetcher over a cache that holds layer 0 and has free rows."""
     store = Store(whole, chance=chance)
     cache = RamCache(RamSlab(whole.config, rows), store, reserve)
     cache.fill(range(held))
     statistics = Recall()
-    prefetcher = Prefetcher(cache, Fixed(guesses), statistics, EXPERTS, trial or AlwaysOn())
+    prefetcher = Prefetcher(cache, Fixed(predictions), statistics, EXPERTS, trial or AlwaysOn())
     return prefetcher, cache, store, statistics
 
 
@@ -83,8 +83,8 @@ def keys(moe, *experts):
 
 
 def test_the_likeliest_that_are_not_in_ram_are_read_and_the_nearest_layer_comes_first(whole):
-    guesses = {(0, 1): [5, 3, 9, 1, 7, 2], (0, 2): [8, 6, 4, 2]}
-    prefetcher, cache, store, _ = build(whole, guesses, rows=32 + 6)
+    predictions = {(0, 1): [5, 3, 9, 1, 7, 2], (0, 2): [8, 6, 4, 2]}
+    prefetcher, cache, store, _ = build(whole, predictions, rows=32 + 6)
     layer(prefetcher, cache, 0, [0, 1, 2, 3])
     assert store.reads == keys(1, 5, 3, 9, 1) + keys(2, 8, 6)
     assert prefetcher.report().issued == 6
@@ -128,8 +128,8 @@ def test_a_wrong_prefetch_under_way_is_cancelled_after_the_demanded_reads_are_qu
 
 
 def test_a_layer_takes_rows_of_prefetches_before_those_of_residents(whole):
-    guesses = {(0, 1): [5, 3], (0, 2): [8, 6]}
-    prefetcher, cache, store, _ = build(whole, guesses, rows=36, reserve=0)
+    predictions = {(0, 1): [5, 3], (0, 2): [8, 6]}
+    prefetcher, cache, store, _ = build(whole, predictions, rows=36, reserve=0)
     layer(prefetcher, cache, 0, [0, 1, 2, 3])
     layer(prefetcher, cache, 1, [20, 21, 22])
     assert all(cache.resident(key) for key in [*range(32), *keys(1, 20, 21, 22)])
@@ -137,16 +137,16 @@ def test_a_layer_takes_rows_of_prefetches_before_those_of_residents(whole):
 
 
 def test_a_later_prediction_replaces_an_earlier_one(whole):
-    guesses = {(0, 2): [8, 6, 4, 2], (1, 1): [8, 7, 5, 3, 6, 0]}
-    prefetcher, cache, store, _ = build(whole, guesses, rows=60)
+    predictions = {(0, 2): [8, 6, 4, 2], (1, 1): [8, 7, 5, 3, 6, 0]}
+    prefetcher, cache, store, _ = build(whole, predictions, rows=60)
     layer(prefetcher, cache, 0, [0, 1, 2, 3])
     layer(prefetcher, cache, 1, [0, 1, 2, 3])
     assert sorted(store.under_way) == keys(2, 3, 5, 6, 7, 8)  # 6 is still likely enough to be kept
 
 
 def test_recall_counts_a_layer_s_k_likeliest_and_is_handed_on(whole):
-    guesses = {(0, 1): [5, 3, 9, 1, 7], (0, 2): [8, 6, 4, 2], (1, 1): [4, 3, 2, 1]}
-    prefetcher, cache, _, statistics = build(whole, guesses)
+    predictions = {(0, 1): [5, 3, 9, 1, 7], (0, 2): [8, 6, 4, 2], (1, 1): [4, 3, 2, 1]}
+    prefetcher, cache, _, statistics = build(whole, predictions)
     layer(prefetcher, cache, 0, [0, 1, 2, 3])
     layer(prefetcher, cache, 1, [5, 7, 3, 30])
     layer(prefetcher, cache, 2, [1, 2, 3, 30])
@@ -216,8 +216,8 @@ def test_a_loss_switches_it_off_with_one_warning(whole, caplog, monkeypatch):
 def test_any_predictions_leave_rows_and_reads_right(whole, seed):
     """With random picks, predictions and ends of reads, weights are right and no row is lost."""
     rng = np.random.default_rng(seed)
-    guesses = {}
-    prefetcher, cache, store, _ = build(whole, guesses, rows=24, held=20, chance=0.3)
+    predictions = {}
+    prefetcher, cache, store, _ = build(whole, predictions, rows=24, held=20, chance=0.3)
     for _ in range(60):
         routed = [rng.choice(EXPERTS, TOP_K, replace=False).tolist() for _ in range(LAYERS)]
         for moe in range(LAYERS):
@@ -225,7 +225,7 @@ def test_any_predictions_leave_rows_and_reads_right(whole, seed):
                 if moe + ahead < LAYERS:
                     right = [e for e in routed[moe + ahead] if rng.random() < 0.7]
                     others = [e for e in rng.permutation(EXPERTS).tolist() if e not in right]
-                    guesses[moe, ahead] = (right + others)[: 2 * TOP_K]
+                    predictions[moe, ahead] = (right + others)[: 2 * TOP_K]
         broken_off = int(rng.integers(0, LAYERS)) if rng.random() < 0.1 else LAYERS
         for moe, picks in enumerate(routed[:broken_off]):
             layer(prefetcher, cache, moe, picks)
