@@ -1,1 +1,1 @@
-"""Native CPU kernels and their Python boundary."""
+"""The kernels: C++ for the CPU (`csrc/`, behind `cpu.py`), Triton and plain torch for the GPU (`gpu/`)."""

@@ -1,11 +1,12 @@
-"""Expert MLPs on the CPU, computed straight from a checkpoint's INT4 bytes.
+"""Expert MLPs on the CPU, computed from a checkpoint's INT4 bytes as they are.
 
 Shapes: T tokens, H hidden_size, I moe_intermediate_size; n experts of one call, m pairs of expert and token.
 H and I are multiples of 32. Matrices are compressed-tensors `pack-quantized`: int32 [out, in/8], eight
-values to a word, the first in the low nibble, stored as q + 8; one bf16 scale for 32 inputs. No array needs
-an alignment beyond that of its elements, none is copied, and read-only ones are accepted.
+values to a word, the first in the low nibble, stored as q + 8; one bf16 scale for 32 inputs.
 
-Arrays are torch tensors or numpy arrays; bf16 ones torch bfloat16 or numpy uint16 holding the bits.
+Arrays are torch tensors or numpy arrays; bf16 ones torch bfloat16 or numpy uint16 that holds the bits. The
+kernels copy none, and need no alignment beyond that of the elements. Arrays that are only read may be
+read-only.
 """
 
 from __future__ import annotations
@@ -22,11 +23,27 @@ from moebox._kernels import ThreadPool
 if TYPE_CHECKING:
     from moebox._kernels import Array
 
-__all__ = ["Expert", "ThreadPool", "allowed_cpus", "experts_forward", "isa_paths"]
+__all__ = [
+    "BATCH_PAIRS",
+    "PART_TOKENS",
+    "Expert",
+    "ThreadPool",
+    "allowed_cpus",
+    "experts_forward",
+    "export_array",
+    "isa_paths",
+]
+
+BATCH_PAIRS = _kernels.BATCH_PAIRS
+"""Pairs that `experts_forward` computes at a time, which bounds its scratch memory."""
+
+PART_TOKENS = 1024
+"""Tokens of one `experts_forward` call. The runtime computes longer chunks of a prompt as several parts of so
+many tokens. An expert's number of tokens decides how its result is rounded, so equal parts give equal bits."""
 
 
 class Expert(_kernels.Expert):
-    """An expert's six arrays, as they lie in the checkpoint; kept alive.
+    """An expert's six arrays as they are in the checkpoint. It keeps them alive and only reads them.
 
     Args:
         gate_packed, up_packed: int32 [I, H/8].
@@ -50,18 +67,22 @@ class Expert(_kernels.Expert):
         down_scale: Array,
     ) -> None:
         arrays = (gate_packed, gate_scale, up_packed, up_scale, down_packed, down_scale)
-        super().__init__(*map(_export, arrays))
+        super().__init__(*map(export_array, arrays))
 
 
-def _export(array: Array) -> Any:
-    """A tensor's DLPack capsule, made in C++: `Tensor.__dlpack__` is Python and takes ten times as long."""
+def export_array(array: Array) -> Any:
+    """The array in a form that `_kernels` takes: a tensor as a DLPack capsule, a numpy array as it is.
+
+    The capsule is made in C++; `Tensor.__dlpack__`, which `_kernels` would call, is Python and takes ten times
+    as long. A capsule can be used once.
+    """
     return to_dlpack(array) if isinstance(array, torch.Tensor) else array
 
 
 def isa_paths() -> tuple[str, ...]:
-    """Instruction sets the kernels can use on this machine, best first.
+    """Instruction sets that the kernels can use on this machine, best first.
 
-    Of "amx", "avx512bf16", "avx512", "avx2" and "scalar"; the last is always there.
+    They are among "amx", "avx512bf16", "avx512", "avx2" and "scalar"; the last is always there.
     """
     return tuple(_kernels.isa_paths())
 
@@ -86,11 +107,12 @@ def experts_forward(
     Expert i gets the pairs j from `offsets[i]` to `offsets[i + 1]`, and
     `out[tokens[j]] += weights[j] * expert_i(hidden[tokens[j]])`, in the order of j.
 
-    The same inputs give the same bits on any number of threads. Another `isa`, or an expert's number of
-    tokens crossing from few to many, changes the result by rounding only. With fp32 hidden states all is
-    fp32 (relative error below 1e-6). With bf16 ones, few tokens are multiplied as 16-bit integers scaled by
-    group, which is finer than bf16 (1e-4), and many in fp32 or, with AVX-512 BF16 and AMX, in bf16 (4e-3);
-    sums are fp32. The GIL is released; calls on one pool wait for each other.
+    The same inputs give the same bits on any number of threads. Another `isa`, or a change of an expert's
+    number of tokens from few to many, changes the result by rounding only. With fp32 hidden states all
+    arithmetic is fp32 (relative error below 1e-6). With bf16 hidden states, few tokens are multiplied as
+    16-bit integers with a scale for each group of 32, which is finer than bf16 (relative error 1e-4); many
+    tokens in fp32 or, with AVX-512 BF16 and AMX, in bf16 (4e-3). Sums are fp32. The call releases the GIL;
+    calls on one pool wait for each other.
 
     Args:
         pool: the threads to use.
@@ -104,17 +126,17 @@ def experts_forward(
 
     Raises:
         TypeError: an array's dtype or device is wrong.
-        ValueError: a shape, stride, offset, token or isa is wrong; the message names it, its value and the
-            one needed.
+        ValueError: a shape, stride, offset, token or isa is wrong, or `out` is read-only; the message names
+            the argument, its value and the one needed.
         RuntimeError: the pool was made in another process, before fork().
     """
     _kernels.experts_forward(
         pool,
         experts,
-        _export(offsets),
-        _export(tokens),
-        _export(weights),
-        _export(hidden),
-        _export(out),
+        export_array(offsets),
+        export_array(tokens),
+        export_array(weights),
+        export_array(hidden),
+        export_array(out),
         isa,
     )

@@ -32,9 +32,6 @@ from moebox.offload.traffic import Traffic
 
 Floats = npt.NDArray[np.float32]
 
-PART_TOKENS = 1024
-"""Tokens that the kernel gets at once: how many an expert has of them decides how it rounds."""
-
 
 class Foresight(Protocol):
     """Guesses what decoding will need, and has it read: see `Prefetcher`."""
@@ -86,7 +83,7 @@ class CpuExperts:
         self.nbytes = config.experts_bytes
         self.recorder: RoutingRecorder | None = None
         self.prefetcher: Foresight | None = None
-        self.part_tokens = PART_TOKENS
+        self.part_tokens = cpu.PART_TOKENS
         self.last = LayerCounts()
         self._hits = self._cold = 0
 

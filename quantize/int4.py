@@ -17,8 +17,8 @@ from moebox import _kernels
 from moebox.config import GROUP_SIZE
 from moebox.errors import CheckpointError
 
-FP8_BLOCK = 128
-"""Rows and columns that share one `weight_scale_inv` in FP8 checkpoints of the family."""
+FP8_BLOCK = _kernels.FP8_BLOCK
+"""Rows and columns that share one `weight_scale_inv` in FP8 checkpoints of the family: 128."""
 
 INT4_QUANTIZATION: dict[str, Any] = {
     "quant_method": "compressed-tensors",

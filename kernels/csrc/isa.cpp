@@ -22,11 +22,12 @@ struct Cpuid {
   Cpuid(unsigned leaf, unsigned subleaf) { __get_cpuid_count(leaf, subleaf, &eax, &ebx, &ecx, &edx); }
 };
 
+// Whether all these bits of a word are set.
 constexpr bool has(unsigned word, std::initializer_list<int> bits) {
   return std::ranges::all_of(bits, [&](int bit) { return word >> bit & 1u; });
 }
 
-// XCR0: the register state the operating system saves (Intel SDM vol. 1, 13.3).
+// XCR0: the register state that the operating system saves (Intel SDM vol. 1, 13.3).
 unsigned long saved_state() {
   if (!has(Cpuid(1, 0).ecx, {27})) return 0;  // OSXSAVE
   unsigned low, high;
@@ -34,7 +35,7 @@ unsigned long saved_state() {
   return static_cast<unsigned long>(high) << 32 | low;
 }
 
-// Linux enables the 8 KiB of tile registers for a process on request only
+// Linux enables the 8 KiB of tile registers for a process only on request
 // (Documentation/arch/x86/xstate.rst).
 bool request_tiles() {
   constexpr int kArchReqXcompPerm = 0x1023, kXtileData = 18;

@@ -1,6 +1,7 @@
 // Instruction sets the kernels are compiled for, and which of them this machine can run.
 #pragma once
 
+#include <array>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -8,21 +9,23 @@
 
 namespace moebox {
 
-// Each one includes those before it.
+// Each set includes those before it.
 enum class Isa { scalar, avx2, avx512, avx512bf16, amx };
 
 std::string_view isa_name(Isa isa);
 
-// Compiled in and usable on this machine and kernel, best first. Asks Linux for AMX tile state once.
+// The sets that are compiled in and that this CPU and its operating system can run, best first. The first
+// call asks Linux for AMX's tile registers.
 const std::vector<Isa>& usable_isas();
 
-// The named set, or the best one for nullopt; std::invalid_argument when it is unknown or not usable here.
+// The named set, or the best one for nullopt; std::invalid_argument if the set is unknown or cannot run here.
 Isa choose_isa(const std::optional<std::string>& name);
 
 }  // namespace moebox
 
-// One kernel table per instruction set: `MOEBOX_DECLARE_TABLES(ExpertKernels, kExpertKernels)` declares
-// moebox::scalar::kExpertKernels and so on, and `MOEBOX_TABLE(kExpertKernels, isa)` picks one at run time.
+// There is one table of kernels per instruction set: `MOEBOX_DECLARE_TABLES(ExpertKernels, kExpertKernels)`
+// declares moebox::scalar::kExpertKernels and so on, and `MOEBOX_TABLE(kExpertKernels, isa)` picks one at run
+// time.
 #if defined(__x86_64__)
 #define MOEBOX_DECLARE_TABLES(Type, name) \
   namespace scalar {                      \

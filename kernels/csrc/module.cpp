@@ -1,4 +1,4 @@
-// The extension module moebox._kernels: what kernels/cpu.py wraps.
+// The extension module moebox._kernels; src/moebox/_kernels.pyi describes it.
 #include "module.h"
 
 #include <nanobind/stl/string.h>

@@ -1,4 +1,4 @@
-// Each part adds its functions and classes to the extension module.
+// Each *_module.cpp has one of these functions, which adds its part to the extension module.
 #pragma once
 
 #include <nanobind/nanobind.h>

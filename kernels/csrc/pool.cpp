@@ -12,14 +12,15 @@
 #include <string>
 #include <utility>
 
+#include "sizes.h"
+
 namespace moebox {
 namespace {
 
 constexpr auto kSpin = std::chrono::microseconds(50);
 constexpr int kPausesPerClockRead = 32;
-constexpr std::size_t kLine = 64;
 
-// Spins for kSpin at most; true as soon as ready() is.
+// Waits for ready() for kSpin at most; returns whether it became true.
 template <class Ready>
 bool spin(Ready&& ready) {
   const auto end = std::chrono::steady_clock::now() + kSpin;
@@ -32,7 +33,7 @@ bool spin(Ready&& ready) {
   return false;
 }
 
-// Quota over period of one cgroup file: v2 has both in cpu.max, v1 one in each of two files.
+// CPUs that the cgroup allows, quota / period: v2 has both in cpu.max, v1 has a file for each.
 std::optional<double> cgroup_quota() {
   std::string quota, period;
   if (std::ifstream v2("/sys/fs/cgroup/cpu.max"); v2 >> quota >> period) {
@@ -68,12 +69,12 @@ std::vector<int> allowed_cpus() {
 }
 
 std::byte* Arena::reserve(std::size_t bytes) {
-  if (storage_.size() < bytes + kLine) {
-    storage_ = {};  // free first: the two need not exist at once
-    storage_.resize(bytes + kLine);
+  if (storage_.size() < bytes + kCacheLine) {
+    storage_ = {};  // free the old block first: the two need not exist at once
+    storage_.resize(bytes + kCacheLine);
   }
   const auto address = reinterpret_cast<std::uintptr_t>(storage_.data());
-  return storage_.data() + (kLine - address % kLine) % kLine;
+  return storage_.data() + (kCacheLine - address % kCacheLine) % kCacheLine;
 }
 
 ThreadPool::ThreadPool(std::optional<int> threads, bool pin) : owner_(getpid()) {
@@ -106,44 +107,45 @@ ThreadPool::Lease::Lease(ThreadPool& pool) : pool_(pool) {
   lock_ = std::unique_lock(pool.mutex_);
 }
 
-ThreadPool::Hot::Hot(Lease& lease) : pool_(lease.pool_) {
-  ++pool_.hot_;
-  lease.run(lease.size(), [](std::size_t, int) {});  // wakes those that sleep
+ThreadPool::Awake::Awake(Lease& lease) : pool_(lease.pool_) {
+  ++pool_.awake_;
+  lease.run(lease.size(), [](std::size_t, int) {});  // wakes workers that sleep
 }
 
-void ThreadPool::run(std::size_t tasks, void* context, Call call, const std::function<void()>& first) {
+void ThreadPool::run(std::size_t tasks, void* context, Call call, const std::function<void()>& on_start) {
   context_ = context;
   call_ = call;
   tasks_ = tasks;
   next_ = 0;
   if (tasks <= 1 || workers_.empty()) {
-    guarded(first);
-    take_tasks(0);  // nothing to share out: wake nobody
+    keep_error(on_start);
+    take_tasks(0);  // one task at most, or no workers: wake none
   } else {
-    share_round(first);
+    run_with_workers(on_start);
   }
   if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
 }
 
-void ThreadPool::share_round(const std::function<void()>& first) {
+void ThreadPool::run_with_workers(const std::function<void()>& on_start) {
   busy_ = static_cast<int>(workers_.size());
   ++round_;
   round_.notify_all();
-  guarded(first);
+  keep_error(on_start);
   take_tasks(0);
   while (!spin([this] { return busy_ == 0; })) std::this_thread::yield();
 }
 
 void ThreadPool::take_tasks(int worker) {
-  guarded([this, worker] {
+  keep_error([this, worker] {
     for (std::size_t task; (task = next_.fetch_add(1, std::memory_order_relaxed)) < tasks_;)
       call_(context_, task, worker);
   });
 }
 
-void ThreadPool::guarded(const std::function<void()>& part) {
+// Calls work(); the first exception of a round is kept for run(), and no more tasks start.
+void ThreadPool::keep_error(const std::function<void()>& work) {
   try {
-    if (part) part();
+    if (work) work();
   } catch (...) {
     next_ = tasks_;
     const std::lock_guard guard(error_mutex_);
@@ -151,13 +153,14 @@ void ThreadPool::guarded(const std::function<void()>& part) {
   }
 }
 
+// Whether there is a new round; false when the pool ends.
 bool ThreadPool::wait_for_round(std::uint32_t seen) {
   while (!spin([&] { return round_ != seen; })) {
-    if (hot_ == 0) {
+    if (awake_ == 0) {
       round_.wait(seen);
       break;
     }
-    std::this_thread::yield();  // to whoever waits for this CPU
+    std::this_thread::yield();  // to another thread that waits for this CPU
   }
   return !stop_;
 }

@@ -1,4 +1,4 @@
-// Threads that share out numbered tasks. The caller is one of them.
+// A pool of threads that share the work of a call: numbered tasks. The calling thread takes tasks, too.
 #pragma once
 
 #include <sys/types.h>
@@ -19,14 +19,14 @@ namespace moebox {
 // CPUs this process may use: the affinity mask, cut to the cgroup's quota (rounded up).
 std::vector<int> allowed_cpus();
 
-// Tells the CPU that this is a loop that waits.
+// Tells the CPU that the loop around it only waits.
 inline void pause_cpu() {
 #if defined(__x86_64__)
   __builtin_ia32_pause();
 #endif
 }
 
-// Memory that grows, stays, and starts on a cache line.
+// Scratch memory that is kept between calls and grows to the largest request. It starts on a cache line.
 class Arena {
  public:
   std::byte* reserve(std::size_t bytes);
@@ -37,8 +37,8 @@ class Arena {
 
 class ThreadPool {
  public:
-  // `threads` counts the caller; nullopt means one per allowed CPU. With `pin`, worker i stays on allowed
-  // CPU i (modulo their number); the caller's own affinity is left alone.
+  // `threads` counts the calling thread; nullopt means one per allowed CPU. With `pin`, worker i stays on
+  // allowed CPU i (modulo their number); the calling thread's affinity does not change.
   explicit ThreadPool(std::optional<int> threads, bool pin);
   ~ThreadPool();
   ThreadPool(const ThreadPool&) = delete;
@@ -46,9 +46,9 @@ class ThreadPool {
 
   int size() const { return static_cast<int>(workers_.size()) + 1; }
 
-  class Hot;
+  class Awake;
 
-  // Exclusive use for a series of run() calls and of the scratch memory that stays with the pool.
+  // The exclusive right to call run() and to use the pool's scratch memory.
   class Lease {
    public:
     explicit Lease(ThreadPool& pool);
@@ -56,30 +56,31 @@ class ThreadPool {
     int size() const { return pool_.size(); }
     std::byte* scratch(std::size_t bytes) { return pool_.arena_.reserve(bytes); }
 
-    // Calls body(task, worker) for each task in [0, tasks), worker in [0, size()), and returns when all
-    // are done. The first exception stops the handing out of tasks and is rethrown here. No nesting.
-    // The caller calls `first`, if there is one, when the others have begun and before it joins them.
+    // Calls body(task, worker) for each task in [0, tasks), with worker in [0, size()), and returns when all
+    // tasks are done. After the first exception no more tasks start; run() throws it again. A body must not
+    // call run(). The calling thread calls `on_start`, if there is one, when the workers have been woken and
+    // before it takes tasks itself.
     template <class Body>
-    void run(std::size_t tasks, Body&& body, const std::function<void()>& first = {}) {
+    void run(std::size_t tasks, Body&& body, const std::function<void()>& on_start = {}) {
       const auto call = [](void* context, std::size_t task, int worker) {
         (*static_cast<std::remove_reference_t<Body>*>(context))(task, worker);
       };
-      pool_.run(tasks, &body, call, first);
+      pool_.run(tasks, &body, call, on_start);
     }
 
    private:
-    friend class Hot;
+    friend class Awake;
     ThreadPool& pool_;
     std::unique_lock<std::mutex> lock_;
   };
 
-  // While one lives, workers wait for the next round without ever sleeping: waking one takes 50 us.
-  class Hot {
+  // While an Awake exists, workers wait for the next round without sleeping: waking one takes 50 us.
+  class Awake {
    public:
-    explicit Hot(Lease& lease);
-    ~Hot() { --pool_.hot_; }
-    Hot(const Hot&) = delete;
-    Hot& operator=(const Hot&) = delete;
+    explicit Awake(Lease& lease);
+    ~Awake() { --pool_.awake_; }
+    Awake(const Awake&) = delete;
+    Awake& operator=(const Awake&) = delete;
 
    private:
     ThreadPool& pool_;
@@ -88,18 +89,18 @@ class ThreadPool {
  private:
   using Call = void (*)(void* context, std::size_t task, int worker);
 
-  void run(std::size_t tasks, void* context, Call call, const std::function<void()>& first);
-  void share_round(const std::function<void()>& first);
-  void guarded(const std::function<void()>& part);
+  void run(std::size_t tasks, void* context, Call call, const std::function<void()>& on_start);
+  void run_with_workers(const std::function<void()>& on_start);
+  void keep_error(const std::function<void()>& work);
   void work(int worker);
   void take_tasks(int worker);
   bool wait_for_round(std::uint32_t seen);
 
-  const pid_t owner_;
+  const pid_t owner_;  // the process that has the threads
   std::mutex mutex_;
   Arena arena_;
 
-  // The round in progress: written by run() before `round_` moves on.
+  // The round in progress: run() writes these before it increments `round_`.
   void* context_ = nullptr;
   Call call_ = nullptr;
   std::size_t tasks_ = 0;
@@ -110,7 +111,7 @@ class ThreadPool {
   alignas(64) std::atomic<std::size_t> next_{0};
   alignas(64) std::atomic<int> busy_{0};
   std::atomic<bool> stop_{false};
-  std::atomic<int> hot_{0};
+  std::atomic<int> awake_{0};
   std::vector<std::thread> workers_;
 };
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from moebox import _kernels
 from moebox._kernels import Copier, Residency, ThreadPool
 from moebox.errors import DeviceError
-from moebox.kernels.cpu import _export
+from moebox.kernels.cpu import export_array
 
 FIELDS: tuple[str, ...] = tuple(_kernels.ROAD_FIELDS)
 """Columns of `DecodeRoads.stats`; `_s` are seconds.
@@ -133,7 +133,7 @@ class DecodeRoads(_kernels.DecodeRoads):
             residency,
             copier,
             shape,
-            [_export(array) for array in arrays],
+            [export_array(array) for array in arrays],
             (slab_address, slab_stride),
             (uploaded_address, uploaded_stride_bytes, one_address),
             (n_experts, top_k),
@@ -141,7 +141,7 @@ class DecodeRoads(_kernels.DecodeRoads):
             (pcie_gbps, cpu_gbps),
             isa,
             cold,
-            None if guessed is None or guesses is None else (_export(guessed), _export(guesses)),
+            None if guessed is None or guesses is None else (export_array(guessed), export_array(guesses)),
         )
 
     def run_token(
@@ -167,9 +167,9 @@ class DecodeRoads(_kernels.DecodeRoads):
         """
         with _device_errors():
             super().run_token(
-                None if ids is None else _export(ids),
+                None if ids is None else export_array(ids),
                 timeout_s,
-                None if guesses is None else _export(guesses),
+                None if guesses is None else export_array(guesses),
             )
 
     def clear(self) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from moebox._kernels import Copier
-from moebox.kernels.gpu.ops import Ops
+from moebox.kernels.gpu.base import Ops
 
 Program = Callable[[], None]
 

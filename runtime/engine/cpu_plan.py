@@ -14,7 +14,7 @@ import torch
 
 from moebox.config import ModelConfig
 from moebox.errors import PlanError
-from moebox.offload.cpu_experts import PART_TOKENS
+from moebox.kernels.cpu import BATCH_PAIRS, PART_TOKENS
 from moebox.offload.machine.hardware import available_ram_bytes
 from moebox.offload.memory.ram_slab import row_stride
 from moebox.offload.routing.counts import RECENT_TOKENS
@@ -36,8 +36,6 @@ SYSTEM_SHARE = 0.05
 CACHE_SHARE = 0.15
 """Part of the memory beside the backbone that the cache may take where experts have to stay on disk and no
 context was asked for."""
-KERNEL_PAIRS = 2048
-"""Pairs of token and expert that the CPU's kernel takes in one round."""
 LARGE_BLOCK_BYTES = 4 << 20
 """See `return_large_blocks`."""
 _M_MMAP_THRESHOLD = -3
@@ -202,7 +200,7 @@ def workspace_bytes(config: ModelConfig, chunk: int, context: int) -> int:
     latent = config.kv_lora_rank + config.qk_rope_head_dim
     attention = 4 * context * (latent + 3 * config.qk_head_dim + config.v_head_dim) + 4 * CPU_SCORES_BYTES
     part = min(chunk, PART_TOKENS)
-    pairs = min(KERNEL_PAIRS, part * config.num_experts_per_tok)
+    pairs = min(BATCH_PAIRS, part * config.num_experts_per_tok)
     kernel = pairs * (4 * hidden + 8 * config.moe_intermediate_size)
     return chunk * _between_layers(config) + part * (4 * hidden + widest) + attention + kernel
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moebox.kernels.gpu.ops import Ops
+from moebox.kernels.gpu.base import Ops
 from moebox.offload.decode.mailbox import Mailbox
 from moebox.runtime.model.attention import Attention
 from moebox.runtime.model.kimi_k2 import DecoderLayer, KimiK2

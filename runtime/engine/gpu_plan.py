@@ -14,6 +14,7 @@ import torch
 
 from moebox.config import ModelConfig
 from moebox.errors import PlanError
+from moebox.kernels.gpu.base import ROUND_PAIRS
 from moebox.offload.memory.cold_rows import least_rows, spare_rows
 from moebox.offload.memory.gpu_slab import STAGING_SLOTS
 from moebox.offload.memory.ram_slab import row_stride
@@ -26,8 +27,6 @@ from moebox.units import gib
 CHUNK_TOKENS = 8192
 """Tokens of a prompt that go through the GPU at once, where memory allows: each chunk reads every expert."""
 SMALLEST_CHUNK_TOKENS = 256
-EXPERT_PAIRS = 8192
-"""Pairs of token and expert that the GPU's kernel for many tokens takes in one round."""
 WORKSPACE_SHARE = 0.1
 """Part of the memory beside backbone and cache that a chunk's intermediate values may take."""
 CACHE_SHARE = 0.15
@@ -160,7 +159,7 @@ def workspace_bytes(config: ModelConfig, chunk: int, context: int) -> int:
     # silu and product) and experts (regrouped input and two sums, beside a round's pairs).
     queries = heads * (4 * config.qk_head_dim + 16 * config.qk_rope_head_dim + 6 * config.v_head_dim)
     widest = max(queries, 8 * config.intermediate_size, 10 * hidden)
-    pairs = min(max(EXPERT_PAIRS, chunk), chunk * config.num_experts_per_tok)
+    pairs = min(max(ROUND_PAIRS, chunk), chunk * config.num_experts_per_tok)
     per_pair = 4 * hidden + 2 * config.moe_intermediate_size
     return chunk * (16 * hidden + widest) + pairs * per_pair + min(EXPANDED_BYTES, expanded)
 

@@ -14,12 +14,12 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
 from moebox.config import ModelConfig
-from moebox.offload.cpu_experts import PART_TOKENS
+from moebox.kernels.cpu import PART_TOKENS
 from moebox.runtime.model.attention import causal_attention
 from moebox.runtime.model.router import choose_experts
 
 if TYPE_CHECKING:
-    from moebox.kernels.gpu.ops import Ops
+    from moebox.kernels.gpu.base import Ops
 
 CPU_SCORES_BYTES = 4 << 20
 """Attention scores computed at once: they stay in cache, and memory is bounded however long the context."""

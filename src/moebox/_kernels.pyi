@@ -8,22 +8,35 @@ import torch
 
 Array: TypeAlias = torch.Tensor | npt.NDArray[Any]
 
+GROUP_SIZE: int
+"""Weights of a row that share one INT4 scale."""
+FP8_BLOCK: int
+"""Rows and columns that share one FP8 scale."""
+BATCH_PAIRS: int
+"""Pairs of expert and token that `experts_forward` computes at a time."""
+
 def isa_paths() -> list[str]: ...
 def allowed_cpus() -> int: ...
 
 class ThreadPool:
-    """Threads that share out a kernel's work: `threads` with the caller, one per allowed CPU by default.
+    """Threads that share the work of a kernel.
 
-    With `pin`, each worker stays on a CPU of its own; the caller's affinity is left alone. Workers spin for
-    50 microseconds after a call, then sleep. A pool may be used from several Python threads, one call at a
-    time, but not in a child made by fork().
+    With `pin`, each worker stays on a CPU of its own; the calling thread's affinity does not change. Workers
+    spin for 50 microseconds after a call, then sleep. Several Python threads may use one pool; their calls wait
+    for each other. A child made by fork() cannot use it.
+
+    Args:
+        threads: number of threads, the calling one included; one per allowed CPU by default.
+
+    Raises ValueError for fewer threads than one.
     """
     def __init__(self, threads: int | None = None, pin: bool = True) -> None: ...
     @property
     def threads(self) -> int: ...
 
 class Expert:
-    """An expert's six arrays, kept alive: gate and up [I, H], down [H, I], each packed int32 and bf16 scale.
+    """An expert's six arrays, which it keeps alive and only reads: gate and up [I, H], down [H, I], each as
+    packed int32 and bf16 scales.
 
     Raises TypeError or ValueError that names the array, what was given and what is needed.
     """
@@ -52,12 +65,14 @@ def experts_forward(
     hidden: Array,
     out: Array,
     isa: str | None = None,
-) -> None: ...
+) -> None:
+    """See `moebox.kernels.cpu.experts_forward`, which exports tensors first. Writes to `out` alone."""
+
 def read_bandwidth(pool: ThreadPool, arrays: Sequence[Array], isa: str | None = None) -> float:
     """GB/s at which the pool reads the arrays once, in order."""
 
 def peak_gflops(pool: ThreadPool, isa: str | None = None) -> float:
-    """GFLOP/s of multiply-adds in registers, in the unit `isa` uses for many tokens."""
+    """GFLOP/s of multiply-adds in registers, in the unit that `isa` uses for many tokens."""
 
 def quantize_int4(
     weight: npt.NDArray[np.uint8],
@@ -67,7 +82,23 @@ def quantize_int4(
     scale: npt.NDArray[np.uint16],
     threads: int,
     isa: str | None,
-) -> tuple[int, int, float, float, float]: ...
+) -> tuple[int, int, float, float, float]:
+    """Write INT4 values and scales of a matrix; see `moebox.quantize.int4.quantize_int4`.
+
+    Args:
+        weight: the matrix's bytes, [rows, row bytes].
+        dtype: of its elements, as safetensors spells it: F32, BF16, F16 or F8_E4M3.
+        scale_inv: [ceil(rows / 128), ceil(columns / 128)], with F8_E4M3 only.
+        packed: [rows, columns / 8], written.
+        scale: bf16 bits [rows, columns / 32], written.
+
+    Returns:
+        Row and column of the first weight that is NaN, Inf or at least 2**60, or -1 twice; then the sum of
+        squared errors, the sum of squared weights, and the largest error.
+
+    Raises TypeError or ValueError for a wrong array, also for one to be written that is read-only.
+    """
+
 def to_bfloat16(
     weight: npt.NDArray[np.uint8],
     dtype: str,
@@ -75,7 +106,11 @@ def to_bfloat16(
     out: npt.NDArray[np.uint16] | None,
     threads: int,
     isa: str | None,
-) -> tuple[int, int]: ...
+) -> tuple[int, int]:
+    """Write a matrix as bf16 bits to `out` [rows, columns], or with None only check it; see `quantize_int4`.
+
+    Returns row and column of the first weight that bf16 cannot hold, or -1 twice.
+    """
 
 class Policy(Enum):
     """Who goes: `decayed` as in the tiers, `score` its score alone, the others by what their names say."""

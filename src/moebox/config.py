@@ -13,11 +13,12 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from moebox import _kernels
 from moebox.errors import ConfigError
 
 MODEL_TYPES = ("kimi_k2", "deepseek_v3", "kimi_k25")
-GROUP_SIZE = 32
-"""Input columns that share one scale in INT4 checkpoints of the family."""
+GROUP_SIZE = _kernels.GROUP_SIZE
+"""Input columns that share one scale in INT4 checkpoints of the family: 32."""
 
 
 @dataclass(frozen=True)

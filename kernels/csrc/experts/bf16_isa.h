@@ -1,6 +1,7 @@
-// Panel math with bf16 operands: weights are looked up as bf16, products summed in fp32.
+// bf16 operands for the panels of bf16_panel_isa.h and tile_isa.h: weights become bf16 by a table look-up,
+// and products are summed in fp32.
 //
-// Elements lie in the order "nibble j of words 0..7, for j = 0..3".
+// Elements stand in the order "nibble j of words 0..7, for j = 0..3", where a word has 16 bits.
 #pragma once
 
 #include "experts/math_isa.h"
@@ -20,8 +21,9 @@ struct Bf16 {
   static Data load(const Elem* at) { return (__m512bh)_mm512_loadu_si512(at); }
   static Acc madd(Data a, Data b, Acc acc) { return _mm512_dpbf16_ps(acc, a, b); }
 
-  // The group's sixteen values are made in fp32, rounded to their upper halves, and looked up by words 2u +
-  // 1: each lane of four double words is rotated so that nibble j stands in bits 1 to 4 of its words.
+  // A table holds the group's sixteen values: products in fp32, whose upper halves are bf16 after rounding,
+  // so value u is the table's word 2u + 1. Rotating each 128-bit lane's double words brings nibble j to bits
+  // 1 to 4 of the words, as their index.
   static void dequantize(const std::uint8_t* packed, float scale, Elem* out) {
     const __m512i lanes = _mm512_setr_epi32(31, 31, 31, 31, 3, 3, 3, 3, 7, 7, 7, 7, 11, 11, 11, 11);
     const __m512i values = (__m512i)_mm512_mul_ps(int4_values(), _mm512_set1_ps(scale));

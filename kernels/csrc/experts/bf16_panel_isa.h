@@ -1,5 +1,5 @@
-// Many tokens in bf16, without AMX: a panel of rows is dequantized into the cache and multiplied with all of
-// them, a dot product of 32 elements at a time.
+// The engine for many tokens in bf16, without AMX. It dequantizes a panel of rows into the cache and
+// multiplies it with all tokens, by dot products of 32 elements.
 #pragma once
 
 #include "experts/bf16_isa.h"
@@ -9,7 +9,7 @@
 namespace moebox::MOEBOX_ISA {
 namespace {
 
-// The sums of four vectors, in one.
+// The sum of each of four vectors, as one vector.
 inline __m128 sum4(__m512 a, __m512 b, __m512 c, __m512 d) {
   const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
   const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
@@ -24,7 +24,8 @@ struct Bf16Panel {
   using Elem = Bf16::Elem;
   static constexpr std::size_t kRows = 4;                         // of one register tile
   static constexpr std::size_t kK = Bf16::kPanelGroups * kGroup;  // a panel's width
-  // One cache line more than a power of two, so that rows and tokens do not fall into the same cache sets.
+  // A row is one cache line longer than a power of two: else rows and tokens would fall into the same cache
+  // sets.
   static constexpr std::size_t kPad = 64 / sizeof(Elem);
   static constexpr std::size_t kPanelStride = kK + kPad;
 
@@ -37,7 +38,7 @@ struct Bf16Panel {
     for (std::size_t g = 0; g < groups; ++g) Bf16::prepare(rows.row[0], g, rows.bf16, out + g * kGroup);
   }
 
-  // A panel's rows come from kRowBlock places of memory: the next panel's are fetched while this one is made.
+  // A panel's rows come from kRowBlock places of memory. Prefetches the next panel's rows.
   static void dequantize(const Matrix& m, std::size_t row, std::size_t group, std::size_t n, Elem* panel) {
     for (std::size_t r = 0; r < kRowBlock; ++r) {
       const std::size_t at = (row + r) * m.stride + group;
@@ -49,7 +50,7 @@ struct Bf16Panel {
     }
   }
 
-  // c[t][0..3] (+)= four panel rows times N tokens over k elements.
+  // c[t][0..3] = (or += with `add`) four panel rows times N tokens over k elements.
   template <std::size_t N>
   static void tile(const Elem* panel, const Elem* x, std::size_t x_stride, std::size_t k, float* c,
                    std::size_t ldc, bool add) {
@@ -82,7 +83,7 @@ struct Bf16Panel {
       tile<N>(panel + r * kPanelStride, x, x_stride, k, c + r, ldc, add);
   }
 
-  // All tokens, kTokens at a time and the rest with a narrower tile.
+  // Takes all tokens, kTokens at a time, and those left over with a narrower tile.
   template <std::size_t N = Bf16::kTokens>
   static void tokens(const Elem* panel, const Elem* x, std::size_t x_stride, std::size_t n, std::size_t k,
                      float* c, std::size_t ldc, bool add) {

@@ -1,5 +1,5 @@
-// Shares the work of one layer's experts out over the pool. Four rounds a batch: hidden states to operands;
-// gate, up and silu; the products to operands; down, added to the output row block by row block.
+// Divides the work of one layer's experts among the pool's threads. A batch takes four rounds: hidden states
+// become operands; gate, up and silu; their products become operands; down, added to the output.
 #include "experts/experts.h"
 
 #include <algorithm>
@@ -7,38 +7,38 @@
 #include <vector>
 
 #include "pool.h"
+#include "sizes.h"
 
 namespace moebox {
 namespace {
 
-constexpr std::size_t kLine = 64;
-// Bounds the scratch memory: about 45 KB a pair at K2's shape in fp32.
-constexpr std::size_t kMaxBatchPairs = 2048;
 // Bounds a worker's sums, and keeps one item's operands near the second-level cache.
 constexpr std::size_t kMaxItemPairs = 128;
 constexpr std::size_t kMaxTaskRows = 128;
-// Enough tasks that the last ones end together.
+// Enough tasks that the threads finish at about the same time.
 constexpr std::size_t kTasksPerWorker = 8;
-// Of down() with many pairs an item: each of its tasks reads the operands of all items again.
+// The same for down() with many pairs an item, where each task reads the operands of all items again.
 constexpr std::size_t kTasksPerWorkerOfMany = 4, kManyPairs = 16;
 
-// Some pairs of one expert, multiplied by one engine.
+// Some pairs of one expert, which one engine multiplies.
 struct Item {
   const ExpertWeights* expert;
   const Engine* engine;
   std::size_t first_pair, n;
-  std::size_t bundles() const { return (n + engine->bundle - 1) / engine->bundle; }
+  std::size_t bundles() const { return ceil_div(n, engine->bundle); }
   // Offsets into the batch's scratch memory.
   std::size_t x_operand = 0, h = 0, h_operand = 0;
 };
 
-std::size_t round_up(std::size_t value, std::size_t to) { return (value + to - 1) / to * to; }
-
 class Batch {
  public:
   Batch(ThreadPool::Lease& pool, const ExpertsCall& call, const ExpertKernels& kernels,
-        std::vector<Item> items, std::function<void()> first)
-      : pool_(pool), call_(call), kernels_(kernels), items_(std::move(items)), first_(std::move(first)) {
+        std::vector<Item> items, std::function<void()> on_start)
+      : pool_(pool),
+        call_(call),
+        kernels_(kernels),
+        items_(std::move(items)),
+        on_start_(std::move(on_start)) {
     place();
   }
 
@@ -65,7 +65,7 @@ class Batch {
   }
   float* h(const Item& item) const { return reinterpret_cast<float*>(memory_ + item.h); }
   std::byte* worker_scratch(int worker) const { return memory_ + workers_at_ + worker * worker_bytes_; }
-  // A worker's two blocks of sums, [kMaxItemPairs, kMaxTaskRows] each, stand before its engine's scratch.
+  // A worker's scratch: two blocks of sums, [kMaxItemPairs, kMaxTaskRows] each, then the engine's scratch.
   float* sums(int worker, int which) const {
     return reinterpret_cast<float*>(worker_scratch(worker)) + which * kMaxItemPairs * kMaxTaskRows;
   }
@@ -73,9 +73,12 @@ class Batch {
     return worker_scratch(worker) + 2 * kMaxItemPairs * kMaxTaskRows * sizeof(float);
   }
 
+  // Shares the scratch memory out.
   void place() {
     std::size_t end = 0, engine_bytes = 0;
-    const auto take = [&end](std::size_t bytes) { return std::exchange(end, end + round_up(bytes, kLine)); };
+    const auto take = [&end](std::size_t bytes) {
+      return std::exchange(end, end + round_up(bytes, kCacheLine));
+    };
     for (Item& item : items_) {
       const Engine& engine = *item.engine;
       item.x_operand = take(item.bundles() * engine.operand_bytes(hidden_groups()));
@@ -87,11 +90,12 @@ class Batch {
     for (const Item& item : items_) pairs_ += item.n;
     alone_ = pairs_ * 3 * hidden() * inner() / 2 < kShareFromBytes;
     workers_at_ = end;
-    worker_bytes_ = 2 * kMaxItemPairs * kMaxTaskRows * sizeof(float) + round_up(engine_bytes, kLine);
+    worker_bytes_ = 2 * kMaxItemPairs * kMaxTaskRows * sizeof(float) + round_up(engine_bytes, kCacheLine);
     memory_ = pool_.scratch(end + worker_bytes_ * pool_.size());
   }
 
-  // Long runs of rows, since each starts without prefetched weights, but enough of them to end together.
+  // Rows of a task. Each run of rows starts without prefetched weights, so runs are long; but there are
+  // enough of them that the threads finish at about the same time.
   std::size_t task_rows(std::size_t rows, std::size_t sharers, std::size_t tasks_per_worker) const {
     const std::size_t even = rows * sharers / (tasks_per_worker * pool_.size());
     return std::clamp(even / kRowBlock * kRowBlock, kRowBlock, kMaxTaskRows);
@@ -99,9 +103,9 @@ class Batch {
 
   template <class Task>
   void run_tasks(std::size_t tasks, Task&& task) {
-    const auto first = std::exchange(first_, {});
-    if (!alone_) return pool_.run(tasks, task, first);
-    if (first) first();
+    const auto on_start = std::exchange(on_start_, {});
+    if (!alone_) return pool_.run(tasks, task, on_start);
+    if (on_start) on_start();
     for (std::size_t i = 0; i < tasks; ++i) task(i, 0);
   }
 
@@ -123,7 +127,7 @@ class Batch {
 
   void gate_up() {
     const std::size_t rows = task_rows(inner(), items_.size(), kTasksPerWorker);
-    const std::size_t blocks = (inner() + rows - 1) / rows;
+    const std::size_t blocks = ceil_div(inner(), rows);
     run_tasks(items_.size() * blocks, [&](std::size_t task, int worker) {
       const Item& item = items_[task / blocks];
       const std::size_t first = task % blocks * rows;
@@ -140,11 +144,11 @@ class Batch {
       kernels_.silu_mul(gate + t * rows, up + t * rows, h(item) + t * inner() + first, rows);
   }
 
-  // A task owns some columns of the output for all experts: no two workers add to one element.
+  // A task has some columns of the output, for all experts: no two workers add to one element.
   void down() {
     const bool many = pairs_ > kManyPairs * items_.size();
     const std::size_t rows = task_rows(hidden(), 1, many ? kTasksPerWorkerOfMany : kTasksPerWorker);
-    run_tasks((hidden() + rows - 1) / rows, [&](std::size_t task, int worker) {
+    run_tasks(ceil_div(hidden(), rows), [&](std::size_t task, int worker) {
       const std::size_t first = task * rows;
       for (const Item& item : items_) down_block(item, first, std::min(rows, hidden() - first), worker);
     });
@@ -165,9 +169,9 @@ class Batch {
   const ExpertsCall& call_;
   const ExpertKernels& kernels_;
   std::vector<Item> items_;
-  std::function<void()> first_;
+  std::function<void()> on_start_;  // moves to the first round
   std::size_t pairs_ = 0;
-  bool alone_ = false;
+  bool alone_ = false;  // too little work to wake the workers
   std::byte* memory_ = nullptr;
   std::size_t workers_at_ = 0, worker_bytes_ = 0;
 };
@@ -177,7 +181,7 @@ const Engine& choose_engine(const ExpertKernels& kernels, bool bf16, std::size_t
   return n <= kernels.few_tokens ? kernels.few : kernels.many;
 }
 
-std::vector<Item> split(const ExpertsCall& call, const ExpertKernels& kernels) {
+std::vector<Item> make_items(const ExpertsCall& call, const ExpertKernels& kernels) {
   std::vector<Item> items;
   for (std::size_t e = 0; e < call.n_experts; ++e) {
     const std::size_t end = call.offsets[e + 1];
@@ -191,20 +195,20 @@ std::vector<Item> split(const ExpertsCall& call, const ExpertKernels& kernels) {
 }  // namespace
 
 void experts_forward(ThreadPool::Lease& lease, const ExpertsCall& call, const ExpertKernels& kernels,
-                     std::function<void()> first) {
+                     std::function<void()> on_start) {
   std::vector<Item> batch;
   std::size_t pairs = 0;
   const auto run_batch = [&] {
-    Batch(lease, call, kernels, std::exchange(batch, {}), std::exchange(first, {})).run();
+    Batch(lease, call, kernels, std::exchange(batch, {}), std::exchange(on_start, {})).run();
     pairs = 0;
   };
-  for (const Item& item : split(call, kernels)) {
-    if (pairs + item.n > kMaxBatchPairs) run_batch();
+  for (const Item& item : make_items(call, kernels)) {
+    if (pairs + item.n > kBatchPairs) run_batch();
     batch.push_back(item);
     pairs += item.n;
   }
   if (!batch.empty()) run_batch();
-  if (first) first();
+  if (on_start) on_start();
 }
 
 }  // namespace moebox

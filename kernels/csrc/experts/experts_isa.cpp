@@ -1,4 +1,4 @@
-// The expert kernels of one instruction set.
+// Chooses the engines of one instruction set and makes them its table of expert kernels.
 #include "experts/bf16_isa.h"
 #include "experts/bf16_panel_isa.h"
 #include "experts/experts.h"
@@ -11,8 +11,8 @@
 namespace moebox::MOEBOX_ISA {
 namespace {
 
-// exp by Cody and Waite's reduction and Cephes' polynomial: within 2 ulp. No call and no branch, so that the
-// compiler makes vectors of it.
+// exp by Cody and Waite's reduction and Cephes' polynomial, within 2 ulp. It has no call and no branch, so
+// the compiler can vectorize it.
 inline float exponential(float x) {
   x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
@@ -45,7 +45,7 @@ constexpr Engine kMany = Bf16Panel::engine();
 #else
 constexpr Engine kMany = kExact;
 #endif
-// From here on a panel costs less than going through the nibbles for each token (measured).
+// With more tokens, a panel costs less than unpacking the nibbles for each token (measured).
 #if MOEBOX_ISA_AMX
 constexpr std::size_t kFewTokens = 5;
 #else

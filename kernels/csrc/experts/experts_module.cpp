@@ -1,4 +1,4 @@
-// ThreadPool, Expert and experts_forward for Python.
+// Python bindings: ThreadPool, Expert, experts_forward, and the constants that Python must share.
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 
@@ -16,7 +16,7 @@ using namespace nb::literals;
 namespace moebox {
 namespace {
 
-// An expert's six arrays as they lie in the checkpoint; keeps them alive.
+// An expert's six arrays as they are in the checkpoint; keeps them alive.
 class Expert {
  public:
   Expert(Array gate_packed, Array gate_scale, Array up_packed, Array up_scale, Array down_packed,
@@ -31,9 +31,8 @@ class Expert {
     check(arrays_[4], "down_packed", {Type::int32}, {{"H", H}, {"I", I, 8}});
     check(arrays_[5], "down_scale", {Type::bf16}, {{"H", H}, {"I", I, kGroup}});
     if (*H == 0 || *I == 0 || *H % kGroup != 0 || *I % kGroup != 0)
-      throw nb::value_error(("gate_packed: [I=" + std::to_string(*I) + ", H=" + std::to_string(*H) +
-                             "] given, multiples of 32 needed")
-                                .c_str());
+      value_error("gate_packed: [I=" + std::to_string(*I) + ", H=" + std::to_string(*H) +
+                  "] given, multiples of " + std::to_string(kGroup) + " needed");
     weights_ = {matrix(0), matrix(2), matrix(4)};
   }
 
@@ -47,9 +46,9 @@ class Expert {
   }
 
  private:
+  // The matrix whose packed values are array i and whose scales are array i + 1.
   Matrix matrix(std::size_t i) const {
-    return {static_cast<const std::uint8_t*>(arrays_[i].data()),
-            static_cast<const std::uint16_t*>(arrays_[i + 1].data()), arrays_[i].shape(0),
+    return {elements<std::uint8_t>(arrays_[i]), elements<std::uint16_t>(arrays_[i + 1]), arrays_[i].shape(0),
             arrays_[i + 1].shape(1)};
   }
 
@@ -64,14 +63,11 @@ std::vector<const ExpertWeights*> weights_of(const nb::tuple& experts, std::size
     const std::size_t I = weights.empty() ? expert.moe_intermediate_size() : weights.front()->gate.rows;
     const auto which = [&] { return "experts[" + std::to_string(weights.size()) + "]: "; };
     if (expert.hidden_size() != H)
-      throw nb::value_error((which() + "hidden_size " + std::to_string(expert.hidden_size()) +
-                             " given, hidden's H=" + std::to_string(H) + " needed")
-                                .c_str());
+      value_error(which() + "hidden_size " + std::to_string(expert.hidden_size()) +
+                  " given, hidden's H=" + std::to_string(H) + " needed");
     if (expert.moe_intermediate_size() != I)
-      throw nb::value_error((which() + "moe_intermediate_size " +
-                             std::to_string(expert.moe_intermediate_size()) +
-                             " given, experts[0]'s I=" + std::to_string(I) + " needed")
-                                .c_str());
+      value_error(which() + "moe_intermediate_size " + std::to_string(expert.moe_intermediate_size()) +
+                  " given, experts[0]'s I=" + std::to_string(I) + " needed");
     weights.push_back(&expert.weights());
   }
   return weights;
@@ -80,7 +76,7 @@ std::vector<const ExpertWeights*> weights_of(const nb::tuple& experts, std::size
 [[noreturn]] void bad_element(const char* array, std::size_t i, std::int32_t given,
                               const std::string& needed) {
   const std::string what = std::string(array) + "[" + std::to_string(i) + "]: " + std::to_string(given);
-  throw nb::value_error((what + " given, " + needed + " needed").c_str());
+  value_error(what + " given, " + needed + " needed");
 }
 
 void check_offsets(const std::int32_t* offsets, std::size_t n, std::size_t m) {
@@ -99,9 +95,10 @@ void check_tokens(const std::int32_t* tokens, std::size_t m, std::size_t T) {
 }
 
 void forward(ThreadPool& pool, const nb::sequence& sequence, const Array& offsets, const Array& tokens,
-             const Array& weights, const Array& hidden, const OutArray& out,
+             const Array& weights, const Array& hidden, nb::handle out_argument,
              const std::optional<std::string>& isa) {
-  // a tuple of our own: the caller's list may change while the GIL is released
+  const OutArray out = writable(out_argument, "out");
+  // A copy: the caller's list may change while the GIL is released.
   const nb::tuple experts(sequence);
   std::optional<std::size_t> T, H, m, n_plus_1 = experts.size() + 1;
   check(hidden, "hidden", {Type::bf16, Type::float32}, {{"T", T}, {"H", H}});
@@ -109,8 +106,8 @@ void forward(ThreadPool& pool, const nb::sequence& sequence, const Array& offset
   check(offsets, "offsets", {Type::int32}, {{"n+1", n_plus_1}});
   check(tokens, "tokens", {Type::int32}, {{"m", m}});
   check(weights, "weights", {Type::float32}, {{"m", m}});
-  const auto* offset = static_cast<const std::int32_t*>(offsets.data());
-  const auto* token = static_cast<const std::int32_t*>(tokens.data());
+  const auto* offset = elements<std::int32_t>(offsets);
+  const auto* token = elements<std::int32_t>(tokens);
   check_offsets(offset, experts.size(), *m);
   check_tokens(token, *m, *T);
   const auto matrices = weights_of(experts, *H);
@@ -119,10 +116,10 @@ void forward(ThreadPool& pool, const nb::sequence& sequence, const Array& offset
                          matrices.size(),
                          offset,
                          token,
-                         static_cast<const float*>(weights.data()),
+                         elements<float>(weights),
                          hidden.data(),
                          is_type(hidden.dtype(), Type::bf16),
-                         static_cast<float*>(out.data())};
+                         elements<float>(out)};
   const nb::gil_scoped_release unlocked;
   ThreadPool::Lease lease(pool);
   experts_forward(lease, call, kernels);
@@ -131,6 +128,8 @@ void forward(ThreadPool& pool, const nb::sequence& sequence, const Array& offset
 }  // namespace
 
 void register_experts(nb::module_& m) {
+  m.attr("GROUP_SIZE") = kGroup;
+  m.attr("BATCH_PAIRS") = kBatchPairs;
   m.def("allowed_cpus", [] { return allowed_cpus().size(); });
 
   nb::class_<ThreadPool>(m, "ThreadPool")
@@ -146,7 +145,7 @@ void register_experts(nb::module_& m) {
       .def_prop_ro("nbytes", &Expert::nbytes);
 
   m.def("experts_forward", forward, "pool"_a, "experts"_a, "offsets"_a.noconvert(), "tokens"_a.noconvert(),
-        "weights"_a.noconvert(), "hidden"_a.noconvert(), "out"_a.noconvert(), "isa"_a = nb::none());
+        "weights"_a.noconvert(), "hidden"_a.noconvert(), "out"_a, "isa"_a = nb::none());
 }
 
 }  // namespace moebox

@@ -1,4 +1,4 @@
-// One token's experts, for decoding: see experts.h for shapes and layout.
+// The experts of one token, for decoding. Shapes and layout: see experts.h.
 #pragma once
 
 #include <functional>
@@ -8,21 +8,23 @@
 
 namespace moebox {
 
-struct OneCall {
-  const ExpertWeights* experts;  // of the same H; I may differ where takes_parts()
+struct OneTokenCall {
+  const ExpertWeights* experts;  // of the same H; I may differ where takes_split_experts()
   std::size_t n;
   const float* weights;  // [n]
   const void* hidden;    // bf16 [H]
   float* out;            // [H], overwritten; n > 0
 };
 
-// The same bits as experts_forward into zeros, in one round of the pool: no worker waits for all the others
-// between an expert's two steps. The calling thread calls `first`, if there is one, when the others have
-// begun.
-void experts_one(ThreadPool::Lease& pool, const OneCall& call, const ExpertKernels& kernels,
-                 const std::function<void()>& first = {});
+// Gives the same bits as experts_forward into zeros. It takes one round of the pool, so no worker waits for
+// all others between an expert's two steps. `on_start`: see ThreadPool::Lease::run().
+void experts_one(ThreadPool::Lease& pool, const OneTokenCall& call, const ExpertKernels& kernels,
+                 const std::function<void()>& on_start = {});
 
-// Whether an expert may be a part of one: some rows of gate and up, and those columns of down.
-inline bool takes_parts(const ExpertKernels& kernels) { return kernels.few.prepare_groups != nullptr; }
+// Whether a call may hold split experts, of which only some inner rows are computed: these rows of gate and
+// up, and the same columns of down.
+inline bool takes_split_experts(const ExpertKernels& kernels) {
+  return kernels.few.prepare_groups != nullptr;
+}
 
 }  // namespace moebox

@@ -1,8 +1,9 @@
-// Many tokens in fp32: a panel of rows is dequantized into the cache, k by k, and multiplied with all of
-// them.
+// The engine for many tokens in fp32. It dequantizes a panel of rows into the cache and multiplies it with
+// all tokens.
 //
-// A vector holds one k of kLanes rows and meets one activation in all lanes (an outer product), so that
-// sums over k need no shuffles. Packed words are transposed before they are unpacked: an eighth of the work.
+// A vector holds one k of kLanes rows and is multiplied with one activation in all lanes (an outer product),
+// so sums over k need no shuffles. Packed words are transposed before they are unpacked: an eighth of the
+// work.
 #pragma once
 
 #include "experts/math_isa.h"
@@ -24,8 +25,8 @@ struct Fp32 {
   static Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
   static Vec madd(Vec a, Vec b, Vec acc) { return _mm512_fmadd_ps(a, b, acc); }
 
-  // words[w], lane r: word w of row r's group. Rows r, 4 + r, 8 + r, 12 + r go to one vector's four lanes of
-  // 128 bits; transposing the four vectors' double words within lanes then sorts them.
+  // Lane r of words[w] becomes word w of row r's group. Rows r, 4 + r, 8 + r, 12 + r go to one vector's four
+  // lanes of 128 bits; transposing the four vectors' double words within lanes then sorts them.
   static void transpose(const std::uint8_t* packed, std::size_t row_bytes, Words* words) {
     Words rows[4];
     for (std::size_t r = 0; r < 4; ++r) {
@@ -45,7 +46,7 @@ struct Fp32 {
     words[3] = _mm512_unpackhi_epi64(b, d);
   }
 
-  // Exact: a 4-bit integer times an 8-bit significand. vpermps looks at an index's low four bits only.
+  // Exact: a 4-bit integer times an 8-bit significand. vpermps reads only the low four bits of an index.
   static Vec dequantize(Words words, unsigned nibble, Vec scale) {
     const Words index = _mm512_srli_epi32(words, 4 * nibble);
     return _mm512_mul_ps(_mm512_permutexvar_ps(index, int4_values()), scale);
@@ -66,7 +67,7 @@ struct Fp32 {
   static Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
   static Vec madd(Vec a, Vec b, Vec acc) { return _mm256_fmadd_ps(a, b, acc); }
 
-  // As above, with two lanes.
+  // As with AVX-512, but a vector has two lanes.
   static void transpose(const std::uint8_t* packed, std::size_t row_bytes, Words* words) {
     Words rows[4];
     for (std::size_t r = 0; r < 4; ++r)
@@ -100,7 +101,7 @@ struct Fp32 {
   static Vec add(Vec a, Vec b) { return a + b; }
   static Vec madd(Vec a, Vec b, Vec acc) { return acc + a * b; }
 
-  // Bytes, not words, so that the order in memory does not matter.
+  // Reads bytes, so that the machine's byte order does not matter.
   static void transpose(const std::uint8_t* packed, std::size_t, Words* words) {
     for (std::size_t w = 0; w < 4; ++w, packed += 4)
       words[w] = packed[0] | packed[1] << 8 | packed[2] << 16 | static_cast<Words>(packed[3]) << 24;
@@ -116,10 +117,10 @@ struct Fp32 {
 struct Fp32Panel {
   using Vec = Fp32::Vec;
   static constexpr std::size_t kLanes = Fp32::kLanes;
-  static constexpr std::size_t kVecs = 2;               // of rows, in a panel and a register tile
+  static constexpr std::size_t kVecs = 2;               // vectors of rows in a panel and a register tile
   static constexpr std::size_t kRows = kVecs * kLanes;  // divides kRowBlock
   static constexpr std::size_t kPanelGroups = 16;  // a panel is 64 KiB: it stays in the second-level cache
-  // One cache line more than a power of two, so that tokens do not fall into the same cache sets.
+  // A token is one cache line longer than a power of two: else tokens would fall into the same cache sets.
   static constexpr std::size_t kPad = 16;
 
   static std::size_t stride(std::size_t groups) { return groups * kGroup + kPad; }
@@ -131,7 +132,7 @@ struct Fp32Panel {
     for (std::size_t g = 0; g < groups; ++g) load_group(rows.row[0], g, rows.bf16, out + g * kGroup);
   }
 
-  // panel[k][kRows]. Its rows come from as many places of memory: the next panel's are fetched meanwhile.
+  // The panel is [k][kRows]. Its rows come from kRows places of memory. Prefetches the next panel's rows.
   static void dequantize(const Matrix& m, std::size_t row, std::size_t group, std::size_t n, float* panel) {
     for (std::size_t v = 0; v < kVecs; ++v) {
       const std::size_t at = (row + v * kLanes) * m.stride + group;
@@ -158,7 +159,7 @@ struct Fp32Panel {
         Fp32::store(out + (8 * w + nibble) * kRows, Fp32::dequantize(words[w], nibble, scale));
   }
 
-  // c[t][0..kRows) (+)= a panel times N tokens over k elements.
+  // c[t][0..kRows) = (or += with `add`) a panel times N tokens over k elements.
   template <std::size_t N>
   static void tile(const float* panel, const float* x, std::size_t x_stride, std::size_t k, float* c,
                    std::size_t ldc, bool add) {
@@ -191,7 +192,7 @@ struct Fp32Panel {
     tile<N>(panel, x, x_stride, k, c, ldc, add);
   }
 
-  // All tokens in tiles of about the same width: a narrow one would wait for its multiply-adds.
+  // Takes all tokens in tiles of about the same width: a narrow tile would wait for its multiply-adds.
   static void tokens(const float* panel, const float* x, std::size_t x_stride, std::size_t n, std::size_t k,
                      float* c, std::size_t ldc, bool add) {
     for (std::size_t tiles = (n + Fp32::kTokens - 1) / Fp32::kTokens; tiles > 0; --tiles) {

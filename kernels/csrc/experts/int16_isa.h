@@ -1,9 +1,9 @@
-// Row math without bf16 instructions: activations as 16-bit integers with a power-of-two scale per group.
+// The arithmetic of row_isa.h: activations are 16-bit integers with a power-of-two scale per group.
 //
-// A bf16 activation no more than 2^7 below the largest of its group of 32 is exact, any other is off by at
-// most 2^-15 of that largest one; so this is finer than bf16. Integer products are exact, a group's sum of
-// two products fits fp32 exactly, and sums over groups are fp32. vpmaddwd does twice the products of an fp32
-// multiply-add, and its operand takes half the first-level cache.
+// A bf16 activation that is at most 2^7 times smaller than the largest of its group of 32 stays exact; any
+// other is off by at most 2^-15 of that largest one. So this is finer than bf16. Integer products are exact,
+// a group's sum of two products fits fp32 exactly, and sums over groups are fp32. vpmaddwd makes twice the
+// products of an fp32 multiply-add, and its operand takes half the room in the first-level cache.
 #pragma once
 
 #include "experts/math_isa.h"
@@ -14,8 +14,8 @@ namespace moebox::MOEBOX_ISA {
 namespace {
 
 struct Int16 {
-  // Groups that are multiplied at a time: as many as a vector has 128-bit lanes with AVX-512, where a lane
-  // then belongs to a group; one with AVX2.
+  // Groups that are multiplied at a time: with AVX-512 one for each of a vector's four 128-bit lanes, with
+  // AVX2 one.
   static constexpr std::size_t kChunk =
 #if MOEBOX_ISA_AVX512
       4;
@@ -23,9 +23,9 @@ struct Int16 {
       1;
 #endif
 
-  // One token's operand: int16 x[groups][32], chunk by chunk in the order "nibble j of the chunk's words, for
-  // j = 0..3"; then fp32 scale[groups]; then fp32 offset[groups], which is -8 * sum(x), since the products
-  // are made with u = q + 8. All are padded with zeros.
+  // One token's operand: int16 x[groups][32], each chunk in the order "nibble j of the chunk's words, for
+  // j = 0..3"; then fp32 scale[groups]; then fp32 offset[groups] = -8 * sum(x), since products are made with
+  // u = q + 8. All three are padded with zeros.
   struct Operand {
     const std::int16_t* x;
     const float* scale;
@@ -35,7 +35,7 @@ struct Int16 {
   static constexpr std::size_t padded(std::size_t groups, std::size_t to) {
     return (groups + to - 1) / to * to;
   }
-  // Scales and offsets are read by whole vectors, 16 at most.
+  // Scales and offsets are read in whole vectors, of at most 16.
   static std::size_t slots(std::size_t groups) { return padded(groups, 16); }
   static std::size_t x_bytes(std::size_t groups) { return padded(groups, kChunk) * 2 * kGroup; }
   static std::size_t bytes(std::size_t groups) { return x_bytes(groups) + slots(groups) * 8; }
@@ -55,13 +55,13 @@ struct Int16 {
   static void prepare(const float* in, std::size_t group, std::size_t groups, std::byte* at) {
     auto* x = reinterpret_cast<std::int16_t*>(at);
     auto* scale = reinterpret_cast<float*>(at + x_bytes(groups)) + group;
-    std::uint32_t largest = 0;  // of the magnitudes' bits: NaN ranks above all
+    std::uint32_t largest = 0;  // of the magnitudes' bits, where NaN is above all
     for (std::size_t i = 0; i < kGroup; ++i) {
       const std::uint32_t magnitude = __builtin_bit_cast(std::uint32_t, in[i]) & 0x7fffffff;
       largest = magnitude > largest ? magnitude : largest;
     }
     const std::uint32_t exponent = largest >> 23;
-    // 2^14 stands for the largest one's power of two. Below 2^-112 a group counts as zero.
+    // The power of two of the largest magnitude becomes 2^14. Below 2^-112 a group counts as zero.
     const float inverse = exponent < 15 || exponent == 255
                               ? 0.0f
                               : __builtin_bit_cast(float, (127 + 14 + 127 - exponent) << 23);
@@ -82,7 +82,7 @@ struct Int16 {
   }
 
 #if MOEBOX_ISA_AVX512
-  // u of each word's nibbles 0 and 2, and 16 u of 1 and 3, which saves two shifts.
+  // u of each word's nibbles 0 and 2, and 16 u of its nibbles 1 and 3, which saves two shifts.
   struct Nibbles {
     __m512i even[2], odd16[2];
   };
@@ -100,7 +100,7 @@ struct Int16 {
             {_mm512_and_si512(words, high), _mm512_and_si512(upper, high)}};
   }
 
-  // A lane's four sums are its group's.
+  // The four sums of a 128-bit lane belong to one group.
   static Acc madd(const Nibbles& u, const std::int16_t* x, const float* scale, Acc acc) {
     const __m512i even = _mm512_add_epi32(_mm512_madd_epi16(u.even[0], _mm512_load_si512(x)),
                                           _mm512_madd_epi16(u.even[1], _mm512_load_si512(x + 64)));
@@ -112,7 +112,7 @@ struct Int16 {
     return _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums), factor, acc);
   }
 
-  // out[i] = weight scale i * activation scale i; returns the groups' offsets, summed by lane.
+  // out[i] = weight scale i * activation scale i. Returns the sum of out[i] * offset[i], by lane.
   static Acc scales(const std::uint16_t* weight, const Operand& x, std::size_t group, std::size_t n,
                     float* out) {
     Acc offsets = zero();
@@ -131,7 +131,7 @@ struct Int16 {
   using Acc = __m256;
   static Acc zero() { return _mm256_setzero_ps(); }
 
-  // Shifting double words moves bits across words, but never into a word's low four bits.
+  // Shifting double words moves bits from word to word, but none into a word's low four bits.
   static Nibbles spread(const std::uint8_t* packed) {
     const __m256i raw = broadcast_group(packed), mask = _mm256_set1_epi16(15);
     const __m256i shifts = _mm256_setr_epi32(0, 0, 0, 0, 4, 4, 4, 4);

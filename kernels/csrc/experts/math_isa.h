@@ -1,7 +1,8 @@
-// What the engines of every instruction set share. Included by experts_isa.cpp only.
+// Loading of weights, scales and activations, which the engines of every instruction set share. Only
+// experts_isa.cpp includes it.
 //
-// All of it is in an anonymous namespace of the set's own namespace: an inline function shared between sets
-// could be linked in its AVX-512 form for every machine.
+// All of it is in an anonymous namespace of the set's own namespace: of an inline function that several sets
+// share, the linker could keep the AVX-512 form for every machine.
 #pragma once
 
 #include <cstddef>
@@ -21,6 +22,7 @@ inline float bf16_to_float(std::uint16_t bits) {
   return __builtin_bit_cast(float, static_cast<std::uint32_t>(bits) << 16);
 }
 
+// A group of activations as fp32.
 inline void load_group(const void* row, std::size_t group, bool bf16, float* out) {
   if (bf16) {
     const auto* from = static_cast<const std::uint8_t*>(row) + group * kGroup * 2;
@@ -34,14 +36,14 @@ inline void load_group(const void* row, std::size_t group, bool bf16, float* out
 
 inline void prefetch(const void* address) { __builtin_prefetch(address, 0, 3); }
 
-// One row's share of a panel: `groups` groups from `group` on.
+// Prefetches one row of a panel: `groups` groups from `group` on.
 inline void prefetch_groups(const Matrix& m, std::size_t row, std::size_t group, std::size_t groups) {
   const std::size_t at = row * m.stride + group;
   for (std::size_t g = 0; g < groups; g += 4) prefetch(m.packed + (at + g) * kGroupBytes);
   for (std::size_t g = 0; g < groups; g += 32) prefetch(m.scale + at + g);
 }
 
-// bf16 to fp32; writes up to the next multiple of 16, zeros there.
+// bf16 to fp32. Writes zeros from n up to the next multiple of 16.
 inline void load_scales(const std::uint16_t* scale, std::size_t n, float* out) {
 #if MOEBOX_ISA_AVX512
   for (std::size_t i = 0; i < n; i += 16) {
@@ -61,6 +63,7 @@ inline void load_scales(const std::uint16_t* scale, std::size_t n, float* out) {
 
 #if MOEBOX_ISA_AVX512
 
+// A group's 16 bytes in every 128-bit lane.
 inline __m512i broadcast_group(const std::uint8_t* packed) {
   return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(packed)));
 }

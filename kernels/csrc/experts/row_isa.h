@@ -1,4 +1,5 @@
-// Few tokens: bound by reading the weights, so each row is read once, in order, and used as it arrives.
+// The engine for few tokens. Reading the weights is its limit, so it reads each row once, in order, and uses
+// it as it arrives.
 #pragma once
 
 #include "experts/math_isa.h"
@@ -8,11 +9,11 @@ namespace {
 
 template <class Math>
 struct RowByRow {
-  static constexpr std::size_t kBlock = 256;         // groups whose scales are made at a time
-  static constexpr std::size_t kAhead = 4096;        // bytes of packed weights fetched ahead
-  static constexpr std::size_t kScalesAhead = 1024;  // the same, in time, of their scales
+  static constexpr std::size_t kBlock = 256;         // groups whose scales are computed at a time
+  static constexpr std::size_t kAhead = 4096;        // packed weights are prefetched so many bytes ahead
+  static constexpr std::size_t kScalesAhead = 1024;  // and their scales, which is about as early
 
-  // One row times N tokens; several sums per token hide the latency of the multiply-add.
+  // One row times N tokens. Several sums per token hide the latency of the multiply-add.
   template <std::size_t N>
   static void row(const std::uint8_t* packed, const std::uint16_t* scale, std::size_t groups,
                   const typename Math::Operand* x, float* c, std::size_t ldc) {

@@ -1,6 +1,8 @@
-// Many tokens with AMX: weights are the A operand (16 rows of 32 bf16), 16 tokens the B operand.
+// The engine for many tokens with AMX. Weights are the A operand (16 rows of 32 bf16), 16 tokens the B
+// operand.
 #pragma once
 
+#include "amx_isa.h"
 #include "experts/bf16_isa.h"
 
 #if MOEBOX_ISA_AMX
@@ -13,7 +15,7 @@ struct Tiles {
   static constexpr std::size_t kTile = kEdge * kGroup;  // bf16 in an A or B tile
   static constexpr std::size_t kSums = kEdge * kEdge;   // fp32 in a C tile
   static constexpr std::size_t kPanelGroups = 16;       // 2 x 16 A tiles are 32 KiB
-  static constexpr std::size_t kMaxBundles = 8;         // of one multiply()
+  static constexpr std::size_t kMaxBundles = 8;         // of 16 tokens, in one multiply()
 
   // Operand of 16 tokens: [group][pair of elements][token][2].
   static std::size_t operand_bytes(std::size_t groups) { return groups * kTile * 2; }
@@ -35,21 +37,7 @@ struct Tiles {
     return _mm512_setr_epi32(0, 16, 32, 48, 64, 80, 96, 112, 128, 144, 160, 176, 192, 208, 224, 240);
   }
 
-  // Eight tiles of 16 rows of 64 bytes.
-  static void configure() {
-    struct alignas(64) {
-      std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
-      std::uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-      std::uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-    } const config;
-    fence();
-    _tile_loadconfig(&config);
-  }
-
-  // The compiler's tile loads do not say that they read memory.
-  static void fence() { __asm__ volatile("" ::: "memory"); }
-
-  // [half of the rows][group][16][32]. The next panel's groups are fetched while this one is made.
+  // The panel is [half of the rows][group][16][32]. Prefetches the next panel's groups.
   static void dequantize(const Matrix& m, std::size_t row, std::size_t group, std::size_t n,
                          std::uint16_t* panel) {
     const bool last = group + n == m.groups;
@@ -64,7 +52,7 @@ struct Tiles {
     }
   }
 
-  // 32 rows times 32 tokens, or 16 of them; sums are [half of the rows][16][16] per bundle.
+  // 32 rows times 32 tokens (kTwo bundles) or 16; sums are [half of the rows][16][16] per bundle.
   template <bool kTwo>
   static void block(const std::uint16_t* panel, const std::uint16_t* x, std::size_t x_bundle,
                     std::size_t groups, float* sums, bool add) {
@@ -97,7 +85,7 @@ struct Tiles {
     if constexpr (kTwo) _tile_stored(3, sums + 3 * kSums, 64);
   }
 
-  // c[t][r] from sums [bundle][half][row][token].
+  // Copies sums [bundle][half][row][token] to c[t][r].
   static void store(const float* sums, std::size_t n, float* c, std::size_t ldc) {
     for (std::size_t t = 0; t < n; ++t) {
       const float* from = sums + t / kEdge * 2 * kSums + t % kEdge;
@@ -112,12 +100,12 @@ struct Tiles {
     auto* panel = reinterpret_cast<std::uint16_t*>(scratch);
     auto* sums = reinterpret_cast<float*>(scratch + 2 * kPanelGroups * kTile * 2);
     const std::size_t bundles = (n + kEdge - 1) / kEdge, x_bundle = m.groups * kTile;
-    configure();
+    configure_tiles();
     for (std::size_t r = 0; r < n_rows; r += kRowBlock) {
       for (std::size_t group = 0; group < m.groups; group += kPanelGroups) {
         const std::size_t width = m.groups - group < kPanelGroups ? m.groups - group : kPanelGroups;
         dequantize(m, first + r, group, width, panel);
-        fence();
+        tile_memory_fence();
         for (std::size_t b = 0; b < bundles; b += 2) {
           const std::uint16_t* bundle = x + b * x_bundle + group * kTile;
           if (b + 1 < bundles)
@@ -126,7 +114,7 @@ struct Tiles {
             block<false>(panel, bundle, x_bundle, width, sums + b * 2 * kSums, group > 0);
         }
       }
-      fence();
+      tile_memory_fence();
       store(sums, n, c + r, ldc);
     }
     _tile_release();

@@ -1,4 +1,4 @@
-// Measures the machine: what it can read and multiply at best, beside which the kernels' figures stand.
+// Measures how fast the machine can read and multiply at best, to compare the kernels with.
 #pragma once
 
 #include <cstddef>
@@ -9,9 +9,9 @@
 namespace moebox {
 
 struct Probe {
-  // Reads n bytes in order; returns something made of all of them, so that no load can be left out.
+  // Reads n bytes in order. The result depends on all of them, so the compiler cannot leave out a load.
   std::uint64_t (*read)(const std::uint8_t* at, std::size_t n);
-  // Independent multiply-adds in registers, in the unit that the kernels use for many tokens.
+  // Does independent multiply-adds in registers, in the unit that the kernels use for many tokens.
   void (*multiply)(std::size_t rounds);
   double flops_per_round;
 };

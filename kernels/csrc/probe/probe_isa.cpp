@@ -1,5 +1,7 @@
+// The probe of one instruction set.
 #include <cstring>
 
+#include "amx_isa.h"
 #include "probe/probe.h"
 
 #if defined(__x86_64__)
@@ -51,13 +53,7 @@ std::uint64_t read(const std::uint8_t* at, std::size_t n) {
 constexpr double kFlopsPerRound = 4.0 * 16 * 16 * 32 * 2;
 
 void multiply(std::size_t rounds) {
-  struct alignas(64) {
-    std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    std::uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-    std::uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-  } const config;
-  __asm__ volatile("" ::: "memory");  // the intrinsic does not say that it reads memory
-  _tile_loadconfig(&config);
+  configure_tiles();
   for (std::size_t i = 0; i < rounds; ++i) {
     _tile_dpbf16ps(0, 4, 6);
     _tile_dpbf16ps(1, 5, 6);
@@ -95,7 +91,7 @@ using Sum = Vector;
 using Sum = float;
 #endif
 
-// Makes the compiler take a value for unknown, and for used.
+// Makes the compiler treat a value as unknown, and as used.
 template <class T>
 void hide(T& value) {
 #if defined(__x86_64__)

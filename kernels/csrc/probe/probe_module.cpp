@@ -1,4 +1,4 @@
-// read_bandwidth and peak_flops for Python.
+// Python bindings: read_bandwidth and peak_gflops.
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 
@@ -19,7 +19,7 @@ using namespace nb::literals;
 namespace moebox {
 namespace {
 
-constexpr std::size_t kPiece = 128 << 10;
+constexpr std::size_t kPiece = 128 << 10;  // bytes of a task
 
 double seconds_since(std::chrono::steady_clock::time_point start) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
@@ -37,7 +37,7 @@ double read_bandwidth(ThreadPool& pool, const nb::sequence& arrays, const std::o
   for (const nb::handle item : arrays) {
     const Array& array = owners.emplace_back(nb::cast<Array>(item));
     check_memory(array, "arrays");
-    const auto* data = static_cast<const std::uint8_t*>(array.data());
+    const auto* data = elements<std::uint8_t>(array);
     total += array.nbytes();
     for (std::size_t i = 0; i < array.nbytes(); i += kPiece)
       pieces.push_back({data + i, std::min(kPiece, array.nbytes() - i)});

@@ -1,5 +1,5 @@
 // The few vector operations that quantize_isa.cpp needs beyond GCC's vector arithmetic, for each instruction
-// set. kWidth lanes of 32 bits; what a lane computes does not depend on kWidth.
+// set. A vector has kWidth lanes of 32 bits; a lane's result does not depend on kWidth.
 #pragma once
 
 #include <cmath>
@@ -10,7 +10,7 @@
 #include <immintrin.h>
 #endif
 
-// GCC 12 takes the undefined operands in its own AVX-512 header for a mistake (its bug 105593).
+// GCC 12 warns of undefined operands in its own AVX-512 header (GCC bug 105593).
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 
 namespace moebox::MOEBOX_ISA {
@@ -58,14 +58,15 @@ inline I32 min(I32 a, I32 b) { return (I32)_mm512_min_epi32((__m512i)a, (__m512i
 inline I32 max(I32 a, I32 b) { return (I32)_mm512_max_epi32((__m512i)a, (__m512i)b); }
 inline I32 round_to_int(F32 v) { return (I32)_mm512_cvtps_epi32((__m512)v); }
 
-// Halves the width of two vectors, saturating; in an order of their own.
+// Halves the width of two vectors' elements, with saturation. The order of the result differs between sets.
 inline I16 narrow(I32 a, I32 b) { return (I16)_mm512_packs_epi32((__m512i)a, (__m512i)b); }
 
 inline F32 half_to_float(const std::uint16_t* from) {
   return (F32)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
 }
 
-// e4m3 / 256, NaN aside, as two vectors: its bits, moved into a half, mean a value 2^8 smaller.
+// Two vectors of e4m3 values / 256; NaN is not handled. The bits of an e4m3, moved into a half, mean a value
+// that is 2^8 times smaller.
 inline void fp8_to_float(const std::uint8_t* from, F32* two) {
   const __m512i wide = _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
   const __m512i halves = _mm512_and_si512(_mm512_slli_epi16(wide, 7), _mm512_set1_epi16(kFp8AsHalf));
@@ -73,7 +74,7 @@ inline void fp8_to_float(const std::uint8_t* from, F32* two) {
   two[1] = (F32)_mm512_cvtph_ps(_mm512_extracti64x4_epi64(halves, 1));
 }
 
-// 32 values 0..15 -> 4 words, the first in the low nibble.
+// 32 values 0..15 -> 4 words, the first value in the low nibble.
 inline void pack_nibbles(const I32* values, std::uint32_t* words) {
   const __m128i low = _mm512_cvtepi32_epi8((__m512i)values[0]);
   const __m128i high = _mm512_cvtepi32_epi8((__m512i)values[1]);

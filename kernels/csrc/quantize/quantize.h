@@ -1,15 +1,16 @@
-// INT4 quantization of one matrix row, per instruction set. quantize/int4.py says what the format is.
+// INT4 quantization and conversion to bf16 of a checkpoint's matrices, row by row with one table of kernels
+// for each instruction set. quantize/int4.py describes the format.
 #pragma once
 
-#include <array>
 #include <cstddef>
 #include <cstdint>
 
+#include "int4.h"
 #include "isa.h"
+#include "sizes.h"
 
 namespace moebox {
 
-constexpr std::size_t kGroup = 32;      // columns that share an INT4 scale
 constexpr std::size_t kFp8Block = 128;  // rows and columns that share an FP8 scale
 
 enum class SourceType { f32, bf16, f16, fp8 };
@@ -21,11 +22,11 @@ struct SourceMatrix {
   const float* scale_inv;
   std::size_t rows, columns;
 
-  // Inlined always: code compiled for one instruction set must not become the linker's choice for all.
+  // Inlined always, for the reason that sizes.h gives.
   [[gnu::always_inline]] std::size_t item_bytes() const {
     return type == SourceType::f32 ? 4 : type == SourceType::fp8 ? 1 : 2;
   }
-  [[gnu::always_inline]] std::size_t block_columns() const { return (columns + kFp8Block - 1) / kFp8Block; }
+  [[gnu::always_inline]] std::size_t block_columns() const { return ceil_div(columns, kFp8Block); }
 };
 
 struct RowError {
@@ -47,5 +48,24 @@ struct QuantizeKernels {
 };
 
 MOEBOX_DECLARE_TABLES(QuantizeKernels, kQuantizeKernels)
+
+// A weight that cannot be quantized or converted, or kFinite twice where there is none.
+struct Position {
+  std::ptrdiff_t row = kFinite, column = kFinite;
+  bool finite() const { return row == kFinite; }
+};
+
+struct Quantized {
+  Position bad;
+  RowError error;  // of the whole matrix
+};
+
+// packed [rows, columns/8], scale bf16 [rows, columns/32]. The result is the same for any number of threads.
+Quantized quantize_matrix(const SourceMatrix& source, std::uint32_t* packed, std::uint16_t* scale,
+                          int threads, const QuantizeKernels& kernels);
+
+// out bf16 [rows, columns], or null to check only.
+Position convert_matrix(const SourceMatrix& source, std::uint16_t* out, int threads,
+                        const QuantizeKernels& kernels);
 
 }  // namespace moebox

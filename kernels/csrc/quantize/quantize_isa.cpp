@@ -1,3 +1,4 @@
+// Quantizes or converts one row of a matrix. Compiled once per instruction set.
 #include <iterator>
 
 #include "quantize/lanes_isa.h"
@@ -14,8 +15,8 @@ constexpr int kPairs = kGroup / 2, kGroupVectors = kGroup / kWidth;
 
 // |extreme| / |scale| to try; after the refit, finer or wider grids gain less than 0.02 % (docs/LOG.md).
 constexpr float kRatios[] = {6.4f, 6.8f, 7.1f, 7.35f, 7.6f, 7.8f, 8.0f, 8.2f, 8.4f, 8.6f, 8.8f, 9.05f};
-constexpr float kUnclampedRatio = 8.45f;  // up to it, the extreme value rounds to -8 at least
-constexpr int kTogether = kWidth / 4;     // ratios tried at once: what the registers hold
+constexpr float kUnclampedRatio = 8.45f;  // below it, the extreme value rounds to no less than -8
+constexpr int kTogether = kWidth / 4;     // ratios that are tried at once: as many as the registers hold
 static_assert(std::size(kRatios) % kTogether == 0);
 
 // std::min would be a weak symbol, which the linker may take from another instruction set's object.
@@ -23,7 +24,7 @@ inline std::size_t smaller(std::size_t a, std::size_t b) { return a < b ? a : b;
 
 // ---- reading a row as fp32 ----
 
-// Both decoders write whole vectors; what is behind count becomes zero.
+// Both decoders write whole vectors, with zeros from `count` on.
 template <SourceType type>
 void decode_plain(const std::uint8_t* from, std::size_t count, float* out) {
   constexpr std::size_t item = type == SourceType::f32 ? 4 : 2;
@@ -114,8 +115,8 @@ inline I32 group_magnitudes(const float* weights) {
   return bits;
 }
 
-// Brings every group to 15-bit integers, so that sums over it are exact; order within a group is of no
-// account. Returns the bits of the tile's largest magnitude.
+// Scales every group to 15-bit integers, so that sums over it are exact in any order. Returns the bits of the
+// tile's largest magnitude.
 std::int32_t to_fixed(Tile& tile) {
   alignas(64) float factors[kWidth];
   const I32 magnitudes = group_magnitudes(tile.weights);
@@ -149,7 +150,7 @@ struct Fit {
   F32 product, square;  // sums over the group of weight * q and q * q
 };
 
-// For kTogether trial scales: q by rounding, and the sums that give the best scale for those q.
+// For kTogether trial scales: rounds weights to q, and sums up what gives the best scale for these q.
 template <bool clamp_extreme>
 inline void fit(const I16* pairs, const I16* inverses, Fit* fits) {
   const I16 one = I16{} + 32, lowest = I16{} - 8, highest = I16{} + 7;
@@ -166,7 +167,8 @@ inline void fit(const I16* pairs, const I16* inverses, Fit* fits) {
   for (int c = 0; c < kTogether; c++) fits[c] = {to_float(products[c]), to_float(squares[c])};
 }
 
-// The least-squares scale of each lane's group, bf16, with its sign such that the extreme value is negative.
+// Sets the least-squares scale of each lane's group, bf16, with the sign that makes the extreme value's q
+// negative.
 void choose_scales(Tile& tile) {
   alignas(64) std::int32_t columns[kWidth * kPairs];
   I16 pairs[kPairs];

@@ -284,7 +284,7 @@ void DecodeRoads::decide() {
 
 Share DecodeRoads::share() const {
   const Misses misses{cpu_.size(), residency_.n_free(), early_};
-  if (residency_.n_slots() > 0 && takes_parts(kernels_))
+  if (residency_.n_slots() > 0 && takes_split_experts(kernels_))
     return divide(misses, shape_.inner, pcie.gbps(), cpu.gbps());
   return {split(misses, pcie.gbps(), cpu.gbps()), 0};
 }

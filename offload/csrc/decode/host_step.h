@@ -130,7 +130,7 @@ class DecodeRoads {
   struct Hands {
     explicit Hands(ThreadPool& pool) : lease(pool), hot(std::in_place, lease) {}
     ThreadPool::Lease lease;
-    std::optional<ThreadPool::Hot> hot;
+    std::optional<ThreadPool::Awake> hot;
   };
 
   void run_layer(Hands& hands, std::size_t layer, const std::int32_t* ids, double timeout_s);
