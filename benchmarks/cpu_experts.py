@@ -1,12 +1,13 @@
-"""The CPU expert kernels beside what the machine can do.
+"""Speed of the CPU expert kernels, compared with the machine's limits.
 
     python benchmarks/cpu_experts.py --threads 1,2
 
-Decode: one token through 8 experts of K2's shape (H 7168, I 2048), drawn at random from more than the
-last-level cache holds; GB/s of weights and scales beside a bare read of other experts' bytes by the same
-threads, measured in turns. Prefill: 512 tokens over 64 experts, top 8, in tokens/s beside a loop of torch
-bf16 matmuls over dequantized experts, and GFLOP/s beside the peak of the unit in use. Errors are relative L2
-against fp64, for every instruction set this machine has. The last line is one JSON object.
+Decode is one token through 8 experts of K2's shape (H 7168, I 2048), drawn at random from more experts than
+the last-level cache holds. It gives GB/s of weights and scales, compared with the same threads only reading
+other experts' bytes; the two are measured in turns. Prefill is 512 tokens over 64 experts, top 8. It gives
+tokens/s, compared with a loop of torch bf16 matmuls over dequantized experts, and GFLOP/s, compared with the
+peak of the unit in use. Errors are relative L2 against fp64, for every instruction set of this machine. The last
+line is one JSON object.
 """
 
 from __future__ import annotations
@@ -28,13 +29,14 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 from helpers.experts import Routing, random_arrays, random_routing, relative_error
 from moebox import _kernels
+from moebox.config import GROUP_SIZE
 from moebox.kernels import cpu
 
 HIDDEN, INNER, TOP_K = 7168, 2048, 8
 EXPERTS, PREFILL_TOKENS = 64, 512
 FLOPS_PER_PAIR = 3 * 2 * HIDDEN * INNER
 TORCH_EXPERTS = 8
-"""Dequantized experts (88 MB each) the torch loop goes round: more than the cache holds, too."""
+"""Dequantized experts (88 MB each) that torch's loop uses in turn: more than the cache holds, too."""
 TINY_SHAPES = ((32, 32), (96, 160), (224, 32), (64, 416))
 ERROR_BAR = 5e-3
 
@@ -69,7 +71,7 @@ class Layer:
 
 
 def measure_decode(layer: Layer, pool: cpu.ThreadPool, isa: str, repeats: int) -> dict[str, float]:
-    """GB/s of a layer's 8 experts for one token, and of a bare read, in turns."""
+    """GB/s of a layer's 8 experts for one token, and of a read alone, measured in turns."""
     routing = random_routing([1] * TOP_K, 1)
     n_bytes = TOP_K * layer.experts[0].nbytes
     ours, read = [], []
@@ -83,7 +85,7 @@ def measure_decode(layer: Layer, pool: cpu.ThreadPool, isa: str, repeats: int) -
 
 
 class TorchLoop:
-    """What one would write without a kernel: bf16 matmuls over experts dequantized beforehand."""
+    """The way without a kernel: bf16 matmuls over experts that were dequantized before."""
 
     def __init__(self, layer: Layer) -> None:
         self.weights = [
@@ -93,7 +95,7 @@ class TorchLoop:
         self.hidden = layer.hidden
 
     def run(self, routing: Routing, experts: int) -> None:
-        """The first `experts` experts' share of a prefill."""
+        """Compute the part of a prefill that the first `experts` experts have."""
         out = torch.zeros(self.hidden.shape, dtype=torch.float32)
         bounds = routing.offsets.tolist()
         for i in range(experts):
@@ -108,7 +110,7 @@ class TorchLoop:
 def dequantize_bf16(packed: Tensor, scale: Tensor) -> Tensor:
     """bf16 [out, in]."""
     nibbles = packed.unsqueeze(-1) >> (4 * torch.arange(8, dtype=torch.int32)) & 15
-    weights = (nibbles - 8).bfloat16().view(*scale.shape, 32) * scale.unsqueeze(-1)
+    weights = (nibbles - 8).bfloat16().view(*scale.shape, GROUP_SIZE) * scale.unsqueeze(-1)
     return weights.flatten(1)
 
 
@@ -182,7 +184,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, object]]:
 
 
 def show(row: dict[str, object]) -> None:
-    """One row, for people."""
+    """Print one row as text."""
     print("{threads} threads, {isa}".format(**row))
     print(
         "  decode   {layer_ms:.2f} ms a layer, {gbps:.1f} GB/s, read {read_gbps:.1f}: {ratio:.0%}".format(

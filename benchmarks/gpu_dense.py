@@ -1,12 +1,13 @@
-"""The dense part of a decode step on the GPU, beside what its memory can do.
+"""Speed of the dense part of a decode step on the GPU, compared with its memory's bandwidth.
 
     python benchmarks/gpu_dense.py
 
-K2's shapes, batch 1. `gemv`: every matrix of a layer and the head, GB/s of weights beside torch.mv and a
-device copy; several matrices in turn, so that none is found in the cache. `layer`: attention, norms, router
-and shared expert of a layer in a CUDA graph, as the decode step runs them but without experts, flags being
-raised already; with kernels that start ahead of their predecessor's end and without. `mla_decode`: by length
-of the context. Times are medians over replays. The last line is one JSON object.
+Shapes are K2's, for one token. `gemv` is every matrix of a layer, and the head: GB/s of weights, compared with
+torch.mv and a device copy. It uses several matrices in turn, so that none is in the cache. `layer` is the
+attention, norms, router and shared expert of a layer in a CUDA graph, as the decode step runs them, but without
+routed experts and with all flags raised; with kernels that start before their predecessor's end, and without.
+`mla_decode` is attention by length of the context. Times are medians over replays. The last line is one JSON
+object.
 """
 
 from __future__ import annotations
@@ -60,19 +61,19 @@ class Spec:
 
 
 def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """A matrix on the device that keeps vectors' sizes."""
+    """A random tensor on the device, scaled so that products with its rows keep a vector's magnitude."""
     return (torch.randn(shape, device="cuda") / shape[-1] ** 0.5).type(dtype)
 
 
 def copy_tbps() -> float:
-    """A device copy, read and written bytes; not in a graph, where it is another and slower one."""
+    """TB/s of a device copy, read and written bytes. Not in a graph, which copies in another, slower way."""
     source = torch.empty(2 << 30, dtype=torch.uint8, device="cuda").random_()
     target = torch.empty_like(source)
     return 2 * source.numel() / eager_ms(lambda: target.copy_(source)) / 1e9
 
 
 def measure_gemv(name: str) -> dict[str, float]:
-    """One matrix: ours and torch's."""
+    """Figures of one matrix, by `dense.gemv` and by torch."""
     n, k = MATRICES[name]
     dtype = torch.float32 if name == "gate" else torch.bfloat16
     nbytes = n * k * dtype.itemsize
@@ -105,11 +106,11 @@ class Layer:
 
     @property
     def nbytes(self) -> int:
-        """Weights that a token reads."""
+        """Bytes of weights that a token reads."""
         return sum(w.nbytes for w in (*self.matrices.values(), self.gate, self.kv_b))
 
     def run(self, x: Tensor, terms: list[Tensor], rotations: Tensor, position: Tensor) -> list[Tensor]:
-        """As `DecodeProgram` has it, without the experts."""
+        """Run the layer as `DecodeProgram` does, without routed experts."""
         ops, w = triton_ops, self.matrices
         y = ops.combine_norm(x, terms, self.norms[HIDDEN], 1e-6)
         both = ops.gemv(y, w["q_kv_a_proj"])
@@ -126,7 +127,7 @@ class Layer:
 
 
 def measure_layer(capacity: int = 4096, layers: int = 8, length: int = 600) -> dict[str, float]:
-    """Microseconds of a layer, and what its bytes alone would take at the best rate measured for them."""
+    """Microseconds of a layer, with and without overlap of kernels, and its bytes."""
     stack = [Layer(capacity) for _ in range(layers)]
     x, position = random(HIDDEN, dtype=torch.float32), torch.tensor([length - 1], device="cuda")
     rotations = torch.randn(2, capacity, ROPE // 2, device="cuda")
@@ -146,7 +147,7 @@ def measure_layer(capacity: int = 4096, layers: int = 8, length: int = 600) -> d
 
 
 def measure_attention(length: int) -> dict[str, float]:
-    """`mla_decode` over so many tokens, in a cache that is just large enough."""
+    """Figures of `mla_decode` over `length` tokens, in a cache that holds no more."""
     q, cache = random(HEADS, RANK + ROPE), torch.randn(length, RANK + ROPE, device="cuda").bfloat16()
     position = torch.tensor([length - 1], device="cuda")
     seen = cache.double()

@@ -1,12 +1,13 @@
-"""The GPU expert kernels beside what the card can do.
+"""Speed of the GPU expert kernels, compared with the GPU's limits.
 
     python benchmarks/gpu_experts.py
 
-K2's shape (H 7168, I 2048). `one`: a token through 1 to 8 resident experts drawn at random from 64 (1.6 GB,
-more than the cache holds), lists in pinned memory, in a CUDA graph: GB/s of weights and scales beside a
-device copy, bytes read and written. `many`: tokens over 64 experts, top 8: TFLOP/s beside a bf16 product of
-8192^3 matrices, and GB/s of weights. Ceilings are measured in the same run, on random data; times are
-medians. Errors are relative L2 against fp64. The last line is one JSON object.
+Experts have K2's shape (H 7168, I 2048). `one` is a token through 1 to 8 resident experts, which are drawn at
+random from 64 (1.6 GB, more than the cache holds), with lists in pinned memory, in a CUDA graph. It gives GB/s
+of weights and scales, compared with a device copy's bytes read and written. `many` is tokens over 64 experts,
+top 8. It gives TFLOP/s, compared with a bf16 product of 8192^3 matrices, and GB/s of weights. The limits are
+measured in the same run, on random data. Times are medians. Errors are relative L2 against fp64. The last line
+is one JSON object.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ import torch
 from gpu_timing import eager_ms, graph_ms
 from torch import Tensor
 
-from moebox.kernels.gpu.slots import GROUP, SlotLayout, slot_layout
+from moebox.config import GROUP_SIZE
+from moebox.kernels.gpu.slots import SlotLayout, slot_layout
 from moebox.kernels.gpu.triton import experts
 
 HIDDEN, INNER, TOP_K, EXPERTS = 7168, 2048, 8, 64
@@ -40,14 +42,14 @@ def ceilings() -> dict[str, float]:
 
 
 def random_slab(layout: SlotLayout, slots: int = EXPERTS) -> Tensor:
-    """Random experts; scales that keep outputs near 1, of both signs."""
+    """Random experts. Scales have both signs and keep outputs near 1."""
     slab = torch.empty(slots, -(-layout.nbytes // 4096) * 4096, dtype=torch.uint8, device="cuda").random_()
     for start, columns in (
         (layout.gate_scale, HIDDEN),
         (layout.up_scale, HIDDEN),
         (layout.down_scale, INNER),
     ):
-        n = HIDDEN * INNER // GROUP
+        n = HIDDEN * INNER // GROUP_SIZE
         scale = (0.05 + 0.35 * torch.rand(slots, n, device="cuda")) / columns**0.5
         signs = torch.randint(0, 2, (slots, n), device="cuda") * 2 - 1
         slab[:, start : start + 2 * n] = (scale * signs).bfloat16().view(torch.uint8)
@@ -133,8 +135,8 @@ class Layer:
         n = HIDDEN * INNER
         data = self.slab[slot, packed : packed + n // 2]
         values = torch.stack((data & 15, data >> 4), -1).double() - 8
-        scales = self.slab[slot, scale : scale + n // 16].view(torch.bfloat16).double()
-        return (values.view(-1, GROUP) * scales[:, None]).view(-1, columns)
+        scales = self.slab[slot, scale : scale + n // GROUP_SIZE * 2].view(torch.bfloat16).double()
+        return (values.view(-1, GROUP_SIZE) * scales[:, None]).view(-1, columns)
 
 
 def measure_one(layer: Layer, ceiling: dict[str, float], counts: list[int]) -> list[dict[str, float]]:
@@ -176,7 +178,7 @@ def measure_many(layer: Layer, ceiling: dict[str, float], tokens: list[int]) -> 
 
 
 def passes(one: list[dict[str, float]], many: list[dict[str, float]]) -> bool:
-    """8 experts of one token, 512 tokens, and every error."""
+    """Whether 8 experts of one token, 512 tokens, and every error are within their bars."""
     return (
         all(row["of_copy"] >= BARS["one_of_copy"] for row in one if row["experts"] == TOP_K)
         and all(row["of_matmul"] >= BARS["many_of_matmul"] for row in many if row["tokens"] == 512)

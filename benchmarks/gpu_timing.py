@@ -1,4 +1,4 @@
-"""Timing of GPU calls by the device's clock: what the benchmarks of the GPU kernels share."""
+"""Timing of GPU calls by the device's clock, for the benchmarks of the GPU kernels."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 def graph_ms(calls: Sequence[Callable[[], object]], replays: int = 5, repeats: int = 9) -> float:
-    """Median milliseconds of one of the calls, all of them in one CUDA graph that is replayed in a row."""
+    """Median milliseconds of a call; all calls are in one CUDA graph, which is replayed several times."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -25,7 +25,7 @@ def graph_ms(calls: Sequence[Callable[[], object]], replays: int = 5, repeats: i
 
 
 def eager_ms(call: Callable[[], object], repeats: int = 7) -> float:
-    """Median milliseconds of a long call. In a graph, a copy is a node of its own kind, and a slow one."""
+    """Median milliseconds of a long call, outside a graph: a graph copies in another, slower way."""
     return statistics.median([_elapsed_ms(call, 1) for _ in range(repeats + 2)][2:])
 
 

@@ -83,7 +83,7 @@ class Program:
             )
             ops.wait(box.listed[i])
             ops.experts_one(slab, shape, box.hits[i], box.hit_weights[i], x, self.parts[0])
-            ops.expert_part(self.ram, shape, box.part[i], box.part_weight[i], x, self.parts[0])
+            ops.split_expert(self.ram, shape, box.part[i], box.part_weight[i], x, self.parts[0])
             ops.wait(box.uploaded[i])
             ops.experts_one(
                 self.slab, shape, box.uploads[i], box.upload_weights[i], self.hidden, self.parts[1]

@@ -38,8 +38,10 @@ BATCH_PAIRS = _kernels.BATCH_PAIRS
 """Pairs that `experts_forward` computes at a time, which bounds its scratch memory."""
 
 PART_TOKENS = 1024
-"""Tokens of one `experts_forward` call. The runtime computes longer chunks of a prompt as several parts of so
-many tokens. An expert's number of tokens decides how its result is rounded, so equal parts give equal bits."""
+"""Tokens of one `experts_forward` call: the runtime computes a longer chunk of a prompt as several parts.
+
+An expert's number of tokens decides how its result is rounded, so equal parts give equal bits.
+"""
 
 
 class Expert(_kernels.Expert):
@@ -73,8 +75,8 @@ class Expert(_kernels.Expert):
 def export_array(array: Array) -> Any:
     """The array in a form that `_kernels` takes: a tensor as a DLPack capsule, a numpy array as it is.
 
-    The capsule is made in C++; `Tensor.__dlpack__`, which `_kernels` would call, is Python and takes ten times
-    as long. A capsule can be used once.
+    The capsule is made in C++; `Tensor.__dlpack__`, which `_kernels` would call, is Python and takes ten
+    times as long. A capsule can be used once.
     """
     return to_dlpack(array) if isinstance(array, torch.Tensor) else array
 

@@ -27,7 +27,7 @@ TOKENS = 40
 def check_expert_kernels(
     device: Device, ram: RamTier, gpu: GpuTier, shape: tuple[int, int], top_k: int
 ) -> None:
-    """Compare `experts_one`, `experts_many` and `expert_part` with plain torch, on RAM's first expert.
+    """Compare `experts_one`, `experts_many` and `split_expert` with plain torch, on RAM's first expert.
 
     Uses the first slot of the ring, which nothing else may be using.
 
@@ -41,7 +41,7 @@ def check_expert_kernels(
     hidden = torch.randn(TOKENS, shape[0], generator=generator).bfloat16().to(device.torch_device)
     _compare("experts_many", *_many(device, gpu.slab, slot, shape, hidden))
     _compare("experts_one", *_one(device, gpu.slab, slot, shape, hidden[0], top_k))
-    _compare("expert_part", *_part(device, ram.slab, shape, hidden[0]))
+    _compare("split_expert", *_part(device, ram.slab, shape, hidden[0]))
 
 
 def _many(
@@ -75,8 +75,8 @@ def _part(device: Device, ram: Tensor, shape: tuple[int, int], hidden: Tensor) -
     part[1] = max(shape[1] // 64, 1) * 32
     weight[0] = 1.0
     got, expected = (torch.zeros(shape[0], device=hidden.device) for _ in range(2))
-    device.ops.expert_part(ram, shape, part, weight, hidden, got)
-    torch_ops.expert_part(ram[:1].to(hidden.device), shape, part, weight, hidden, expected)
+    device.ops.split_expert(ram, shape, part, weight, hidden, got)
+    torch_ops.split_expert(ram[:1].to(hidden.device), shape, part, weight, hidden, expected)
     return got, expected
 
 

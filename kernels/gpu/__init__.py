@@ -1,1 +1,1 @@
-"""GPU kernels in Triton, and the same functions in plain torch; `ops.load_ops` chooses."""
+"""GPU kernels in Triton (`triton/`), and the same functions in plain torch (`reference/`)."""

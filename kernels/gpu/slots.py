@@ -1,7 +1,7 @@
-"""A slot: one expert's bytes on the device, in the layout they have on disk.
+"""The layout of a slot: room for one expert's bytes on the device, which are laid out as on disk.
 
-Gate, up and down, each packed int32 [out, in/8] then scales bf16 [out, in/32]. Slots stand `stride` bytes
-apart in a slab, uint8 [slots, stride].
+A slot holds gate, up and down, each as packed int32 [out, in/8] and then scales bf16 [out, in/32]. A slab,
+uint8 [slots, stride], holds slots `stride` bytes apart.
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-GROUP = 32
-"""Inputs that share one scale."""
+from moebox.config import GROUP_SIZE
 
 
 class SlotLayout(NamedTuple):
@@ -27,25 +26,25 @@ class SlotLayout(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the whole expert: the down projection is as large as the gate."""
+        """Bytes of the whole expert. Its three matrices have the same size, which is where `up` starts."""
         return self.down + self.up
 
 
 def slot_layout(shape: tuple[int, int]) -> SlotLayout:
-    """Where an expert's tensors lie.
+    """The layout of an expert of a shape.
 
     Args:
         shape: (hidden_size, moe_intermediate_size).
 
     Raises:
-        ValueError: one of them is not a positive multiple of 32.
+        ValueError: a size is not a positive multiple of 32.
     """
-    if any(size <= 0 or size % GROUP for size in shape):
-        raise ValueError(f"shape is {shape}, both must be positive multiples of {GROUP}")
+    if any(size <= 0 or size % GROUP_SIZE for size in shape):
+        raise ValueError(f"shape is {shape}, both must be positive multiples of {GROUP_SIZE}")
     weights = shape[0] * shape[1]
-    packed, matrix = weights // 2, weights // 2 + weights // GROUP * 2
+    packed, matrix = weights // 2, weights // 2 + weights // GROUP_SIZE * 2
     starts = (0, matrix, 2 * matrix)
-    return SlotLayout(*(start + part for start in starts for part in (0, packed)))
+    return SlotLayout(*(start + offset for start in starts for offset in (0, packed)))
 
 
 def check_slab(slab: Tensor, layout: SlotLayout) -> None:

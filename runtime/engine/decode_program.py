@@ -137,7 +137,7 @@ class DecodeProgram:
         ops.wait(box.listed[row])
         self._experts(box.hits[row], box.hit_weights[row], y, self._from_hits)
         part = box.part[row], box.part_weight[row]
-        ops.expert_part(self._ram, self._expert_shape, *part, y, self._from_hits)
+        ops.split_expert(self._ram, self._expert_shape, *part, y, self._from_hits)
         self._guess(row + 1, self._next_gates[row], y)
         ops.wait(box.uploaded[row])
         self._experts(box.uploads[row], box.upload_weights[row], y, self._from_uploads)
@@ -152,7 +152,7 @@ class DecodeProgram:
         if gate is not None:
             ops, box = self._ops, self._box
             logits = ops.gemv(y, gate.weight, torch.float32)
-            ops.guess(logits, gate.e_score_correction_bias, gate.config, box.guesses[row], box.guessed[row])
+            ops.predict(logits, gate.e_score_correction_bias, gate.config, box.guesses[row], box.guessed[row])
 
     def _experts(self, listed: Tensor, weights: Tensor, y: Tensor, out: Tensor) -> None:
         self._ops.experts_one(self._slab, self._expert_shape, listed, weights, y, out)

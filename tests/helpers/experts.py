@@ -1,4 +1,4 @@
-"""Random INT4 experts and what they compute, in fp64."""
+"""Random INT4 experts, and their outputs computed in fp64."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moebox.config import GROUP_SIZE
 from moebox.kernels import cpu
-
-GROUP = 32
 
 
 @dataclass(frozen=True)
@@ -25,7 +24,7 @@ def random_matrix(rows: int, columns: int, generator: torch.Generator | None = N
     """Packed int32 [rows, columns/8] and bf16 scales [rows, columns/32] that keep outputs near 1."""
     packed = torch.empty(rows, columns // 8, dtype=torch.int32)
     packed.random_(-(2**31), 2**31 - 1, generator=generator)
-    scale = torch.rand(rows, columns // GROUP, generator=generator)
+    scale = torch.rand(rows, columns // GROUP_SIZE, generator=generator)
     return packed, ((0.05 + 0.35 * scale) / columns**0.5).bfloat16()
 
 
@@ -54,11 +53,11 @@ def random_routing(
 def dequantize(packed: Tensor, scale: Tensor) -> Tensor:
     """fp64 [out, in]."""
     nibbles = packed.unsqueeze(-1) >> (4 * torch.arange(8, dtype=torch.int32)) & 15
-    return (nibbles.flatten(1) - 8).double() * scale.double().repeat_interleave(GROUP, 1)
+    return (nibbles.flatten(1) - 8).double() * scale.double().repeat_interleave(GROUP_SIZE, 1)
 
 
 def reference(arrays: list[list[Tensor]], routing: Routing, hidden: Tensor, out: Tensor) -> Tensor:
-    """What `experts_forward` should leave in `out`, in fp64."""
+    """The value that `experts_forward` should give `out`, in fp64."""
     total = out.double()
     x = hidden.double()
     bounds = routing.offsets.tolist()
@@ -73,7 +72,7 @@ def reference(arrays: list[list[Tensor]], routing: Routing, hidden: Tensor, out:
 
 
 def relative_error(arrays: list[list[Tensor]], routing: Routing, hidden: Tensor, isa: str | None) -> float:
-    """Relative L2 error of a path against the reference."""
+    """Relative L2 error of `experts_forward` with an instruction set, against `reference`."""
     out = torch.zeros(hidden.shape, dtype=torch.float32)
     experts = [cpu.Expert(*expert) for expert in arrays]
     pool = cpu.ThreadPool()

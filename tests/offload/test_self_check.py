@@ -10,7 +10,7 @@ from moebox.errors import DeviceError
 from moebox.kernels.gpu.reference import ops as torch_ops
 from moebox.offload.device.stand_in import StandInDevice
 
-KERNELS = ("experts_one", "experts_many", "expert_part")
+KERNELS = ("experts_one", "experts_many", "split_expert")
 
 
 def off_by(factor):

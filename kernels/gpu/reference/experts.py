@@ -1,6 +1,6 @@
-"""What `kernels.gpu.experts` computes, in plain torch: its reference, and the experts of a stand-in device.
+"""INT4 experts in plain torch. `base.Ops` documents the functions.
 
-Same names and arguments; all sums are fp32, and nothing is rounded to bf16 on the way.
+All sums are fp32. Nothing is rounded to bf16 on the way, unlike in the Triton kernels.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moebox.kernels.gpu.slots import GROUP, SlotLayout, check_slab, slot_layout
+from moebox.config import GROUP_SIZE
+from moebox.kernels.gpu.slots import SlotLayout, check_slab, slot_layout
 
 _SHIFTS = range(0, 32, 4)
 
@@ -17,7 +18,6 @@ _SHIFTS = range(0, 32, 4)
 def experts_one(
     slab: Tensor, shape: tuple[int, int], listed: Tensor, weights: Tensor, hidden: Tensor, out: Tensor
 ) -> None:
-    """See `moebox.kernels.gpu.triton.experts.experts_one`."""
     layout = slot_layout(shape)
     check_slab(slab, layout)
     out.zero_()
@@ -37,7 +37,6 @@ def experts_many(
     out: Tensor,
     counts: list[int] | None = None,
 ) -> None:
-    """See `moebox.kernels.gpu.triton.experts.experts_many`."""
     layout = slot_layout(shape)
     check_slab(slab, layout)
     bounds = offsets.tolist()
@@ -48,35 +47,37 @@ def experts_many(
             out.index_add_(0, rows, result * weights[begin:end, None])
 
 
-def expert_part(
-    ram: Tensor, shape: tuple[int, int], part: Tensor, weight: Tensor, hidden: Tensor, out: Tensor
+def split_expert(
+    ram: Tensor, shape: tuple[int, int], split: Tensor, weight: Tensor, hidden: Tensor, out: Tensor
 ) -> None:
-    """See `moebox.kernels.gpu.triton.part.expert_part`."""
     layout = slot_layout(shape)
     check_slab(ram, layout)
-    row, count = part[:2].tolist()
+    row, count = split[:2].tolist()
     if row < 0:
         return
-    columns, inner = shape
+    gate, up, down = _matrices(ram[row], shape, layout)
     x = hidden.float()
-    gate = _matrix(ram[row], layout.gate, layout.gate_scale, inner, columns)[:count]
-    up = _matrix(ram[row], layout.up, layout.up_scale, inner, columns)[:count]
-    down = _matrix(ram[row], layout.down, layout.down_scale, columns, inner)[:, :count]
-    out += weight[0] * (down @ (F.silu(gate @ x) * (up @ x)))
+    out += weight[0] * (down[:, :count] @ (F.silu(gate[:count] @ x) * (up[:count] @ x)))
 
 
 def _expert(slot: Tensor, shape: tuple[int, int], layout: SlotLayout, hidden: Tensor) -> Tensor:
     """fp32 [T, H] of one expert for fp32 [T, H]."""
-    columns, inner = shape
-    gate = _matrix(slot, layout.gate, layout.gate_scale, inner, columns)
-    up = _matrix(slot, layout.up, layout.up_scale, inner, columns)
-    down = _matrix(slot, layout.down, layout.down_scale, columns, inner)
+    gate, up, down = _matrices(slot, shape, layout)
     return F.linear(F.silu(F.linear(hidden, gate)) * F.linear(hidden, up), down)
 
 
+def _matrices(slot: Tensor, shape: tuple[int, int], layout: SlotLayout) -> tuple[Tensor, Tensor, Tensor]:
+    """Gate, up [I, H] and down [H, I], dequantized to fp32."""
+    columns, inner = shape
+    return (
+        _matrix(slot, layout.gate, layout.gate_scale, inner, columns),
+        _matrix(slot, layout.up, layout.up_scale, inner, columns),
+        _matrix(slot, layout.down, layout.down_scale, columns, inner),
+    )
+
+
 def _matrix(slot: Tensor, packed: int, scale: int, rows: int, columns: int) -> Tensor:
-    """Dequantized fp32 [rows, columns]."""
     words = slot[packed : packed + rows * columns // 2].view(torch.int32).view(rows, -1, 1)
     nibbles = words >> torch.tensor(_SHIFTS, dtype=torch.int32, device=slot.device) & 15
-    scales = slot[scale : scale + rows * columns // GROUP * 2].view(torch.bfloat16).view(rows, -1, 1)
-    return ((nibbles - 8).float().view(rows, -1, GROUP) * scales.float()).view(rows, columns)
+    scales = slot[scale : scale + rows * columns // GROUP_SIZE * 2].view(torch.bfloat16).view(rows, -1, 1)
+    return ((nibbles - 8).float().view(rows, -1, GROUP_SIZE) * scales.float()).view(rows, columns)

@@ -1,1 +1,1 @@
-"""kernels/gpu/triton"""
+"""`Ops` in Triton: kernels, and the functions that check arguments and launch them."""

@@ -1,8 +1,9 @@
 """Multi-head latent attention (arXiv 2405.04434, section 2.1) of one token over the compressed cache.
 
 Shapes: A heads, R kv_lora_rank, P qk_rope_head_dim, S tokens in the cache. All heads have the same keys, the
-cache's rows, and the same values, their first R columns: what is read once serves a block of heads. S is
-known only on the device, so the grid is fixed and each program takes its share of the S rows there are.
+cache's rows, and the same values, the first R columns of these rows; so a program reads a row once for a
+block of heads. S is known only on the device, so the grid is fixed and each program takes a share of the S
+rows. `base.Ops` documents the public functions.
 """
 
 from __future__ import annotations
@@ -16,15 +17,17 @@ from moebox.kernels.gpu.triton.overlap import after_previous, launch_options, st
 
 LOG2_E = 1.4426950408889634
 BLOCK_TOKENS = 64
-"""Rows of the cache that a program takes at once, and at least."""
+"""Rows of the cache that a program takes at a time; its share is a multiple of it."""
 PROGRAMS = 132
-"""As many as an H200 runs at once."""
+"""Programs that an H200 runs at once."""
 SHORT_CAPACITY = 8192
-"""Up to so many tokens a few heads a program are faster: more programs share a short sequence."""
+"""Tokens of a short cache, where programs with fewer heads are faster: more of them share the tokens."""
 MERGE_SPLITS = 64
+"""Shares that `_merge` reads at a time."""
 MERGE_COLUMNS = 64
 ABSORB_COLUMNS = 64
 VALUE_ROWS = 8
+"""Columns or rows of a program of `_merge`, `_absorb` and `_value_up`."""
 
 
 @triton.jit
@@ -87,7 +90,7 @@ def latents(
     cache: Tensor,
     eps: float = 1e-6,
 ) -> Tensor:
-    """See `Ops.latents`: a program for the query, one for the cache's new row."""
+    """One program norms the query, one writes the cache's new row."""
     rank, rope = kv_weight.shape[0], 2 * rotations.shape[2]
     width = q_kv.shape[0] - rank - rope
     query = q_kv[:width] if q_weight is None else torch.empty_like(q_kv[:width])
@@ -125,26 +128,26 @@ def _absorb(
     OVERLAP: tl.constexpr,
 ):
     start_next(OVERLAP)
-    head, part = tl.program_id(0), tl.program_id(1)
+    head, block = tl.program_id(0), tl.program_id(1)
     q += head * (NOPE + ROPE)
     out += head * (RANK + ROPE)
-    if part == tl.num_programs(1) - 1:
+    if block == tl.num_programs(1) - 1:
         after_previous(OVERLAP)
         _rotate_row(q + NOPE, rotations, tl.load(position), capacity, out + RANK, ROPE)
     else:
         row = tl.arange(0, triton.next_power_of_2(NOPE))[:, None]
-        column = part * BLOCK_R + tl.arange(0, BLOCK_R)[None, :]
+        column = block * BLOCK_R + tl.arange(0, BLOCK_R)[None, :]
         inside = (row < NOPE) & (column < RANK)
         weights = tl.load(kv_b + (head * head_rows + row) * RANK + column, mask=inside, other=0.0)
         after_previous(OVERLAP)
         x = tl.load(q + row, mask=row < NOPE, other=0.0).to(tl.float32)
         sums = tl.sum(weights.to(tl.float32) * x, 0)
-        column = part * BLOCK_R + tl.arange(0, BLOCK_R)
+        column = block * BLOCK_R + tl.arange(0, BLOCK_R)
         tl.store(out + column, sums.to(out.dtype.element_ty), mask=column < RANK)
 
 
 def absorb(q: Tensor, kv_b: Tensor, rotations: Tensor, position: Tensor) -> Tensor:
-    """See `Ops.absorb`: for each head, programs for blocks of columns and one for the rotation."""
+    """Each head has programs for blocks of columns, and one for the rotation."""
     heads, head_rows, rank = kv_b.shape
     rope = 2 * rotations.shape[2]
     out = torch.empty(heads, rank + rope, dtype=q.dtype, device=q.device)
@@ -194,7 +197,7 @@ def _value_up(
 
 
 def value_up(o: Tensor, kv_b: Tensor, v_head_dim: int) -> Tensor:
-    """See `Ops.value_up`: for each head, programs for blocks of rows."""
+    """Each head has programs for blocks of rows."""
     heads, head_rows, rank = kv_b.shape
     out = torch.empty(heads * v_head_dim, dtype=kv_b.dtype, device=kv_b.device)
     block = min(VALUE_ROWS, triton.next_power_of_2(v_head_dim))
@@ -215,7 +218,7 @@ def value_up(o: Tensor, kv_b: Tensor, v_head_dim: int) -> Tensor:
 
 @triton.jit
 def _share(position, splits, BLOCK_S: tl.constexpr):
-    """Tokens there are, and how many of them each program takes: a multiple of `BLOCK_S`."""
+    """The number of tokens, and how many of them each program takes: a multiple of `BLOCK_S`."""
     total = tl.load(position).to(tl.int32) + 1
     return total, tl.cdiv(tl.cdiv(total, splits), BLOCK_S) * BLOCK_S
 
@@ -237,7 +240,7 @@ def _attend(
 ):
     """Softmax and sum over one program's share of the tokens, for a block of heads.
 
-    Leaves the normed sum in `partial [splits, A, R]` and the scores' log2-sum-exp2 in `log_sums [splits, A]`.
+    Writes the normed sum to `partial [splits, A, R]` and the scores' log2-sum-exp2 to `log_sums [splits, A]`.
     """
     start_next(OVERLAP)
     after_previous(OVERLAP)
@@ -291,7 +294,7 @@ def _merge(
     BLOCK_S: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """Sum the shares' results, each weighed by its part of the whole softmax."""
+    """Sum the shares' results, each weighted with its fraction of the whole softmax."""
     start_next(OVERLAP)
     after_previous(OVERLAP)
     head = tl.program_id(0)
@@ -317,7 +320,7 @@ def _merge(
 
 
 def mla_decode(q: Tensor, cache: Tensor, position: Tensor, scale: float, rank: int) -> Tensor:
-    """See `Ops.mla_decode`: flash decoding, then the shares are merged."""
+    """Flash decoding: programs attend to shares of the tokens, then a second kernel merges the shares."""
     heads, width = q.shape
     block_a, warps = attend_blocks(heads, cache.shape[0])
     blocks = triton.cdiv(heads, block_a)
@@ -342,7 +345,10 @@ def mla_decode(q: Tensor, cache: Tensor, position: Tensor, scale: float, rank: i
 
 
 def attend_blocks(heads: int, capacity: int) -> tuple[int, int]:
-    """Heads of a program, and its warps. More heads read the cache less often, fewer start sooner."""
+    """Heads of a program, and its warps.
+
+    With more heads the cache is read less often; with fewer, programs start sooner.
+    """
     if capacity <= SHORT_CAPACITY or heads <= 32:
         return 16, 4
     return 64, 8

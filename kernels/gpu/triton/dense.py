@@ -1,4 +1,4 @@
-"""The dense parts of a decode step: norms and matrix times vector, bound by what they read."""
+"""Norms and matrix times vector of one token. Memory bandwidth is their limit. See `base.Ops`."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from torch import Tensor
 from moebox.kernels.gpu.triton.overlap import after_previous, launch_options, start_next
 
 MAX_TERMS = 4
+"""Terms that `combine_norm` adds at most."""
 GEMV_REGISTERS = 128
-"""Of a thread, so that four programs share a multiprocessor: with 130 there are three, a sixth slower."""
+"""Registers of a thread. With 128 four programs share a multiprocessor; with 130 three do, a sixth slower."""
 
 
 @triton.jit
@@ -54,7 +55,7 @@ def _combine_norm(
 def combine_norm(
     x: Tensor, terms: Sequence[Tensor], weight: Tensor, eps: float, out_dtype: torch.dtype = torch.bfloat16
 ) -> Tensor:
-    """See `Ops.combine_norm`: one program, since a sum over all of `x` comes between its two halves."""
+    """One program: the norm needs the sum over all of `x`."""
     width = x.shape[0]
     out = torch.empty(width, dtype=out_dtype, device=x.device)
     operands = [*terms, *[x] * (MAX_TERMS - len(terms))]
@@ -93,7 +94,7 @@ def _gemv(x, w, out, n, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.cons
 
 
 def gemv(x: Tensor, w: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
-    """See `Ops.gemv`: a few whole rows a program, their first block read ahead of the kernel before."""
+    """Each program has a few whole rows and reads their first block before the previous kernel has ended."""
     n, k = w.shape
     out = torch.empty(n, dtype=out_dtype or w.dtype, device=w.device)
     block_n, block_k = gemv_blocks(n, k)
@@ -113,7 +114,7 @@ def gemv(x: Tensor, w: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
 
 
 def gemv_blocks(n: int, k: int) -> tuple[int, int]:
-    """Rows and columns of a block: fastest of twenty for each of K2's shapes (docs/LOG.md)."""
+    """Rows and columns of a block: the fastest of twenty choices for each of K2's shapes (docs/LOG.md)."""
     return 1 if n <= 1024 else 2 if k <= 4096 else 4, min(triton.next_power_of_2(k), 1024)
 
 
@@ -129,7 +130,6 @@ def _silu_mul(gate_up, out, WIDTH: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: t
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
-    """See `Ops.silu_mul`."""
     width, block = gate_up.shape[0] // 2, 256
     out = torch.empty(width, dtype=gate_up.dtype, device=gate_up.device)
     grid = (triton.cdiv(width, block),)

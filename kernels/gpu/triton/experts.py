@@ -1,7 +1,8 @@
-"""INT4 experts on the GPU, straight from slots that hold an expert's bytes as they lie on disk (Triton).
+"""INT4 experts computed from slots, which hold an expert's bytes as they are on disk.
 
 Shapes: T tokens, H hidden_size, I moe_intermediate_size, both multiples of 32; n experts of one call, m pairs
-of expert and token, k the most experts of one token. Slots: see `slots.py`.
+of expert and token, k the most experts of one token. Slots: see `slots.py`. `base.Ops` documents
+`experts_one` and `experts_many`.
 """
 
 from __future__ import annotations
@@ -13,26 +14,36 @@ import torch
 import triton
 from torch import Tensor
 
-from moebox.kernels.gpu.slots import GROUP, check_array, check_slab, slot_layout
-from moebox.kernels.gpu.triton import many_kernels, one_kernels
+from moebox.config import GROUP_SIZE
+from moebox.kernels.gpu.base import ROUND_PAIRS
+from moebox.kernels.gpu.slots import check_array, check_slab, slot_layout
+from moebox.kernels.gpu.triton import many_tokens_kernels, one_token_kernels
 from moebox.kernels.gpu.triton.overlap import launch_options
 
-MAX_PAIRS = 8192
-"""Pairs of one round of `experts_many`: their results take 4 (H + I / 2) bytes each."""
+PREPARE_WORDS = 128
+"""Packed words that a program of `prepare` lays out activations for."""
+REGROUP_WORDS = 256
+"""Packed words that a program of `regroup` lays out activations for."""
+COMBINE_PAIRS = 1024
+"""Pairs that `combine` searches at a time."""
 
 
 class RowTiles(NamedTuple):
-    """How `experts_one` shares rows out: each program has `warps` warps of `rows` rows."""
+    """How kernels for one token share rows out: each program has `warps` warps of `rows` rows each."""
 
     warps: int
     rows: int
 
 
 class Tiles(NamedTuple):
-    """A product's tiles in `experts_many`: rows and packed words of weights, tokens, and how it is run.
+    """The tiles of a product in `experts_many`, and how its kernel is launched.
 
-    `rest` is a smaller number of tokens for what an expert has left after whole tiles, or 0; `registers` a
-    limit per thread.
+    Attributes:
+        rows, words: of the weights: rows and packed words.
+        tokens: of the activations.
+        rest: a smaller number of tokens, for those that an expert has left after whole tiles; or 0.
+        warps, stages: of the kernel.
+        registers: a limit for each thread, or None.
     """
 
     rows: int
@@ -53,18 +64,7 @@ DOWN_MANY = Tiles(128, 64, 32, 16, 8, 3, 128)
 def experts_one(
     slab: Tensor, shape: tuple[int, int], listed: Tensor, weights: Tensor, hidden: Tensor, out: Tensor
 ) -> None:
-    """One token through listed experts: `out = sum of weights[j] * expert_j(hidden)`; zeros for none.
-
-    How many there are is read on the device, so the call can stand in a CUDA graph. Products and sums are
-    fp32. The same inputs give the same bits.
-
-    Args:
-        slab: uint8 [slots, stride].
-        shape: (H, I).
-        listed: int32 [1 + k]: a count, then as many slots. May lie in pinned host memory, as may `weights`.
-        weights: fp32 [k].
-        hidden: bf16 [H].
-        out: fp32 [H], overwritten.
+    """The kernels read on the device how many slots are listed. Products and sums are fp32.
 
     Raises:
         ValueError: a shape or dtype does not fit.
@@ -79,21 +79,43 @@ def experts_one(
     check_array("out", out, (columns,), torch.float32)
     step = GATE_UP_ONE.warps * GATE_UP_ONE.rows
     operand, offset, inner, inner_offset, weights_copy = torch.empty(
-        columns + columns // GROUP + top_k * (rows + rows // step) + top_k, device=slab.device
-    ).split([columns, columns // GROUP, top_k * rows, top_k * (rows // step), top_k])
+        columns + columns // GROUP_SIZE + top_k * (rows + rows // step) + top_k, device=slab.device
+    ).split([columns, columns // GROUP_SIZE, top_k * rows, top_k * (rows // step), top_k])
     listed_copy = torch.empty(1 + top_k, dtype=torch.int32, device=slab.device)
-    words, magic, options = columns // 8, one_kernels.MAGIC, launch_options()
-    one_kernels.prepare[(triton.cdiv(words, 128),)](
-        listed, weights, hidden, listed_copy, weights_copy, operand, offset,
-        words, top_k, triton.next_power_of_2(top_k), 128, num_warps=4, **options,
-    )  # fmt: skip
-    one_kernels.gate_up[(rows // step, top_k)](
+    magic, options = one_token_kernels.MAGIC, launch_options()
+    launch_prepare(listed, weights, hidden, listed_copy, weights_copy, operand, offset)
+    one_token_kernels.gate_up[(rows // step, top_k)](
         slab, slab.stride(0), listed_copy, weights_copy, operand, offset, inner, inner_offset, 0, magic,
         columns, rows, GATE_UP_ONE.warps, GATE_UP_ONE.rows, num_warps=GATE_UP_ONE.warps, **options,
     )  # fmt: skip
-    one_kernels.down[(columns // (DOWN_ONE.warps * DOWN_ONE.rows),)](
+    one_token_kernels.down[(columns // (DOWN_ONE.warps * DOWN_ONE.rows),)](
         slab, slab.stride(0), listed_copy, inner, inner_offset, out, 0, magic,
-        columns, rows, GROUP // step, DOWN_ONE.warps, DOWN_ONE.rows, num_warps=DOWN_ONE.warps, **options,
+        columns, rows, GROUP_SIZE // step, DOWN_ONE.warps, DOWN_ONE.rows, num_warps=DOWN_ONE.warps, **options,
+    )  # fmt: skip
+
+
+def launch_prepare(
+    listed: Tensor,
+    weights: Tensor,
+    hidden: Tensor,
+    listed_copy: Tensor,
+    weights_copy: Tensor,
+    operand: Tensor,
+    offset: Tensor,
+) -> None:
+    """Launch `one_token_kernels.prepare`.
+
+    Args:
+        listed, weights: int32 [1 + k] or longer, and fp32 [k], on the device or in pinned memory.
+        hidden: bf16 [H].
+        listed_copy, weights_copy: as long, on the device; written, as are the others.
+        operand: fp32 [H], activations in the kernels' order.
+        offset: fp32 [H / 32].
+    """
+    words, top_k = hidden.shape[0] // 8, weights.shape[0]
+    one_token_kernels.prepare[(triton.cdiv(words, PREPARE_WORDS),)](
+        listed, weights, hidden, listed_copy, weights_copy, operand, offset,
+        words, top_k, triton.next_power_of_2(top_k), PREPARE_WORDS, num_warps=4, **launch_options(),
     )  # fmt: skip
 
 
@@ -108,22 +130,9 @@ def experts_many(
     out: Tensor,
     counts: list[int] | None = None,
 ) -> None:
-    """Add each expert's output for its tokens to `out`, as `moebox.kernels.cpu.experts_forward` does.
+    """Weights and inner activations are rounded to bf16, sums are fp32.
 
-    The expert in `slots[i]` gets the pairs j from `offsets[i]` to `offsets[i + 1]`, and
-    `out[tokens[j]] += weights[j] * expert_i(hidden[tokens[j]])`. Weights and inner activations are rounded
-    to bf16, sums are fp32. The same inputs give the same bits.
-
-    Args:
-        slab: uint8 [slots, stride].
-        shape: (H, I).
-        slots: int32 [n], on the device as are all tensors.
-        offsets: int32 [n + 1], ascending from 0 to m.
-        tokens: int32 [m], rows of `hidden`.
-        weights: fp32 [m].
-        hidden: bf16 [T, H].
-        out: fp32 [T, H], added to in place.
-        counts: tokens of each expert, known on the host; without them the call waits for the device.
+    Without `counts`, the call waits for the device.
 
     Raises:
         ValueError: a shape or dtype does not fit.
@@ -157,17 +166,17 @@ def experts_many(
 
 @cache
 def multiplies_bf16_pairs() -> bool:
-    """Whether the device has bf16x2 arithmetic (compute capability 9.0); older ones unpack the plain way."""
+    """Whether the device has bf16x2 arithmetic (since compute capability 9.0)."""
     if triton.knobs.runtime.interpret or not torch.cuda.is_available():
         return False
     return torch.cuda.get_device_capability() >= (9, 0)
 
 
 def _rounds(counts: list[int]) -> list[tuple[int, int]]:
-    """Ranges of experts with at most `MAX_PAIRS` pairs each, unless one expert alone has more."""
+    """Ranges of experts with at most `ROUND_PAIRS` pairs each, unless one expert alone has more."""
     rounds, begin, pairs = [], 0, 0
     for i, count in enumerate(counts):
-        if pairs + count > MAX_PAIRS and i > begin:
+        if pairs + count > ROUND_PAIRS and i > begin:
             rounds.append((begin, i))
             begin, pairs = i, 0
         pairs += count
@@ -175,18 +184,18 @@ def _rounds(counts: list[int]) -> list[tuple[int, int]]:
 
 
 def _padded(columns: int, tiles: Tiles) -> int:
-    """Columns of a row laid out in blocks of 8 `words`."""
+    """Columns of a row, padded to whole blocks of 8 `words`."""
     block = 8 * tiles.words
     return -(-columns // block) * block
 
 
 def _regroup(hidden: Tensor) -> Tensor:
-    """bf16 [T, padded H]: each row in blocks, as `gate_up` reads it."""
+    """bf16 [T, padded H]: each row in the blocks that `gate_up` reads."""
     n_tokens, columns = hidden.shape
     padded = _padded(columns, GATE_UP_MANY)
     operand = torch.empty(n_tokens, padded, dtype=torch.bfloat16, device=hidden.device)
-    grid = (n_tokens, triton.cdiv(padded // 8, 256))
-    many_kernels.regroup[grid](hidden, operand, columns, GATE_UP_MANY.words, 256)
+    grid = (n_tokens, triton.cdiv(padded // 8, REGROUP_WORDS))
+    many_tokens_kernels.regroup[grid](hidden, operand, columns, GATE_UP_MANY.words, REGROUP_WORDS)
     return operand
 
 
@@ -200,7 +209,7 @@ def _pair_results(
     first: int,
     counts: list[int],
 ) -> Tensor:
-    """fp32 [pairs, H]: each expert's output for each of its tokens, not weighted yet."""
+    """fp32 [pairs, H]: each expert's output for each of its tokens, not weighted."""
     columns, rows = shape
     n_pairs, most = sum(counts), max(counts)
     native = multiplies_bf16_pairs()
@@ -209,14 +218,14 @@ def _pair_results(
     result = torch.empty(n_pairs, columns, device=slab.device)
     tiles = GATE_UP_MANY
     grid = (triton.cdiv(inner_columns, tiles.rows), triton.cdiv(most, tiles.tokens), len(counts))
-    many_kernels.gate_up[grid](
+    many_tokens_kernels.gate_up[grid](
         slab, slab.stride(0), slots, offsets, tokens, operand, inner, first, columns, rows,
         tiles.rows, tiles.tokens, tiles.rest, tiles.words, DOWN_MANY.words, tiles.stages, native,
         num_warps=tiles.warps, maxnreg=tiles.registers,
     )  # fmt: skip
     tiles = DOWN_MANY
     grid = (triton.cdiv(columns, tiles.rows), triton.cdiv(most, tiles.tokens), len(counts))
-    many_kernels.down[grid](
+    many_tokens_kernels.down[grid](
         slab, slab.stride(0), slots, offsets, inner, result, first, columns, rows,
         tiles.rows, tiles.tokens, tiles.rest, tiles.words, tiles.stages, native,
         num_warps=tiles.warps, maxnreg=tiles.registers,
@@ -225,8 +234,9 @@ def _pair_results(
 
 
 def _combine(result: Tensor, tokens: Tensor, weights: Tensor, out: Tensor) -> None:
-    """Add the pairs' results to their tokens, in the order of the pairs."""
+    """Add the pairs' weighted results to their tokens in `out`, in the order of the pairs."""
     n_tokens, columns = out.shape
-    many_kernels.combine[(n_tokens,)](
-        result, tokens, weights, out, len(tokens), columns, triton.next_power_of_2(columns), 1024, num_warps=8
-    )
+    many_tokens_kernels.combine[(n_tokens,)](
+        result, tokens, weights, out, len(tokens), columns, triton.next_power_of_2(columns), COMBINE_PAIRS,
+        num_warps=8,
+    )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The router: sigmoid, bias, groups, top-k and weights in one program a token."""
+"""The router: sigmoid, bias, groups, top-k and weights, by one program a token. See `base.Ops`."""
 
 from __future__ import annotations
 
@@ -7,17 +7,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moebox.kernels.gpu.reference.layer import RouterSpec
+from moebox.kernels.gpu.base import RouterSpec
 from moebox.kernels.gpu.triton.overlap import after_previous, launch_options, start_next
 from moebox.kernels.gpu.triton.signals import COPY_BLOCK, copy_vector, raise_flag
 
 NOTHING = tl.constexpr(-(2**63))
-"""Sorts below every key."""
+"""Less than every key."""
 
 
 @triton.jit
 def _keys(value, index, valid):
-    """int64 that sort as the fp32 values do, the lower index first among equals; `NOTHING` if not valid."""
+    """int64 keys in the order of the fp32 values; of equal values the lower index has the greater key.
+
+    `NOTHING` where not valid.
+    """
     bits = value.to(tl.int32, bitcast=True)
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     return tl.where(valid, (ordered.to(tl.int64) << 32) | (0x7FFFFFFF - index).to(tl.int64), NOTHING)
@@ -25,6 +28,7 @@ def _keys(value, index, valid):
 
 @triton.jit
 def _index(key):
+    """The index that a key of `_keys` was made from."""
     return 0x7FFFFFFF - (key & 0xFFFFFFFF).to(tl.int32)
 
 
@@ -110,9 +114,9 @@ def _route_and_post(
     logits,
     bias,
     hidden,
-    box_ids,
-    box_weights,
-    box_hidden,
+    mailbox_ids,
+    mailbox_weights,
+    mailbox_hidden,
     flag,
     scale,
     width,
@@ -126,19 +130,19 @@ def _route_and_post(
 ):
     start_next(OVERLAP)
     after_previous(OVERLAP)
-    copy_vector(hidden, box_hidden, width, BLOCK)  # on its way over the bus while the choice is made
+    copy_vector(hidden, mailbox_hidden, width, BLOCK)  # first: it crosses the bus during the choice
     ids, weights = _choose(logits, bias, scale, MEMBERS, GROUPS, KEPT, TOP_K, NORM)
     place = tl.arange(0, triton.next_power_of_2(TOP_K))
-    tl.store(box_ids + place, ids, mask=place < TOP_K)
-    tl.store(box_weights + place, weights, mask=place < TOP_K)
+    tl.store(mailbox_ids + place, ids, mask=place < TOP_K)
+    tl.store(mailbox_weights + place, weights, mask=place < TOP_K)
     raise_flag(flag)
 
 
 @triton.jit
-def _guess(
+def _predict(
     logits,
     bias,
-    box_ids,
+    mailbox_ids,
     flag,
     MEMBERS: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -151,7 +155,7 @@ def _guess(
     after_previous(OVERLAP)
     ids, _ = _choose(logits, bias, 1.0, MEMBERS, GROUPS, KEPT, TOP_K, NORM)
     place = tl.arange(0, triton.next_power_of_2(TOP_K))
-    tl.store(box_ids + place, ids, mask=place < TOP_K)
+    tl.store(mailbox_ids + place, ids, mask=place < TOP_K)
     raise_flag(flag)
 
 
@@ -166,7 +170,6 @@ def _settings(n_experts: int, spec: RouterSpec) -> dict[str, int | bool]:
 
 
 def route(logits: Tensor, bias: Tensor, spec: RouterSpec) -> tuple[Tensor, Tensor]:
-    """See `Ops.route`."""
     count, n_experts = logits.shape
     ids = torch.empty(count, spec.num_experts_per_tok, dtype=torch.int64, device=logits.device)
     weights = torch.empty(ids.shape, dtype=torch.float32, device=logits.device)
@@ -181,20 +184,18 @@ def route_and_post(
     bias: Tensor,
     spec: RouterSpec,
     hidden: Tensor,
-    box_ids: Tensor,
-    box_weights: Tensor,
-    box_hidden: Tensor,
+    mailbox_ids: Tensor,
+    mailbox_weights: Tensor,
+    mailbox_hidden: Tensor,
     flag: Tensor,
 ) -> None:
-    """See `Ops.route_and_post`."""
-    boxes = (box_ids, box_weights, box_hidden, flag)
+    mailbox = (mailbox_ids, mailbox_weights, mailbox_hidden, flag)
     settings = _settings(logits.shape[0], spec)
     scale, width = spec.routed_scaling_factor, hidden.shape[0]
     _route_and_post[(1,)](
-        logits, bias, hidden, *boxes, scale, width, **settings, BLOCK=COPY_BLOCK, num_warps=4
+        logits, bias, hidden, *mailbox, scale, width, **settings, BLOCK=COPY_BLOCK, num_warps=4
     )
 
 
-def guess(logits: Tensor, bias: Tensor, spec: RouterSpec, box_ids: Tensor, flag: Tensor) -> None:
-    """See `Ops.guess`."""
-    _guess[(1,)](logits, bias, box_ids, flag, **_settings(logits.shape[0], spec), num_warps=1)
+def predict(logits: Tensor, bias: Tensor, spec: RouterSpec, mailbox_ids: Tensor, flag: Tensor) -> None:
+    _predict[(1,)](logits, bias, mailbox_ids, flag, **_settings(logits.shape[0], spec), num_warps=1)

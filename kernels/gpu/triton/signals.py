@@ -1,6 +1,7 @@
-"""Words between a running GPU program and the host: boxes and flags in pinned memory.
+"""Posts to the mailbox and waits for flags in pinned memory, while the host watches the same memory.
 
-A flag is raised once per launch and lowered by the host before the next one.
+A program raises a flag once per launch; the host clears it before the next launch. `base.Ops` documents
+`wait` and `post`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from torch import Tensor
 from moebox.kernels.gpu.triton.overlap import after_previous, launch_options, start_next
 
 COPY_BLOCK = 8192
+"""Elements that a program copies at a time."""
 
 
 @triton.jit
@@ -19,7 +21,7 @@ def _wait(flag, OVERLAP: tl.constexpr):
     start_next(OVERLAP)
     seen = tl.load(flag, volatile=True)
     while seen == 0:
-        # A plain load: a read-modify-write of host memory could undo the host's own store.
+        # A plain load: a read-modify-write of host memory could undo a store of the host.
         seen = tl.load(flag, volatile=True)
     after_previous(OVERLAP)
 
@@ -34,7 +36,7 @@ def copy_vector(src, dst, length, BLOCK: tl.constexpr):
 
 @triton.jit
 def raise_flag(flag):
-    """Set the flag after all that this program has stored, for the whole system to see."""
+    """Store 1 in the flag after all stores of this program; the host sees them in this order."""
     tl.debug_barrier()
     tl.atomic_xchg(flag, 1, sem="release", scope="sys")
 
@@ -44,9 +46,9 @@ def _post(
     ids,
     weights,
     hidden,
-    box_ids,
-    box_weights,
-    box_hidden,
+    mailbox_ids,
+    mailbox_weights,
+    mailbox_hidden,
     flag,
     width,
     K: tl.constexpr,
@@ -55,14 +57,14 @@ def _post(
 ):
     start_next(OVERLAP)
     after_previous(OVERLAP)
-    copy_vector(hidden, box_hidden, width, BLOCK)
-    copy_vector(ids, box_ids, K, triton.next_power_of_2(K))
-    copy_vector(weights, box_weights, K, triton.next_power_of_2(K))
+    copy_vector(hidden, mailbox_hidden, width, BLOCK)
+    copy_vector(ids, mailbox_ids, K, triton.next_power_of_2(K))
+    copy_vector(weights, mailbox_weights, K, triton.next_power_of_2(K))
     raise_flag(flag)
 
 
 def wait(flag: Tensor) -> None:
-    """See `Ops.wait`: one warp polls."""
+    """One warp polls the flag."""
     _wait[(1,)](flag, num_warps=1, **launch_options())
 
 
@@ -70,19 +72,18 @@ def post(
     ids: Tensor,
     weights: Tensor,
     hidden: Tensor,
-    box_ids: Tensor,
-    box_weights: Tensor,
-    box_hidden: Tensor,
+    mailbox_ids: Tensor,
+    mailbox_weights: Tensor,
+    mailbox_hidden: Tensor,
     flag: Tensor,
 ) -> None:
-    """See `Ops.post`."""
     _post[(1,)](
         ids,
         weights,
         hidden,
-        box_ids,
-        box_weights,
-        box_hidden,
+        mailbox_ids,
+        mailbox_weights,
+        mailbox_hidden,
         flag,
         hidden.shape[0],
         K=ids.shape[0],

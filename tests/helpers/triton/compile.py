@@ -1,7 +1,7 @@
-"""Compile what a call would launch, for a Hopper GPU and on a machine without one.
+"""Makes each launch of a Triton kernel compile it for a Hopper GPU instead; needs no GPU.
 
-The interpreter runs Python; Triton compiles less than that. Import this before any kernel, in a process that
-does not interpret them.
+Triton's interpreter accepts more of Python than its compiler. Import this before any kernel, in a process that
+does not use the interpreter.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from triton.runtime.jit import JITFunction
 HOPPER = GPUTarget("cuda", 90, 32)
 
 compiled: dict[str, str] = {}
-"""Kernel's name -> the PTX of its last variant."""
+"""The PTX of each kernel's last variant, by the kernel's name."""
 
 _run = JITFunction.run
 

@@ -1,8 +1,10 @@
-"""Triton 3.6's interpreter with what it gets wrong put right. Import it before any kernel.
+"""Corrects errors of Triton 3.6's interpreter. Import it before any kernel.
 
-- bf16 operands of a dot are multiplied as the integers that hold their bits;
-- fp32 becomes bf16 by cutting bits off, where a GPU rounds to nearest even (and it takes long);
-- a loop's bound that was loaded from memory is an array of one element, which NumPy 2.4 takes for no integer.
+- The interpreter multiplies bf16 operands of a dot as the integers that hold their bits.
+- It turns fp32 into bf16 by cutting bits off, and slowly; a GPU rounds to nearest even.
+- A loop's bound that was loaded from memory is an array of one element, which NumPy 2.4 refuses as
+  an integer.
+- An integer has no remainder by a `tl.constexpr`; Triton's compiler computes it.
 """
 
 from __future__ import annotations
@@ -51,3 +53,4 @@ def _patch(tensor, scope):
 interpreter._convert_float = _convert
 interpreter.InterpreterBuilder.create_dot = _dot
 interpreter._patch_lang_tensor = _patch
+tl.constexpr.__rmod__ = lambda self, other: other % self.value

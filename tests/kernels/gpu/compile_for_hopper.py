@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import torch
 
 import helpers.triton.compile as compiler
-from moebox.kernels.gpu.triton import attention, dense, overlap, part, router, signals
+from moebox.kernels.gpu.triton import attention, dense, experts, overlap, router, signals, split_expert
 
 ORDER = re.compile(r"griddepcontrol\.wait|ld\.(?:global|volatile)|st\.global|atom")
 SPEC = SimpleNamespace(
@@ -28,7 +28,7 @@ def compile_all(capacity: int) -> None:
     signals.post(ids, weights, hidden, ids, weights, hidden, flag)
     router.route(torch.zeros(3, 64), torch.zeros(64), SPEC)
     router.route_and_post(torch.zeros(64), torch.zeros(64), SPEC, hidden, ids, weights, hidden, flag)
-    router.guess(torch.zeros(64), torch.zeros(64), SPEC, ids, flag)
+    router.predict(torch.zeros(64), torch.zeros(64), SPEC, ids, flag)
     dense.combine_norm(x, [x, hidden, x, x], x, 1e-5)
     dense.gemv(hidden, torch.zeros(2000, 256, dtype=bf16))
     dense.silu_mul(hidden)
@@ -39,11 +39,11 @@ def compile_all(capacity: int) -> None:
     query = attention.absorb(torch.zeros(512, dtype=bf16), kv_b, rotations, position)
     attention.value_up(attention.mla_decode(query, cache, position, 0.1, 128), kv_b, 32)
     ram = torch.zeros(3, 28672, dtype=torch.uint8)
-    part.expert_part(ram, (256, 64), torch.zeros(4, dtype=torch.int32), torch.zeros(1), hidden, x)
+    split_expert.split_expert(ram, (256, 64), torch.zeros(4, dtype=torch.int32), torch.zeros(1), hidden, x)
 
 
 if __name__ == "__main__":
-    for module in (attention, dense, part, router, signals):
+    for module in (attention, dense, experts, router, signals, split_expert):
         module.launch_options = lambda: {"OVERLAP": True, "launch_pdl": True}
     assert not overlap.launch_options()["OVERLAP"]
     compile_all(64)

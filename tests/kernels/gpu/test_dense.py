@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from helpers.numbers import relative_l2
-from moebox.kernels.gpu.reference import layer as reference
+from moebox.kernels.gpu.reference import ops as reference
 from moebox.kernels.gpu.triton import dense
 
 

@@ -155,7 +155,7 @@ def test_repeated_tokens_in_rounds(
     before = torch.randn(3, 64, generator=generator)
     whole = many(module, slab, shape, [0, 1, 2], routing, hidden, before)
     assert error(whole, reference(arrays, routing, hidden, before), before) < BAR
-    monkeypatch.setattr(experts, "MAX_PAIRS", 6)
+    monkeypatch.setattr(experts, "ROUND_PAIRS", 6)
     assert torch.equal(many(module, slab, shape, [0, 1, 2], routing, hidden, before), whole)
 
 

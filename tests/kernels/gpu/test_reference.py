@@ -9,7 +9,7 @@ import torch
 
 from moebox.config import ModelConfig
 from moebox.kernels.gpu.ops import load_ops
-from moebox.kernels.gpu.reference import layer as reference
+from moebox.kernels.gpu.reference import ops as reference
 from moebox.runtime.model.attention import Attention
 from moebox.runtime.model.compute import CPU
 from moebox.runtime.model.kv_cache import KVCache

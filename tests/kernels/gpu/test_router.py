@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from moebox.kernels.gpu.reference import layer as reference
+from moebox.kernels.gpu.reference import ops as reference
 from moebox.kernels.gpu.triton import router
 
 
@@ -102,7 +102,7 @@ def test_guess(case, device):
     flags = torch.zeros(3, 16, dtype=torch.int32)
     if device.type == "cuda":
         ids, flags = ids.pin_memory(), flags.pin_memory()
-    router.guess(logits[1], bias, spec, ids[1], flags[1])
+    router.predict(logits[1], bias, spec, ids[1], flags[1])
     if device.type == "cuda":
         torch.cuda.synchronize()
     expected, _ = reference.route(logits[1:2], bias, spec)

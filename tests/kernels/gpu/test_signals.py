@@ -8,7 +8,8 @@ import threading
 import pytest
 import torch
 
-from moebox.kernels.gpu.ops import Ops, load_ops
+from moebox.kernels.gpu.base import Ops
+from moebox.kernels.gpu.ops import load_ops
 from moebox.kernels.gpu.reference import ops as torch_ops
 from moebox.kernels.gpu.triton import ops as triton_ops
 from moebox.kernels.gpu.triton import signals

@@ -11,19 +11,19 @@ from torch import Tensor
 from helpers.experts import dequantize, random_arrays
 from moebox.kernels.gpu.reference import experts as experts_reference
 from moebox.kernels.gpu.slots import slot_layout
-from moebox.kernels.gpu.triton import part
+from moebox.kernels.gpu.triton import split_expert
 from moebox.kernels.gpu.triton.experts import RowTiles
 
 FINE = 2e-4
 K2_SHAPE = (7168, 2048)
 
 
-@pytest.fixture(params=[part, experts_reference], ids=["triton", "torch"])
+@pytest.fixture(params=[split_expert, experts_reference], ids=["triton", "torch"])
 def module(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, device: torch.device) -> Any:
     """Both implementations. The interpreter takes 0.2 s a program: there, tiles are few and large."""
     if device.type == "cpu":
-        monkeypatch.setattr(part, "GATE_UP_PART", RowTiles(4, 8))
-        monkeypatch.setattr(part, "DOWN_PART", RowTiles(4, 8))
+        monkeypatch.setattr(split_expert, "GATE_UP_SPLIT", RowTiles(4, 8))
+        monkeypatch.setattr(split_expert, "DOWN_SPLIT", RowTiles(4, 8))
     return request.param
 
 
@@ -41,7 +41,7 @@ def make_ram(
     return ram, arrays
 
 
-def expected_part(arrays: list[Tensor], rows: int, weight: float, hidden: Tensor) -> Tensor:
+def expected_split(arrays: list[Tensor], rows: int, weight: float, hidden: Tensor) -> Tensor:
     """fp64 of what is added."""
     gate, up, down = (dequantize(*arrays[i : i + 2]) for i in (0, 2, 4))
     x = hidden.double()
@@ -56,7 +56,7 @@ def run(
     device = torch.device("cuda") if ram.is_pinned() else ram.device
     listed, weight = torch.tensor([*chosen, -7, -7], dtype=torch.int32), torch.tensor([0.7])
     out = before.to(device, copy=True)
-    module.expert_part(ram, shape, listed.to(device), weight.to(device), hidden.to(device), out)
+    module.split_expert(ram, shape, listed.to(device), weight.to(device), hidden.to(device), out)
     return out.cpu()
 
 
@@ -65,16 +65,16 @@ def run(
     [((96, 160), 64), ((96, 160), 160), ((224, 32), 32), ((256, 64), 32), ((64, 1088), 1056)],
     ids=str,
 )
-def test_part(
+def test_split_expert(
     module: Any, shape: tuple[int, int], rows: int, device: torch.device, generator: Any, monkeypatch: Any
 ) -> None:
     """Odd numbers of groups, more than a warp has lanes in the last case; what is in `out` stays."""
     if shape[1] > 1024 and device.type == "cpu":
-        monkeypatch.setattr(part, "GATE_UP_PART", RowTiles(1, 32))
+        monkeypatch.setattr(split_expert, "GATE_UP_SPLIT", RowTiles(1, 32))
     ram, arrays = make_ram(shape, 2, device, generator)
     hidden = torch.randn(shape[0], generator=generator).bfloat16()
     before = torch.randn(shape[0], generator=generator)
-    expected = expected_part(arrays[1], rows, 0.7, hidden)
+    expected = expected_split(arrays[1], rows, 0.7, hidden)
     out = run(module, ram, shape, (1, rows), hidden, before)
     assert (out.double() - before - expected).norm() < FINE * expected.norm()
 
@@ -91,8 +91,8 @@ def test_nothing_to_do(module: Any, chosen: tuple[int, int], device: torch.devic
     "changed, says",
     [
         ({"ram": torch.zeros(1, 100, dtype=torch.uint8)}, "an expert has 1728 bytes"),
-        ({"part": torch.zeros(1, dtype=torch.int32)}, "part is torch.int32"),
-        ({"part": torch.zeros(2)}, "part is torch.float32"),
+        ({"split": torch.zeros(1, dtype=torch.int32)}, "split is torch.int32"),
+        ({"split": torch.zeros(2)}, "split is torch.float32"),
         ({"weight": torch.zeros(2)}, "weight is"),
         ({"hidden": torch.zeros(32)}, "hidden is torch.float32"),
         ({"out": torch.zeros(64)}, "out is"),
@@ -103,13 +103,13 @@ def test_refuses(changed: dict[str, Tensor], says: str) -> None:
     given = {
         "ram": torch.zeros(1, 4096, dtype=torch.uint8),
         "shape": (32, 32),
-        "part": torch.zeros(4, dtype=torch.int32),
+        "split": torch.zeros(4, dtype=torch.int32),
         "weight": torch.zeros(1),
         "hidden": torch.zeros(32).bfloat16(),
         "out": torch.zeros(32),
     }
     with pytest.raises(ValueError, match=says):
-        part.expert_part(**(given | changed))
+        split_expert.split_expert(**(given | changed))
 
 
 @pytest.mark.gpu
@@ -121,10 +121,10 @@ def test_k2_in_a_graph(device: torch.device, generator: Any) -> None:
     listed = torch.tensor([-1, 0, 0, 0], dtype=torch.int32).pin_memory()
     weight, out = torch.tensor([0.7]).pin_memory(), torch.zeros(K2_SHAPE[0], device=device)
     call = (ram, K2_SHAPE, listed, weight, hidden.to(device), out)
-    part.expert_part(*call)
+    split_expert.split_expert(*call)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        part.expert_part(*call)
+        split_expert.split_expert(*call)
     for row, rows in ((0, 32), (1, 1056), (0, 2048), (-1, 2048)):
         listed[:2] = torch.tensor([row, rows])
         out.zero_()
@@ -133,5 +133,5 @@ def test_k2_in_a_graph(device: torch.device, generator: Any) -> None:
         out.zero_()
         graph.replay()
         assert torch.equal(out.cpu(), first)
-        expected = expected_part(arrays[row], rows if row >= 0 else 0, 0.7, hidden)
+        expected = expected_split(arrays[row], rows if row >= 0 else 0, 0.7, hidden)
         assert (first.double() - expected).norm() <= FINE * expected.norm()

@@ -1,11 +1,12 @@
 """Triton kernels of `experts_many`: experts with many tokens each, on the tensor cores.
 
-The weights are the left operand: packed words go to shared memory and from there straight to the registers
-the tensor cores read, where each word is cut into eight bf16 values. So that no value has to change its
-thread, the depth of a product counts places first (k mod 8: where in a word a value lies), then words. The
+The weights are the left operand. Packed words go to shared memory and from there to the registers that the
+tensor cores read, where each word becomes eight bf16 values. So that no value must move to another thread,
+the depth of a product runs over places first (a value's place in its word, k mod 8), then over words. The
 activations are laid out to match, in blocks of 8 WORDS values: [blocks, 8, WORDS], with zeros at the end.
 
-A pair is a token of an expert. Its rows stand in the order of `offsets`; `first` is the first pair of a call.
+A pair is an expert and one of its tokens. Pairs stand in the order of `offsets`; `first` is the first pair of
+a call.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from moebox.kernels.gpu.triton.int4 import matrix_pointers
+
 
 def _unpacking(half: int) -> str:
-    """PTX: two words -> for four of their eight places, the bf16 pair (q0 * s0, q1 * s1).
+    """PTX that turns two words into the bf16 pairs (q0 * s0, q1 * s1) of four of their eight places.
 
-    0x4300 is 128: u in its low bits makes 128 + u, exactly, and 0x4308 is 136 = 128 + 8.
+    0x4300 is 128 in bf16; with u in its low bits it is 128 + u, exactly. 0x4308 is 136 = 128 + 8.
     """
     lines = [
         "{ .reg .b32 half, t, bias;",
@@ -40,7 +43,10 @@ _UNPACK_HIGH = tl.constexpr(_unpacking(1))
 
 @triton.jit
 def _unpack(words, scale, HALF: tl.constexpr, NATIVE: tl.constexpr):
-    """Four of the eight weights of each word, bf16. The plain way is for Triton's interpreter."""
+    """Four of the eight weights of each word, bf16.
+
+    Without NATIVE, in operations that Triton's interpreter and older devices have.
+    """
     if NATIVE:
         return tl.inline_asm_elementwise(
             _UNPACK_HIGH if HALF else _UNPACK_LOW,
@@ -67,13 +73,6 @@ def _weights(words, scale, HALF: tl.constexpr, NATIVE: tl.constexpr):
     # The axes that join() adds are bits 1 and 0 of the place.
     places = tl.join(tl.join(a[0], a[2]), tl.join(a[1], a[3]))
     return tl.reshape(tl.permute(places, [0, 2, 3, 1]), [ROWS, 4 * WORDS])
-
-
-@triton.jit
-def _matrix(base, MATRIX: tl.constexpr, SIZE: tl.constexpr):
-    """Packed values and scales of an expert's matrix 0, 1 or 2, of SIZE weights."""
-    start = base + MATRIX * (SIZE // 2 + SIZE // 16)
-    return start.to(tl.pointer_type(tl.int32)), (start + SIZE // 2).to(tl.pointer_type(tl.bfloat16))
 
 
 @triton.jit
@@ -112,13 +111,13 @@ def _gate_up_tile(
 ):  # fmt: skip
     COLUMNS: tl.constexpr = HIDDEN // 8
     PADDED: tl.constexpr = (COLUMNS + WORDS - 1) // WORDS * WORDS
-    gate_words, gate_scales = _matrix(base, 0, HIDDEN * INNER)
-    up_words, up_scales = _matrix(base, 1, HIDDEN * INNER)
+    gate_words, gate_scales = matrix_pointers(base, 0, HIDDEN * INNER)
+    up_words, up_scales = matrix_pointers(base, 1, HIDDEN * INNER)
     pair = begin + tl.arange(0, TOKENS)
     ok = pair[None, :] < end
     token = tl.load(tokens + pair, pair < end, 0)
     at = token[None, :] * (8 * PADDED) + tl.arange(0, 4 * WORDS)[:, None]
-    # Rows by i mod 8, so that what is written lies side by side.
+    # Rows are taken by i mod 8, so that neighbouring threads write neighbouring values.
     m = tl.arange(0, ROWS)
     row = tl.program_id(0) * ROWS + m % (ROWS // 8) * 8 + m // (ROWS // 8)
     gate = tl.zeros([ROWS, TOKENS], tl.float32)
@@ -148,8 +147,8 @@ def gate_up(
 ):  # fmt: skip
     """inner[pair] = silu(gate x) * up x, laid out for `down`: bf16 [pairs, blocks, 8, OUT_WORDS].
 
-    Grid (8 OUT_WORDS blocks / ROWS, tiles of tokens, experts). An expert's last tile is a smaller one where
-    REST tokens suffice.
+    Grid (8 OUT_WORDS blocks / ROWS, tiles of tokens, experts). An expert's last tile has REST tokens where
+    these are enough.
     """
     expert = tl.program_id(2)
     begin = tl.load(offsets + expert) + tl.program_id(1) * TOKENS
@@ -177,7 +176,7 @@ def _down_tile(
 ):  # fmt: skip
     COLUMNS: tl.constexpr = INNER // 8
     PADDED: tl.constexpr = (COLUMNS + WORDS - 1) // WORDS * WORDS
-    down_words, down_scales = _matrix(base, 2, HIDDEN * INNER)
+    down_words, down_scales = matrix_pointers(base, 2, HIDDEN * INNER)
     pair = begin + tl.arange(0, TOKENS)
     ok = pair[None, :] < end
     at = (pair - first)[None, :] * (8 * PADDED) + tl.arange(0, 4 * WORDS)[:, None]
@@ -219,28 +218,35 @@ def down(
 
 
 @triton.jit
-def _pairs_of(tokens, token, start, n_pairs, CHUNK: tl.constexpr):
-    """Indices of a chunk of pairs [CHUNK], `n_pairs` for those of other tokens."""
-    index = start + tl.arange(0, CHUNK)
+def _pairs_of(tokens, token, start, n_pairs, BLOCK_PAIRS: tl.constexpr):
+    """Indices of the pairs from `start` on, [BLOCK_PAIRS]; `n_pairs` in place of a pair of another token."""
+    index = start + tl.arange(0, BLOCK_PAIRS)
     return tl.where(tl.load(tokens + index, index < n_pairs, -1) == token, index, n_pairs)
 
 
 @triton.jit(do_not_specialize=["n_pairs"], do_not_specialize_on_alignment=["tokens", "weights"])
 def combine(
-    result, tokens, weights, out, n_pairs, HIDDEN: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr
+    result,
+    tokens,
+    weights,
+    out,
+    n_pairs,
+    HIDDEN: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_PAIRS: tl.constexpr,
 ):
-    """out[t] += sum of weights * result over a token's pairs, in their order. Grid (T,), WIDTH >= H."""
+    """out[t] += the sum of weights * result over a token's pairs, in their order. Grid (T,), WIDTH >= H."""
     token = tl.program_id(0)
     least = n_pairs
-    for start in range(0, n_pairs, CHUNK):
-        least = tl.minimum(least, tl.min(_pairs_of(tokens, token, start, n_pairs, CHUNK), 0))
+    for start in range(0, n_pairs, BLOCK_PAIRS):
+        least = tl.minimum(least, tl.min(_pairs_of(tokens, token, start, n_pairs, BLOCK_PAIRS), 0))
     if least >= n_pairs:
         return
     column = tl.arange(0, WIDTH)
     at = out + token.to(tl.int64) * HIDDEN + column
     sums = tl.load(at, column < HIDDEN, 0.0)
-    for start in range(least // CHUNK * CHUNK, n_pairs, CHUNK):
-        index = _pairs_of(tokens, token, start, n_pairs, CHUNK)
+    for start in range(least // BLOCK_PAIRS * BLOCK_PAIRS, n_pairs, BLOCK_PAIRS):
+        index = _pairs_of(tokens, token, start, n_pairs, BLOCK_PAIRS)
         pair = tl.min(index, 0)
         while pair < n_pairs:
             row = result + pair.to(tl.int64) * HIDDEN + column
