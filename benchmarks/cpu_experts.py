@@ -6,8 +6,8 @@ Decode is one token through 8 experts of K2's shape (H 7168, I 2048), drawn at r
 the last-level cache holds. It gives GB/s of weights and scales, compared with the same threads only reading
 other experts' bytes; the two are measured in turns. Prefill is 512 tokens over 64 experts, top 8. It gives
 tokens/s, compared with a loop of torch bf16 matmuls over dequantized experts, and GFLOP/s, compared with the
-peak of the unit in use. Errors are relative L2 against fp64, for every instruction set of this machine. The last
-line is one JSON object.
+peak of the unit in use. Errors are relative L2 against fp64, for every instruction set of this machine. The
+last line is one JSON object.
 """
 
 from __future__ import annotations

@@ -2,12 +2,12 @@
 
     python benchmarks/gpu_dense.py
 
-Shapes are K2's, for one token. `gemv` is every matrix of a layer, and the head: GB/s of weights, compared with
-torch.mv and a device copy. It uses several matrices in turn, so that none is in the cache. `layer` is the
-attention, norms, router and shared expert of a layer in a CUDA graph, as the decode step runs them, but without
-routed experts and with all flags raised; with kernels that start before their predecessor's end, and without.
-`mla_decode` is attention by length of the context. Times are medians over replays. The last line is one JSON
-object.
+Shapes are K2's, for one token. `gemv` is every matrix of a layer, and the head: GB/s of weights, compared
+with torch.mv and a device copy. It uses several matrices in turn, so that none is in the cache. `layer` is
+the attention, norms, router and shared expert of a layer in a CUDA graph, as the decode step runs them, but
+without routed experts and with all flags raised; with kernels that start before their predecessor's end, and
+without. `mla_decode` is attention by length of the context. Times are medians over replays. The last line is
+one JSON object.
 """
 
 from __future__ import annotations

@@ -3,11 +3,11 @@
     python benchmarks/gpu_experts.py
 
 Experts have K2's shape (H 7168, I 2048). `one` is a token through 1 to 8 resident experts, which are drawn at
-random from 64 (1.6 GB, more than the cache holds), with lists in pinned memory, in a CUDA graph. It gives GB/s
-of weights and scales, compared with a device copy's bytes read and written. `many` is tokens over 64 experts,
-top 8. It gives TFLOP/s, compared with a bf16 product of 8192^3 matrices, and GB/s of weights. The limits are
-measured in the same run, on random data. Times are medians. Errors are relative L2 against fp64. The last line
-is one JSON object.
+random from 64 (1.6 GB, more than the cache holds), with lists in pinned memory, in a CUDA graph. It gives
+GB/s of weights and scales, compared with a device copy's bytes read and written. `many` is tokens over 64
+experts, top 8. It gives TFLOP/s, compared with a bf16 product of 8192^3 matrices, and GB/s of weights. The
+limits are measured in the same run, on random data. Times are medians. Errors are relative L2 against fp64.
+The last line is one JSON object.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Makes each launch of a Triton kernel compile it for a Hopper GPU instead; needs no GPU.
 
-Triton's interpreter accepts more of Python than its compiler. Import this before any kernel, in a process that
-does not use the interpreter.
+Triton's interpreter accepts more of Python than its compiler. Import this before any kernel, in a process
+that does not use the interpreter.
 """
 
 from __future__ import annotations
