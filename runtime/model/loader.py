@@ -111,7 +111,7 @@ def load_backbone(
         module_name, _, attribute = parameter.rpartition(".")
         wanted = torch.float32 if precision.keeps_fp32(module_name) else dtype
         weight = joined([_read(info).to(wanted) for info in infos])
-        if precision.is_quantized(module_name, weight.shape[-1], backbone):
+        if precision.is_quantized(module_name, weight.shape, backbone):
             replace(model, module_name, _quantized_linear(weight, backbone))
         else:
             weight = weight.to(processor.device)

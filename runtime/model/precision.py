@@ -5,28 +5,30 @@ absorbed attention multiplies by its parts per head, not as a Linear. So do the 
 up) and router and norms (small, fp32).
 
 int8 is LLM.int8() (arXiv 2208.07339): activations are quantized too, outliers above 6 excepted. nf4 is
-QLoRA's NormalFloat (arXiv 2305.14314) in blocks of 64, with quantized block scales; matrices whose rows are
-no multiple of 64 stay in bf16, since bitsandbytes 0.50 multiplies those wrongly on the CPU.
+QLoRA's NormalFloat (arXiv 2305.14314) in blocks of 64, with quantized block scales. On the CPU bitsandbytes
+0.50 multiplies wrongly where the inputs are no multiple of 64, and where the CPU has BF16 instructions it
+refuses outputs that are no multiple of 32; such matrices stay in bf16, on every machine alike.
 """
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from moebox.errors import PlanError
+from moebox.runtime.model.kimi_k2 import PACKED
 
 PRECISIONS = ("bf16", "int8", "nf4")
 NF4_BLOCK = 64
+NF4_OUTPUTS = 32
 NF4_BYTES_PER_WEIGHT = 0.5 + 1 / 64 + 4 / (64 * 256)
 
 _QUANTIZED = re.compile(
-    r"lm_head$"
-    r"|self_attn\.(q_kv_a_proj|q_proj|q_a_proj|q_b_proj|kv_a_proj_with_mqa|o_proj)$"
-    r"|mlp\.(shared_experts\.)?(gate_up_proj|gate_proj|up_proj|down_proj)$"
+    r"lm_head$|self_attn\.(q_kv_a_proj|q_b_proj|o_proj)$|mlp\.(shared_experts\.)?(gate_up_proj|down_proj)$"
 )
 
 
@@ -38,11 +40,11 @@ def check_precision(backbone: str) -> None:
         )
 
 
-def is_quantized(module_name: str, columns: int, backbone: str) -> bool:
-    """Whether a precision applies to the module of this name with so many inputs."""
+def is_quantized(module_name: str, shape: Sequence[int], backbone: str) -> bool:
+    """Whether a precision applies to the module of this name, whose weight has the shape [out, in]."""
     if backbone == "bf16" or _QUANTIZED.search(module_name) is None:
         return False
-    return backbone == "int8" or columns % NF4_BLOCK == 0
+    return backbone == "int8" or (shape[1] % NF4_BLOCK == 0 and shape[0] % NF4_OUTPUTS == 0)
 
 
 def parameter_bytes(parameter: Tensor) -> int:
@@ -62,10 +64,22 @@ def keeps_fp32(module_name: str) -> bool:
 def planned_bytes(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, backbone: str) -> int:
     """Bytes that a backbone of these tensors (name -> shape) will take."""
     total = 0.0
-    for name, shape in shapes.items():
+    for name, shape in _parameter_shapes(shapes).items():
         module, elements = name.rpartition(".")[0], math.prod(shape)
-        if not is_quantized(module, shape[-1], backbone):
+        if not is_quantized(module, shape, backbone):
             total += elements * (4 if keeps_fp32(module) else dtype.itemsize)
         else:
             total += elements + 4 * shape[0] if backbone == "int8" else elements * NF4_BYTES_PER_WEIGHT
     return int(total)
+
+
+def _parameter_shapes(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """The model's parameters: several tensors of a checkpoint may be one parameter, row after row."""
+    wholes = {part: whole for whole, parts in PACKED.items() for part in parts} | {"q_proj": "q_kv_a_proj"}
+    parameters: dict[str, tuple[int, ...]] = {}
+    for name, (rows, *rest) in shapes.items():
+        module, _, attribute = name.rpartition(".")
+        parent, _, last = module.rpartition(".")
+        parameter = f"{parent}.{wholes.get(last, last)}.{attribute}"
+        parameters[parameter] = (parameters.get(parameter, (0,))[0] + rows, *rest)
+    return parameters

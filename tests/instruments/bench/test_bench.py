@@ -40,6 +40,7 @@ from moebox.offload.machine.floor import Ceilings, PrefillFloor
 from moebox.offload.memory.ram_slab import RamTier
 from moebox.offload.routing.trace import synthetic_trace
 from moebox.runtime.engine.cpu_plan import budget_for_share
+from moebox.runtime.engine.cpu_runner import default_dtype
 
 K2, K2_SHALLOW = shape_config("kimi-k2"), shape_config("kimi-k2", 9)
 EXPERT = K2.expert_bytes
@@ -387,7 +388,8 @@ def test_bench_with_experts_on_disk(quick, tmp_path, monkeypatch):
         "moebox.instruments.bench.bench._prompt_ids", lambda options, config, count: list(range(count))
     )
     monkeypatch.setattr(ExpertStore, "measure_depth", lambda store: {"a drive": DriveSpeed({4: 2.5}, True)})
-    ram = budget_for_share(load_config(folder), torch.float32, "bf16", 64, 0.25)
+    config = load_config(folder)
+    ram = budget_for_share(config, default_dtype(config, "bf16"), "bf16", 64, 0.25)
     options = BenchOptions(folder, prompt_tokens=(20,), decode_tokens=6, device="cpu", context=64, ram=ram)
 
     report = bench(replace(options, prefetch=False))
@@ -414,7 +416,8 @@ def test_bench_says_what_was_read_ahead(quick, tmp_path, monkeypatch):
     monkeypatch.setattr(
         "moebox.offload.prefetch.ab_trial.FIRST_SHARE", 1e6
     )  # so few tokens have no time for trials
-    ram = budget_for_share(load_config(folder), torch.float32, "bf16", 64, 0.25)
+    config = load_config(folder)
+    ram = budget_for_share(config, default_dtype(config, "bf16"), "bf16", 64, 0.25)
     options = BenchOptions(folder, prompt_tokens=(20,), decode_tokens=6, device="cpu", context=64, ram=ram)
 
     report = bench(options)

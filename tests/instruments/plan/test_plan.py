@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import huggingface_hub.constants
 import pytest
-import torch
 from click.testing import CliRunner
 from rich.console import Console
 
@@ -27,6 +26,7 @@ from moebox.offload.machine.hardware import cpu_identity
 from moebox.offload.machine.profile import MachineProfile
 from moebox.quantize.synth.write import synth
 from moebox.runtime.engine.cpu_plan import budget_for_share, learned_bytes
+from moebox.runtime.engine.cpu_runner import default_dtype
 from moebox.runtime.engine.engine import Engine
 
 GIB = 1 << 30
@@ -185,7 +185,8 @@ def test_more_ram_than_this_box_has_means_another_box(model):
 
 
 def test_a_budget_on_this_box_is_obeyed_as_run_obeys_it(model, measured):
-    budget = budget_for_share(load_config(model), torch.float32, "bf16", 512, 0.75)
+    config = load_config(model)
+    budget = budget_for_share(config, default_dtype(config, "bf16"), "bf16", 512, 0.75)
 
     plan = make_plan(PlanOptions(str(model), box=BoxOptions(ram=budget), context=512))
     engine = Engine.load(model, device="cpu", ram=budget, context=512, statistics=False)
@@ -229,7 +230,8 @@ def test_less_ram_is_never_faster(model, measured):
     config = load_config(model)
     box = find_box(BoxOptions(), config, [model])
     curve = find_curve(config, model, None)
-    budgets = [budget_for_share(config, torch.float32, "bf16", 512, share) for share in (0.5, 0.75, 1)]
+    dtype = default_dtype(config, "bf16")
+    budgets = [budget_for_share(config, dtype, "bf16", 512, share) for share in (0.5, 0.75, 1)]
 
     rates = [
         plan_on(Subject("tiny", config, model), replace(box, ram=budget), curve, 512).tokens_per_s

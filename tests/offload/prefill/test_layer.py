@@ -121,7 +121,8 @@ def test_no_races(monkeypatch, slots, exclusive):
     assert races.find() == []
     records = tiers.prefill.records
     assert slots > LAYERS * EXPERTS or (
-        max(record.uploads for record in records) > prefill.GROUP and any(record.cpu for record in records)
+        max(record.uploads for record in records) > prefill.UPLOAD_GROUP
+        and any(record.cpu for record in records)
     )
 
 

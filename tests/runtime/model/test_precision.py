@@ -5,7 +5,7 @@ import torch
 
 from helpers.runtime import make_checkpoint
 from moebox.runtime.engine.engine import Engine
-from moebox.runtime.model.precision import PRECISIONS, parameter_bytes, planned_bytes
+from moebox.runtime.model.precision import PRECISIONS, is_quantized, parameter_bytes, planned_bytes
 from moebox.runtime.model.quantized_linear import quantize_linear
 
 TOKENS = torch.randint(0, 512, (50,), generator=torch.Generator().manual_seed(3)).tolist()
@@ -49,6 +49,14 @@ def test_plan_is_what_loading_takes(folder, backbone):
     engine = Engine.load(folder, backbone=backbone, dtype=torch.bfloat16)
     planned = planned_bytes(engine.config.backbone_shapes(), torch.bfloat16, backbone)
     assert planned == pytest.approx(engine.backbone_bytes, rel=0.02)
+
+
+def test_nf4_takes_only_what_bitsandbytes_multiplies_on_every_cpu():
+    assert is_quantized("model.layers.0.self_attn.o_proj", (64, 128), "nf4")
+    assert not is_quantized("model.layers.0.self_attn.o_proj", (64, 96), "nf4")
+    assert not is_quantized("model.layers.0.self_attn.o_proj", (80, 128), "nf4")
+    assert is_quantized("model.layers.0.self_attn.o_proj", (80, 96), "int8")
+    assert not is_quantized("model.layers.0.mlp.gate", (64, 128), "int8")
 
 
 def test_narrow_rows_stay_bf16_under_nf4(tmp_path):
