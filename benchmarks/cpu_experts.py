@@ -42,7 +42,7 @@ ERROR_BAR = 5e-3
 
 
 def seconds(call: Callable[[], object]) -> float:
-    """Wall time of a call."""
+    """Wall time of a call, in seconds."""
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
@@ -138,7 +138,7 @@ def measure_prefill(
 
 
 def prefill_routing() -> Routing:
-    """Each token to 8 different experts at random."""
+    """Each token has 8 different experts, chosen at random."""
     chosen = torch.rand(PREFILL_TOKENS, EXPERTS).argsort(1)[:, :TOP_K].flatten()
     order = chosen.argsort(stable=True)
     offsets = torch.cat([torch.zeros(1), chosen.bincount(minlength=EXPERTS).cumsum(0)])

@@ -1,13 +1,15 @@
-"""A GPU's joules, shared among requests that overlap, beside NVML's counter as another process reads it.
+"""Compares the joules that overlapping requests are given with NVML's counter, which another process reads.
 
     python benchmarks/energy.py --seconds 60
 
-Requests are bursts of bf16 products with pauses between them. In each round one, two, three or four of them
-overlap, or six short ones follow one another; between rounds nobody asks. A second process, which knows
-nothing of the requests, records every step of the counter. Printed per round: the joules that its requests
-were given, the counter's difference from the first one's begin to the last one's end (straight lines between
-its steps), and by how many percent they differ; then the same for the whole run, requests and idle time
-together, and what `begin` and `end` cost the request. The last line is one JSON object.
+A request is a series of bursts of bf16 products with pauses between them. In each round one, two, three or
+four requests overlap, or six short ones follow one another; between rounds no request is open. A second
+process, which does not know the requests, records every step of the counter.
+
+A row of the table holds, for each round, the joules that its requests were given, the counter's difference
+from the begin of the first to the end of the last request (linear between steps), and the difference of the
+two in percent. The last row holds the same for the whole run, requests and idle time together. Then follow
+the times that `begin` and `end` take. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -35,25 +37,25 @@ from moebox.cost.usage import Joules
 SIZE = 8192
 BURST_S = 0.05
 TOKENS = 16
-"""Processed in a burst."""
+"""Tokens that a burst counts."""
 REQUEST_S = 3.0
 SHORT_S = 0.15
 PAUSE_S = 0.7
-"""Between rounds."""
+"""Time between rounds."""
 POLL_S = 0.002
 TAIL_S = 0.4
-"""Recorded beyond the last request: the counter's last step comes late."""
+"""Time recorded after the last request, since the counter's last step comes late."""
 
 
 @dataclass(frozen=True)
 class Trace:
-    """The counter's steps: when each was seen, on the clock that all processes share, and joules."""
+    """The counter's steps: the time of each, on the clock that all processes share, and its joules."""
 
     at: Sequence[float]
     joules: Sequence[float]
 
     def until(self, at: float) -> float:
-        """Joules drawn until then, on a straight line between two steps."""
+        """Joules drawn until `at`, linear between two steps."""
         right = min(max(bisect.bisect_left(self.at, at), 1), len(self.at) - 1)
         left = right - 1
         part = (at - self.at[left]) / (self.at[right] - self.at[left])
@@ -65,7 +67,7 @@ class Trace:
 
 
 def watch(uuid: str, pipe: Connection) -> None:
-    """The second process: record each step of the counter until told to stop."""
+    """The second process: record each step of the counter until `pipe` receives anything."""
     import pynvml
 
     pynvml.nvmlInit()
@@ -80,7 +82,7 @@ def watch(uuid: str, pipe: Connection) -> None:
 
 
 class Watch:
-    """Runs `watch` in a process of its own."""
+    """Runs `watch` in another process."""
 
     def __init__(self, uuid: str) -> None:
         context = multiprocessing.get_context("spawn")
@@ -90,7 +92,7 @@ class Watch:
         self._pipe.recv()
 
     def stop(self) -> Trace:
-        """End the process; what it saw."""
+        """End the process; the steps that it recorded."""
         self._pipe.send("stop")
         steps = self._pipe.recv()
         self._process.join()
@@ -99,7 +101,7 @@ class Watch:
 
 @dataclass
 class Served:
-    """One request: when it was open, and its share."""
+    """One request: its begin and end, its joules, and the time that `begin` and `end` took."""
 
     begun_s: float
     ended_s: float
@@ -110,13 +112,13 @@ class Served:
 
 @dataclass
 class Round:
-    """Requests that overlap, or short ones one after another."""
+    """Requests that overlap, or short ones that follow one another."""
 
     what: str
     served: list[Served] = field(default_factory=list)
 
     def compare(self, trace: Trace) -> dict[str, Any]:
-        """The requests' joules beside the counter's."""
+        """The requests' joules compared with the counter's."""
         begun, ended = min(r.begun_s for r in self.served), max(r.ended_s for r in self.served)
         given = sum(request.joules for request in self.served)
         if self.what == "short":
@@ -139,7 +141,7 @@ def row(what: str, requests: int, seconds: float, given: float, counted: float) 
 
 
 def burst(seconds: float) -> None:
-    """Products on a stream of the calling thread's own."""
+    """Compute products for `seconds`, on a new stream."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         a = torch.ones(SIZE, SIZE, device="cuda", dtype=torch.bfloat16)
@@ -151,9 +153,9 @@ def burst(seconds: float) -> None:
 
 
 def serve(meter: EnergyMeter, work: Callable[[float], None], seconds: float, seed: int) -> Served:
-    """One request: bursts of work with pauses, so many tokens each."""
+    """One request: bursts of work with pauses; each burst counts `TOKENS` tokens."""
     chance = random.Random(seed)
-    asked = time.monotonic()
+    called = time.monotonic()
     span = meter.begin()
     begun = time.monotonic()
     while time.monotonic() < begun + seconds:
@@ -162,7 +164,7 @@ def serve(meter: EnergyMeter, work: Callable[[float], None], seconds: float, see
         time.sleep(min(seconds / 4, chance.uniform(0, BURST_S)))
     ended = time.monotonic()
     given = gpu_joules(span.end())
-    return Served(begun, ended, given, 1e6 * (begun - asked), 1e6 * (time.monotonic() - ended))
+    return Served(begun, ended, given, 1e6 * (begun - called), 1e6 * (time.monotonic() - ended))
 
 
 def gpu_joules(energy: Sequence[Joules]) -> float:
@@ -171,7 +173,7 @@ def gpu_joules(energy: Sequence[Joules]) -> float:
 
 
 def serve_round(meter: EnergyMeter, work: Callable[[float], None], number: int) -> Round:
-    """One to four requests that begin and end one after another, then short ones, in turn."""
+    """One to four overlapping requests, then short ones, by the number of the round."""
     overlapping = number % 5 + 1
     if overlapping == 5:
         short = Round("short")
@@ -196,7 +198,7 @@ def serve_round(meter: EnergyMeter, work: Callable[[float], None], number: int) 
 def run(
     meter: EnergyMeter, work: Callable[[float], None], seconds: float
 ) -> tuple[list[Round], float, float, float]:
-    """Rounds until the time is over; then when the run began and ended, and all joules, idle ones too."""
+    """Serve rounds for `seconds`: the rounds, begin and end of the run, and all joules, idle ones too."""
     began = time.monotonic()
     meter.idle()
     before = gpu_joules(meter.measured())
@@ -214,7 +216,7 @@ def run(
 
 
 def report(rounds: list[Round], total: dict[str, Any], trace: Trace, name: str) -> dict[str, Any]:
-    """Print the table; the figures for JSON."""
+    """Print the table; returns the figures for JSON."""
     rows = [done.compare(trace) for done in rounds]
     print(f"{name}: the counter stepped every {statistics.median(steps_ms(trace)):.0f} ms (median)\n")
     print("round          requests  seconds    J given  J counted  difference")
@@ -235,7 +237,7 @@ def report(rounds: list[Round], total: dict[str, Any], trace: Trace, name: str) 
 
 
 def steps_ms(trace: Trace) -> list[float]:
-    """From each step of the counter to the next."""
+    """Milliseconds from each step of the counter to the next."""
     return [1e3 * (after - before) for before, after in zip(trace.at, trace.at[1:], strict=False)]
 
 

@@ -114,14 +114,14 @@ class Layer:
         return Case(call, reference)
 
     def of_token(self, token: int, slots: Tensor, offsets: Tensor, tokens: Tensor, *rest: Tensor) -> Tensor:
-        """fp64 of one token of `many`."""
+        """The output of one token of `many`, in fp64."""
         weights, hidden = rest
         pairs = (tokens == token).nonzero().flatten()
         chosen = slots[torch.searchsorted(offsets, pairs, right=True, out_int32=True) - 1]
         return self.reference(chosen, weights[pairs], hidden[token])
 
     def reference(self, slots: Tensor, weights: Tensor, hidden: Tensor) -> Tensor:
-        """fp64 [H] of one token."""
+        """The output of one token, fp64 [H]."""
         x, total = hidden.double(), torch.zeros(HIDDEN, dtype=torch.float64, device="cuda")
         for slot, weight in zip(slots.tolist(), weights.tolist(), strict=True):
             gate = self.matrix(slot, self.layout.gate, self.layout.gate_scale, HIDDEN) @ x

@@ -1,11 +1,11 @@
-"""What the ledger costs: handing over a request, writing it, and summing up many.
+"""Time that the ledger takes: handing over a request, writing it, and adding up many.
 
     python benchmarks/ledger.py
     python benchmarks/ledger.py --dir /nvme/tmp --rows 1000000
 
-`put` is what an answer waits for: its bar is less than 1 ms in the median. `commit` is what the writing
-thread does for one request, which waits for the drive; `batch` is the share of one where many go together.
-Sums and opening are for a ledger of `--rows` requests, made up in no order of time, which is the worst case.
+An answer waits for `put`, whose bar is a median below 1 ms. `commit` is the writing of one request, which
+waits for the drive; `batch` is the time per request where many are written together. Sums and opening are
+measured on a ledger of `--rows` made-up requests in random order of time, which is the worst case.
 The last line is one JSON object.
 """
 
@@ -23,7 +23,7 @@ from typing import Any
 
 from moebox.cost.ledger.ledger import Ledger
 from moebox.cost.ledger.writer import LedgerWriter
-from moebox.cost.usage import Joules, Traffic, Usage
+from moebox.cost.usage import TRAFFIC_FIELDS, Joules, RequestRecord, Traffic, Usage
 
 BAR_MS = 1.0
 PUTS = 5000
@@ -32,22 +32,27 @@ BATCH = 10_000
 DAYS = 90
 
 
-def request(number: int, rng: random.Random) -> Usage:
+def request(number: int, rng: random.Random) -> RequestRecord:
     """A request of one of 20 users, within the last `DAYS` days."""
-    return Usage(
+    return RequestRecord(
         id=f"{number:032x}",
         begun_s=time.time() - rng.random() * DAYS * 86_400,
         model="Kimi-K2-Instruct-INT4",
         user=f"user-{rng.randrange(20)}",
+        finish_reason="stop",
+        usage=usage(rng),
+    )
+
+
+def usage(rng: random.Random) -> Usage:
+    """Made-up figures of one request."""
+    return Usage(
         prompt_tokens=rng.randrange(10, 8000),
-        cached_tokens=0,
         completion_tokens=rng.randrange(1, 2000),
-        queue_s=0.0,
         prefill_s=rng.random() * 10,
         decode_s=rng.random() * 100,
-        finish_reason="stop",
+        traffic=Traffic(*(rng.randrange(10**9) for _ in TRAFFIC_FIELDS)),
         energy=(Joules("gpu", rng.random() * 1e5, "counter"), Joules("cpu", rng.random() * 1e4, "estimated")),
-        traffic=Traffic(*(rng.randrange(10**9) for _ in range(6))),
     )
 
 
@@ -58,7 +63,7 @@ def milliseconds(work: Callable[[], Any]) -> float:
 
 
 def measure_put(path: Path, rng: random.Random) -> dict[str, float]:
-    """Milliseconds of `LedgerWriter.put` while the thread writes what was put before."""
+    """Milliseconds of `LedgerWriter.put` while the thread writes the requests put before."""
     writer = LedgerWriter(path)
     rows = [request(number, rng) for number in range(PUTS)]
     taken = sorted(milliseconds(lambda row=row: writer.put(row)) for row in rows)

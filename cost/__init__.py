@@ -1,1 +1,1 @@
-"""What tokens cost: the ledger of requests, their energy, prices, and the report."""
+"""What tokens cost: energy, prices, the ledger of requests, and reports."""

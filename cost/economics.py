@@ -1,4 +1,4 @@
-"""The sums: what tokens cost on one's own box, the same work at an API's prices, and when owning pays.
+"""The arithmetic of costs: what tokens cost on a box, the same work at an API's prices, when owning pays off.
 
 Pure functions. Money is in the currency of `Prices`; a month has 730 hours, a day 24.
 """
@@ -6,7 +6,8 @@ Pure functions. Money is in the currency of `Prices`; a month has 730 hours, a d
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from moebox.cost.prices.api_prices import ApiPrice
 from moebox.cost.prices.box_prices import JOULES_PER_KWH, MONTH_S, Prices
@@ -18,7 +19,7 @@ MILLION = 1e6
 
 @dataclass(frozen=True)
 class Parts:
-    """Money by what it is paid for: for some work, or for a million of its tokens."""
+    """Money for some work, or for a million of its tokens, by what it pays for."""
 
     electricity: float
     hardware: float
@@ -26,34 +27,55 @@ class Parts:
 
     @property
     def total(self) -> float:
-        """All three."""
+        """The sum of the parts."""
         return self.electricity + self.hardware + self.other
+
+    def by_name(self) -> dict[str, float]:
+        """The parts alone, by the names in `PARTS`."""
+        return {name: getattr(self, name) for name in PARTS}
+
+    def scaled(self, factor: float) -> Parts:
+        """Each part times `factor`."""
+        return Parts(**{name: value * factor for name, value in self.by_name().items()})
+
+    def to_dict(self) -> dict[str, Any]:
+        """The parts and their total, for JSON."""
+        return self.by_name() | {"total": self.total}
+
+
+PARTS = tuple(part.name for part in fields(Parts))
+"""What the money pays for, in the order of tables and charts."""
 
 
 @dataclass(frozen=True)
 class TokenCost(Parts):
-    """Money per million tokens as the box was used, and its twin for a box that never waits.
+    """Money per million tokens at the utilisation of the box, and at full utilisation.
 
     Attributes:
-        utilisation: the part of the time in which the box worked, as used in the sums: above 0 up to 1.
-        at_full_utilisation: the same work on a box that always has some: no second of waiting is paid.
+        utilisation: the part of the time in which the box worked, as the sums use it: above 0, at most 1.
+        at_full_utilisation: the same work on a box that never waits: no second of waiting is paid.
     """
 
     utilisation: float
     at_full_utilisation: Parts
 
+    def to_dict(self) -> dict[str, Any]:
+        """All figures, for JSON."""
+        full = self.at_full_utilisation.to_dict()
+        return super().to_dict() | {"utilisation": self.utilisation, "at_full_utilisation": full}
+
 
 @dataclass(frozen=True)
 class Work:
-    """What is priced.
+    """Work that is to be priced.
 
     Attributes:
-        tokens: that were computed: prompts without what was cached, and answers.
-        joules: measured meanwhile.
+        tokens: computed tokens: of prompts those that were not cached, and of answers.
+        joules: energy measured during the work.
         busy_s: seconds of the box that the work took. Requests at the same time share them: each counts with
             its part, so that the parts of all sum to the seconds in which the box was busy.
-        utilisation: as measured, above 0 up to 1: busy seconds of all work / seconds of the range.
-        idle_joules: of waiting, where it is to be shared out; this work's share of them.
+        utilisation: as measured, above 0, at most 1: busy seconds of all work / seconds of the range.
+        idle_joules: this work's share of the energy of waiting; 0 where that energy is not shared out.
     """
 
     tokens: float
@@ -68,16 +90,16 @@ class Work:
 
     @property
     def idle_s(self) -> float:
-        """Seconds of waiting that this work answers for: busy_s x (1 / utilisation - 1)."""
+        """The work's share of the seconds of waiting: busy_s x (1 / utilisation - 1)."""
         return self.busy_s * (1 / self.utilisation - 1)
 
     @property
     def idle_watts(self) -> float:
-        """Joules of waiting / seconds of waiting; 0 where the box never waited."""
+        """idle_joules / idle_s; 0 where the box never waited."""
         return self.idle_joules / self.idle_s if self.idle_s else 0.0
 
     def at(self, utilisation: float | None) -> Work:
-        """The same work at another utilisation, waiting at the same watts; None: as measured."""
+        """The same work at another utilisation, with the same watts of waiting; None: as measured."""
         if utilisation is None:
             return self
         moved = replace(self, utilisation=utilisation)
@@ -85,19 +107,19 @@ class Work:
 
 
 def work_of(usage: Usage) -> Work:
-    """One request that had the box to itself, which had nothing to wait for."""
-    return Work(usage.computed_tokens, usage.joules, usage.prefill_s + usage.decode_s)
+    """The work of a request that had the box for itself; nothing of waiting is part of it."""
+    return Work(usage.computed_tokens, usage.joules, usage.work_s)
 
 
 def electricity_of(joules: float, prices: Prices) -> float:
-    """Money: joules / 3,600,000 x price of a kWh."""
+    """Money for energy: joules / 3,600,000 x price of a kWh."""
     return joules / JOULES_PER_KWH * prices.electricity_per_kwh
 
 
 def money_of(work: Work, prices: Prices) -> Parts:
-    """What some work cost at `prices.utilisation`, or as measured.
+    """Money for some work at `prices.utilisation`, or at the measured one where that is None.
 
-    The box is paid for every second, also those in which it waits: a second of work is charged with
+    The box is paid for every second, also those in which it waits, so each second of work is charged with
     1 / utilisation seconds of the box.
 
         electricity = (joules + idle joules) / 3,600,000 x price of a kWh
@@ -114,21 +136,17 @@ def money_of(work: Work, prices: Prices) -> Parts:
 
 
 def cost_of(work: Work, prices: Prices) -> TokenCost | None:
-    """Money per million tokens, as it was and on a box that never waits; None where no token was computed.
+    """Money per million tokens, as the box was used and at full utilisation; None without computed tokens.
 
-    Each part is that of `money_of` / tokens x 1,000,000. At full utilisation no joule of waiting counts.
+    Each part is that of `money_of` / tokens x 1,000,000. At full utilisation no joule of waiting is paid.
     """
     if not work.tokens:
         return None
     scale = MILLION / work.tokens
-    paid = money_of(work, prices)
-    full = money_of(work, replace(prices, utilisation=1.0))
+    paid = money_of(work, prices).scaled(scale)
+    full = money_of(work, replace(prices, utilisation=1.0)).scaled(scale)
     return TokenCost(
-        paid.electricity * scale,
-        paid.hardware * scale,
-        paid.other * scale,
-        prices.utilisation or work.utilisation,
-        Parts(full.electricity * scale, full.hardware * scale, full.other * scale),
+        **paid.by_name(), utilisation=prices.utilisation or work.utilisation, at_full_utilisation=full
     )
 
 
@@ -137,21 +155,22 @@ def api_cost(prompt_tokens: float, cached_tokens: float, completion_tokens: floa
 
     ((prompt - cached) x input price + cached x cached price + completion x output price) / 1,000,000
     """
-    fresh = (prompt_tokens - cached_tokens) * price.input_per_million
+    computed = (prompt_tokens - cached_tokens) * price.input_per_million
     cached = cached_tokens * price.cached_per_million
-    return (fresh + cached + completion_tokens * price.output_per_million) / MILLION
+    return (computed + cached + completion_tokens * price.output_per_million) / MILLION
 
 
 @dataclass(frozen=True)
 class BreakEven:
-    """When owning pays; None stands for never.
+    """When owning pays off against an API; None stands for never.
 
     Attributes:
-        months: until what is saved each month has paid for the hardware.
-        tokens_per_day: computed tokens from which owning is cheaper over the hardware's life, same mix.
-        capacity_per_day: tokens that the box computes in a day without a pause, at the speed it had.
-        within_life: `months` end before the hardware's life does.
-        reachable: the box can compute `tokens_per_day`.
+        months: time until the money saved each month has paid for the hardware.
+        tokens_per_day: computed tokens a day, in the same mix, from which owning is cheaper over the
+            hardware's life.
+        capacity_per_day: tokens that the box computes in a day without a pause, at its measured speed.
+        within_life: whether `months` end before the hardware's life does.
+        reachable: whether the box can compute `tokens_per_day`.
     """
 
     months: float | None
@@ -162,19 +181,20 @@ class BreakEven:
 
 
 def break_even(work: Work, api_money: float, prices: Prices) -> BreakEven | None:
-    """When owning pays against an API; None where no hardware's price is known or nothing was computed.
+    """When owning pays off against an API; None without the hardware's price, or where nothing was computed.
 
     In a month the box does MONTH_S x utilisation / busy_s times this work.
 
-        months = (price - residual) / (API's money - electricity - other, each a month)
-        tokens a day = money that a day costs whatever is done / money that each token saves
+        months = (price - residual) / (the API's money - electricity - other costs, each a month)
+        tokens a day = money that a day costs at any use / money that each token saves
         capacity = tokens / busy_s x 86,400
 
-    A day costs (hardware + other, each a month) / MONTH_S x 86,400, and the watts of waiting all day where
-    they are shared out; a token saves the API's money less its joules above those of waiting.
+    A day costs (hardware + other, each a month) / MONTH_S x 86,400 and, where waiting is shared out, the
+    watts of waiting all day. A token saves the API's money less the price of its joules above those of
+    waiting.
 
     Args:
-        api_money: what an API takes for this work, of `api_cost`.
+        api_money: price of this work at an API, from `api_cost`.
     """
     if prices.hardware_price is None or not work.tokens or not work.busy_s:
         return None
@@ -192,10 +212,10 @@ def break_even(work: Work, api_money: float, prices: Prices) -> BreakEven | None
 
 
 def running_per_month(work: Work, prices: Prices) -> float:
-    """What owning costs a month beside the hardware: electricity at the pace of `work`, and other costs.
+    """Money a month for all but the hardware: electricity at the pace of `work`, and other costs.
 
-    joules of `work` x (MONTH_S x utilisation / busy_s) / 3,600,000 x price of a kWh + other costs; busy_s is
-    above 0.
+    (joules + idle joules) x (MONTH_S x utilisation / busy_s) / 3,600,000 x price of a kWh + other costs;
+    busy_s must be above 0.
     """
     work = work.at(prices.utilisation)
     electricity = electricity_of(work.joules + work.idle_joules, prices) * _times_a_month(work)
@@ -203,7 +223,7 @@ def running_per_month(work: Work, prices: Prices) -> float:
 
 
 def owning_per_month(work: Work, prices: Prices) -> float:
-    """Hardware, electricity at the pace of `work`, and other costs."""
+    """Money a month for hardware, electricity at the pace of `work`, and other costs."""
     return prices.hardware_per_month + running_per_month(work, prices)
 
 
@@ -211,7 +231,7 @@ def payback_months(saved_per_month: float, prices: Prices) -> float | None:
     """(price - residual) / saved a month; None: never, since nothing is saved.
 
     Args:
-        saved_per_month: what the others would cost less what owning costs beside the hardware.
+        saved_per_month: the price of the alternative less `running_per_month`.
     """
     if saved_per_month <= 0:
         return None
@@ -221,7 +241,7 @@ def payback_months(saved_per_month: float, prices: Prices) -> float | None:
 def developers_to_win(owning: float, subscription: float) -> int:
     """The smallest number of developers whose subscriptions cost more than owning, both a month.
 
-    floor(owning / subscription) + 1. Whether the box is fast enough for them is another question.
+    floor(owning / subscription) + 1. Whether the box is fast enough for them is not part of it.
     """
     return math.floor(owning / subscription) + 1
 

@@ -1,19 +1,20 @@
-"""How figures of the cost report are written, on the terminal and on the page."""
+"""Formats of the figures in cost reports, on the terminal and on the page."""
 
 from __future__ import annotations
 
 import math
 
 SYMBOLS = {"USD": "$", "EUR": "€", "GBP": "£", "JPY": "¥"}
-LEAST_MONEY = 0.0001
+MIN_MONEY = 0.0001
+"""Smaller amounts are written as `<$0.0001`."""
 
 
 def money(value: float, currency: str = "USD") -> str:
-    """`$25,000`, `$12.30`, `$0.0042`: whole from a thousand on, three digits below ten cents."""
+    """`$25,000`, `$12.30`, `$0.0042`: without cents from 1,000 on, with three digits below 0.1."""
     symbol = SYMBOLS.get(currency, f"{currency} ")
     size = abs(value)
-    if 0 < size < LEAST_MONEY:
-        return f"<{symbol}{LEAST_MONEY}"
+    if 0 < size < MIN_MONEY:
+        return f"<{symbol}{MIN_MONEY}"
     if size >= 1000 or (size >= 100 and size == round(size)):
         text = f"{size:,.0f}"
     elif size >= 1 or size == 0:
@@ -25,7 +26,7 @@ def money(value: float, currency: str = "USD") -> str:
 
 
 def axis_money(value: float, currency: str = "USD") -> str:
-    """As `money`, and whole amounts without cents."""
+    """As `money`, but whole amounts without cents."""
     return money(value, currency).removesuffix(".00")
 
 
@@ -40,7 +41,7 @@ def count(value: float) -> str:
 
 
 def rate(value: float) -> str:
-    """A number a second, or a number of joules: `1,204`, `24.1`, `0.83`."""
+    """Three digits of a speed or of joules: `1,204`, `24.1`, `0.83`."""
     if value >= 100:
         return f"{value:,.0f}"
     return f"{value:.1f}" if value >= 10 else f"{value:.2f}"

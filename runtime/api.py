@@ -377,25 +377,11 @@ class _Run:
             self._close(request, model.engine.traffic() - before, failed)
 
     def _close(self, request: Request, traffic: Traffic, failed: bool) -> None:
-        stats, accounts, queue_s = self._generation.stats, self._model.accounts, self._call.queue_s
-        usage = request.end(
-            # Of a prompt that was not read to its end, what was read.
-            prompt_tokens=stats.cached_tokens + self._generation.computed,
-            cached_tokens=stats.cached_tokens,
-            completion_tokens=stats.completion_tokens,
-            queue_s=queue_s,
-            prefill_s=stats.prefill_s,
-            decode_s=stats.decode_s,
-            finish_reason="error" if failed else stats.finish_reason,
-            traffic=traffic,
-        )
+        stats, accounts = self._generation.stats, self._model.accounts
+        usage = replace(stats.usage, queue_s=self._call.queue_s, traffic=traffic)
+        usage = request.end(usage, "error" if failed else stats.finish_reason).usage
         self._stats = replace(
-            stats,
-            queue_s=queue_s,
-            traffic=traffic,
-            energy=usage.energy,
-            cost=accounts.dollars(usage),
-            currency=accounts.prices.currency,
+            stats, usage=usage, cost=accounts.cost(usage), currency=accounts.prices.currency
         )
 
     def _answer(self) -> Iterator[Piece]:

@@ -1,4 +1,4 @@
-"""Energy of an NVIDIA GPU: NVML's total-energy counter, with power times time between its steps."""
+"""Energy of an NVIDIA GPU: NVML's total-energy counter, and power times time between its steps."""
 
 from __future__ import annotations
 
@@ -17,32 +17,37 @@ if TYPE_CHECKING:
 log = logging.getLogger("moebox")
 
 STEP_S = 0.1
-"""The counter steps about ten times a second."""
+"""Time between two steps of the counter."""
 SHORT_S = 10 * STEP_S
-"""From here on what power times time fills in at both ends, half a step each, is below a tenth."""
+"""In longer windows, power times time gives less than a tenth of the energy: half a step at each end."""
 
 
 class GpuReader(Protocol):
-    """What a GPU says about itself; both raise `DeviceError` where it stops answering."""
+    """Reads a GPU's energy and power; both methods raise `DeviceError` where the GPU does not answer."""
 
     def millijoules(self) -> int:
         """The counter: energy since the driver was loaded."""
 
     def watts(self) -> float:
-        """Power now."""
+        """The present power."""
 
 
 class GpuEnergy:
-    """Joules between any two moments from a counter that steps, so that short windows get their share.
+    """Joules at any moment, estimated between the steps of the counter.
 
-    The counter lags by at most a step. Within a step, power times time goes on from the last estimate, held
-    between the counter and the counter plus a step's energy; over more than a step, the counter and half a
-    step's energy, which is where it stands on average. So what one window gets too much the next gets too
-    little, and the sum over any time is the counter's difference to within one step.
+    The counter lags behind by at most one step. With `counted` the joules of the counter, and `seconds` the
+    time since the last call:
+
+        seconds <= STEP_S:  last estimate + seconds x mean of the last and the present watts, but not below
+                            counted, nor above counted + STEP_S x the larger of both
+        seconds > STEP_S:   counted + STEP_S x present watts / 2, since the mean lag is half a step
+
+    Where one window gets too much, the next gets too little, so the sum over any time differs from the
+    counter by at most one step.
 
     Args:
         reader: the GPU.
-        clock: seconds that only grow.
+        clock: monotonic seconds.
     """
 
     source: Source = "gpu"
@@ -56,7 +61,7 @@ class GpuEnergy:
         self._first = self._estimate = self._watts * STEP_S / 2
 
     def joules(self) -> float:
-        """Drawn since this was opened; never falls. Raises `DeviceError` where the GPU is gone."""
+        """Joules since this was opened; never falls. Raises `DeviceError` where the GPU does not answer."""
         now = self._clock()
         watts = self._reader.watts()
         self._count()
@@ -72,16 +77,16 @@ class GpuEnergy:
 
     def _count(self) -> None:
         counter = self._reader.millijoules()
-        # It begins anew where the driver was loaded again.
+        # The counter restarts from 0 when the driver is loaded again.
         self._counted += max(0, counter - self._counter) / 1e3
         self._counter = counter
 
     def method(self, seconds: float) -> Method:
-        """How the joules of a window that long were obtained."""
+        """The counter serves windows of `SHORT_S` seconds and more; shorter ones rely on power times time."""
         return "counter" if seconds >= SHORT_S else "power"
 
     def close(self) -> None:
-        """Nothing is held: NVML stays open as long as the process."""
+        """Does nothing: NVML stays open until the process ends."""
 
 
 class NvmlReader:
@@ -106,14 +111,14 @@ class NvmlReader:
             raise DeviceError(f"NVML gives no energy counter: {error}") from error
 
     def watts(self) -> float:
-        """Power now; 0 where the GPU does not tell, so that only the counter's steps count."""
+        """The present power; 0 where the GPU has no reading, so that only the counter's steps count."""
         try:
             return self._read_watts()
         except self._errors as error:
             raise DeviceError(f"NVML gives no power any more: {error}") from error
 
     def _power_reading(self) -> Callable[[], float]:
-        # Since Ampere the plain reading is an average over a second: too slow for a short request.
+        # From Ampere on, the average reading covers a second: too slow for a short request.
         for reading in (self._instant_watts, self._average_watts):
             try:
                 reading()
@@ -135,7 +140,7 @@ class NvmlReader:
 
 
 def open_gpu(device: torch.device | None) -> GpuEnergy | None:
-    """The counter of a CUDA device; None, said by name, where NVML or its counter is missing."""
+    """The counter of a CUDA device; None where NVML or its counter is missing, which the log says."""
     if device is None or device.type != "cuda":
         return None
     try:

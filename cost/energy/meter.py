@@ -1,4 +1,4 @@
-"""Whose joules they were: what the box draws, shared among the requests that are open at the time."""
+"""Divides the energy of the box among the requests that are open at the time."""
 
 from __future__ import annotations
 
@@ -20,7 +20,13 @@ log = logging.getLogger("moebox")
 
 
 class Span:
-    """The time in which one request uses the box; made by `EnergyMeter.begin`."""
+    """The time in which one request uses the box; `EnergyMeter.begin` makes it.
+
+    Args:
+        meter: measures the energy.
+        began_s: the meter's clock at the begin.
+        sources: parts of the box that are measured.
+    """
 
     def __init__(self, meter: EnergyMeter, began_s: float, sources: Sequence[Source]) -> None:
         self._meter, self._began_s = meter, began_s
@@ -29,41 +35,46 @@ class Span:
         self._energy: tuple[Joules, ...] | None = None
 
     def tokens(self, n: int) -> None:
-        """So many tokens were processed since the last call, of prompt or answer alike; by one thread."""
+        """Count `n` more processed tokens, of prompt or answer; call it from one thread only."""
         self._tokens += n
 
     def end(self) -> tuple[Joules, ...]:
-        """The request's joules, at most one entry per source. A second call returns the same."""
+        """End the span; the joules of the request, as in `Usage.energy`. A second call returns the same."""
         with self._meter.lock:
             if self._energy is None:
                 seconds = self._meter.leave(self) - self._began_s
-                self._energy = self._meter.labelled(self._joules, seconds)
+                self._energy = self._meter.with_methods(self._joules, seconds)
             return self._energy
 
     def take_tokens(self) -> int:
-        """Those since the last call; for the meter."""
-        # The owner may add some meanwhile: it alone writes `_tokens`, so that none is lost.
+        """Tokens counted since the last call; for the meter."""
+        # The request's thread may count more meanwhile. Only that thread writes `_tokens`, so none is lost.
         tokens = self._tokens
         taken, self._shared_tokens = tokens - self._shared_tokens, tokens
         return taken
 
     def add(self, drawn: dict[Source, float], share: float) -> None:
-        """Its part of what was drawn; for the meter."""
+        """Add the request's share of the joules in `drawn`; for the meter."""
         for source, joules in drawn.items():
             self._joules[source] = self._joules.get(source, 0.0) + share * joules
 
 
 class EnergyMeter:
-    """Shares what the box draws among requests; what is drawn while none is open is idle.
+    """Divides the joules of the box among its requests; joules drawn while no request is open are idle.
 
-    Whenever a request begins or ends, the joules since the last such moment go to the requests that were
-    open, by the tokens that each processed meanwhile, or in equal parts where none did. Every joule goes to
-    one request or is idle, so the sum of all is what the sources measured. Counters include what other
-    programs draw: a meter takes the box for its own, and two meters count it twice. Safe for several threads.
+    Whenever a request begins or ends, the joules since the last begin or end go to the requests that were
+    open:
+
+        share of a request = its tokens since then / tokens of all open requests since then
+
+    or 1 / number of open requests where no token was processed. Every joule goes to one request or is idle,
+    so all shares and the idle energy sum to what the sources measured. Counters include the energy of other
+    programs, which the requests are charged with; two meters on one box count it twice. Safe for several
+    threads.
 
     Args:
         sources: the parts of the box, each once.
-        clock: seconds that only grow.
+        clock: monotonic seconds.
         wall: Unix time.
     """
 
@@ -89,15 +100,15 @@ class EnergyMeter:
         """A meter of this box.
 
         Args:
-            device: the GPU that computes; None or a CPU: no GPU is counted.
-            model: stands in for counters that cannot be read.
+            device: the GPU that computes; None or a CPU: no GPU is measured.
+            model: estimates the energy of parts whose counters cannot be read.
         """
         return cls(open_sources(device, model))
 
     def begin(self) -> Span:
-        """A request starts to use the box. What was idle until now is closed."""
+        """Begin a request, which ends the idle spell if there is one."""
         with self.lock:
-            self._settle()
+            self._divide()
             if not self._open:
                 self._end_spell()
             span = Span(self, self._at, [part.source for part in self._sources])
@@ -105,44 +116,44 @@ class EnergyMeter:
             return span
 
     def idle(self) -> list[IdleSpell]:
-        """What was drawn with no request open, since the last call and until now."""
+        """The spells without an open request since the last call, the current one included."""
         with self.lock:
             if not self._open:
-                self._settle()
+                self._divide()
                 self._end_spell()
                 self._begin_spell()
             spells, self._spells = self._spells, []
             return spells
 
     def measured(self) -> tuple[Joules, ...]:
-        """All that the sources have measured up to the last request's begin or end, or call of `idle`."""
+        """All joules measured until the last begin or end of a request, or the last call of `idle`."""
         with self.lock:
             drawn = {source: total - self._first[source] for source, total in self._total.items()}
-            return self.labelled(drawn, float("inf"))
+            return self.with_methods(drawn, float("inf"))
 
     def close(self) -> None:
-        """Give back the sources; requests that are open keep what they have."""
+        """Close the sources; open requests keep the joules that they have."""
         with self.lock:
             for part in self._sources:
                 part.close()
             self._sources = []
 
     def leave(self, span: Span) -> float:
-        """End a request; for `Span`, under the lock. Returns the clock."""
-        self._settle()
+        """End a request; for `Span`, which holds the lock. Returns the clock."""
+        self._divide()
         self._open.remove(span)
         if not self._open:
             self._begin_spell()
         return self._at
 
-    def labelled(self, joules: dict[Source, float], seconds: float) -> tuple[Joules, ...]:
-        """Joules of a window that long with the way they were obtained."""
+    def with_methods(self, joules: dict[Source, float], seconds: float) -> tuple[Joules, ...]:
+        """Joules by source, with the method of each source for a window of `seconds`."""
         return tuple(
             Joules(source, drawn, self._methods[source](seconds)) for source, drawn in joules.items()
         )
 
-    def _settle(self) -> None:
-        """Share out what was drawn since the last call."""
+    def _divide(self) -> None:
+        """Divide the joules drawn since the last call."""
         drawn = self._drawn()
         self._at = self._clock()
         if not self._open:
@@ -150,12 +161,12 @@ class EnergyMeter:
                 self._idle[source] = self._idle.get(source, 0.0) + joules
             return
         tokens = [span.take_tokens() for span in self._open]
-        whole = sum(tokens)
-        for span, count in zip(self._open, tokens, strict=True):
-            span.add(drawn, count / whole if whole else 1 / len(self._open))
+        all_tokens = sum(tokens)
+        for span, n_tokens in zip(self._open, tokens, strict=True):
+            span.add(drawn, n_tokens / all_tokens if all_tokens else 1 / len(self._open))
 
     def _drawn(self) -> dict[Source, float]:
-        """Joules per source since the last call; a source that stops answering is dropped, and named."""
+        """Joules per source since the last call; a source that fails is named in the log and dropped."""
         drawn = {}
         for part in list(self._sources):
             try:
@@ -175,4 +186,5 @@ class EnergyMeter:
     def _end_spell(self) -> None:
         seconds = self._at - self._idle_since
         if seconds > 0 or any(self._idle.values()):
-            self._spells.append(IdleSpell(self._idle_begun_s, seconds, self.labelled(self._idle, seconds)))
+            energy = self.with_methods(self._idle, seconds)
+            self._spells.append(IdleSpell(self._idle_begun_s, seconds, energy))

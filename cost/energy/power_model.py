@@ -1,4 +1,4 @@
-"""The stated model of a box whose energy counters cannot be read."""
+"""The stated watts of a box whose energy counters cannot be read."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from moebox.errors import MoeboxError
 
 @dataclass(frozen=True)
 class PowerModel:
-    """Watts of a box without its GPU; what a wall meter says is better than these guesses.
+    """Watts of a box without its GPU. The defaults are guesses; values from a wall meter are better.
 
     Attributes:
-        idle_watts: processor, board, drives and fans of one socket at rest.
-        watts_per_core: more for each core that works; a 64-core server part at 350 W gives about 5.
-        dram_watts: of the memory, at work or not; each module takes 2 to 5.
+        idle_watts: power of processor, board, drives and fans of one socket at rest.
+        watts_per_core: additional power of each core that works: about 350 W / 64 cores = 5.5 W for a server
+            processor.
+        dram_watts: power of the memory, at work or at rest: 2 to 5 W for each module.
 
     Raises:
         MoeboxError: a figure is negative or not a number.
@@ -33,4 +34,4 @@ class PowerModel:
 
 
 GUESSED = PowerModel()
-"""For boxes of which nothing is known."""
+"""The model where the prices state no watts."""

@@ -1,4 +1,4 @@
-"""Where energy comes from: counters of the GPU, the processors and the memory, or a stated model."""
+"""The measured parts of the box: counters of GPU, processors and memory, or the stated watts."""
 
 from __future__ import annotations
 
@@ -17,31 +17,35 @@ if TYPE_CHECKING:
 
 
 class PowerSource(Protocol):
-    """One part of the box."""
+    """One part of the box whose energy is measured or estimated."""
 
     @property
     def source(self) -> Source:
-        """Which part."""
+        """The name of the part."""
 
     def joules(self) -> float:
-        """Drawn since it was opened; never falls. Raises `DeviceError` where it cannot be read any more."""
+        """Joules since the source was opened; never falls.
+
+        Raises:
+            DeviceError: the source cannot be read any more.
+        """
 
     def method(self, seconds: float) -> Method:
-        """How the joules of a window that long were obtained."""
+        """How joules are obtained over a window of `seconds`."""
 
     def close(self) -> None:
-        """Give back what it holds."""
+        """Release what the source holds."""
 
 
 class ModelEnergy:
-    """The stated model: so many watts all the time, and more for each second that a core works for us.
+    """Energy from stated watts: joules = watts x seconds + watts_per_core x core seconds of this process.
 
     Args:
-        source: the part it stands for.
-        watts: drawn all the time.
-        watts_per_core: while a core works for this process.
-        clock: seconds that only grow.
-        cpu_clock: seconds of all cores that this process used.
+        source: the part whose energy is estimated.
+        watts: power at all times.
+        watts_per_core: additional power of each core that works for this process.
+        clock: monotonic seconds.
+        cpu_clock: core seconds that this process used.
     """
 
     def __init__(
@@ -58,12 +62,12 @@ class ModelEnergy:
         self._began_s, self._began_cpu_s = clock(), cpu_clock()
 
     def joules(self) -> float:
-        """Since this was opened."""
+        """Joules since the source was opened."""
         seconds, cpu_s = self._clock() - self._began_s, self._cpu_clock() - self._began_cpu_s
         return self._watts * seconds + self._watts_per_core * cpu_s
 
     def method(self, seconds: float) -> Method:
-        """Always "estimated"."""
+        """All joules are estimated."""
         return "estimated"
 
     def close(self) -> None:
@@ -75,8 +79,12 @@ def open_sources(
 ) -> list[PowerSource]:
     """The box's parts in the order of `SOURCES`: the GPU if `device` is one, the processors, the memory.
 
-    Processors and memory whose counters cannot be read are estimated; a GPU without a counter is left out.
-    Either is said.
+    Processors and memory whose counters cannot be read are estimated from `model`; a GPU without a counter is
+    left out. The log names both.
+
+    Args:
+        device: the GPU that computes; None or a CPU: none.
+        powercap: the folder in which Linux shows RAPL.
     """
     counted: dict[Source, PowerSource] = {part.source: part for part in open_rapl(powercap)}
     gpu = open_gpu(device)

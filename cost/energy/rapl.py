@@ -14,14 +14,14 @@ from moebox.errors import DeviceError
 log = logging.getLogger("moebox")
 
 POWERCAP = Path("/sys/class/powercap")
-MOST_WATTS = 1000.0
-"""No package or its memory draws more: how soon a counter may wrap."""
+MAX_WATTS = 1000.0
+"""More than any package or its memory draws; decides how soon a counter may wrap."""
 _KINDS: tuple[tuple[Source, str], ...] = (("cpu", "package-"), ("dram", "dram"))
-"""Sources, and how the names of their zones begin; other zones are parts of these, or hold them (psys)."""
+"""Sources, and the prefix of their zones' names. Other zones are parts of these, or contain them (psys)."""
 
 
 class _Zone:
-    """One counter, which wraps: at 350 W every 12 minutes, with the usual range of 2^32 steps of 61 uJ."""
+    """One counter. It wraps: at 350 W every 12 minutes, with the usual range of 2^32 steps of 61 uJ."""
 
     def __init__(self, folder: Path) -> None:
         self._file = folder / "energy_uj"
@@ -37,14 +37,14 @@ class _Zone:
 
 
 class RaplEnergy:
-    """The zones of one kind, all packages together.
+    """The zones of one kind, summed over all packages.
 
-    A thread wakes twice in the time that the fastest counter needs to wrap (about every two minutes), since a
-    long answer or a night without requests may take longer than that.
+    A thread reads the counters twice in the shortest time in which one may wrap (about every two minutes),
+    since a long answer or a night without requests may take longer than that.
 
     Args:
         source: "cpu" or "dram".
-        folders: the zones'.
+        folders: of the zones.
 
     Raises:
         DeviceError: a counter cannot be read.
@@ -56,7 +56,7 @@ class RaplEnergy:
         self._lock = threading.Lock()
         self._drawn_uj = 0
         self._stop = threading.Event()
-        every_s = min(zone.range_uj for zone in self._zones) / 1e6 / MOST_WATTS / 2
+        every_s = min(zone.range_uj for zone in self._zones) / 1e6 / MAX_WATTS / 2
         watch = threading.Thread(
             target=_keep_reading,
             args=(weakref.ref(self), self._stop, every_s),
@@ -66,17 +66,17 @@ class RaplEnergy:
         watch.start()
 
     def joules(self) -> float:
-        """Drawn since this was opened; never falls. Raises `DeviceError` where a counter is gone."""
+        """Joules since the zones were opened; never falls. Raises `DeviceError` where a counter is gone."""
         with self._lock:
             self._drawn_uj += sum(zone.step_uj() for zone in self._zones)
             return self._drawn_uj / 1e6
 
     def method(self, seconds: float) -> Method:
-        """The counters step every millisecond, so they serve windows of any length."""
+        """A counter steps every millisecond, so it serves windows of any length."""
         return "counter"
 
     def close(self) -> None:
-        """Stop the thread."""
+        """Stop the thread that reads the counters."""
         self._stop.set()
 
 
@@ -88,12 +88,12 @@ def _keep_reading(energy: weakref.ref[RaplEnergy], stop: threading.Event, every_
         try:
             source.joules()
         except DeviceError:
-            return  # whoever asks next is told
+            return  # the next call of `joules` raises the error to its caller
         del source
 
 
 def open_rapl(root: Path = POWERCAP) -> list[RaplEnergy]:
-    """Processors and memory, as far as there are counters that can be read; others are said by name."""
+    """Processors and memory whose counters can be read; the log names the others."""
     found = []
     for source, name in _KINDS:
         try:
@@ -108,7 +108,7 @@ def open_rapl(root: Path = POWERCAP) -> list[RaplEnergy]:
 
 
 def _zones(root: Path) -> list[Path]:
-    # Not intel-rapl-mmio: the same packages, read another way.
+    # intel-rapl-mmio shows the same packages a second time.
     return sorted(root.glob("intel-rapl:*"))
 
 

@@ -1,7 +1,7 @@
-"""The ledger: what every request used, in one SQLite file in the user's data folder.
+"""The ledger: the usage of every request, in one SQLite file in the user's data folder.
 
-Neither prompts nor answers are in it. Several processes may write and read it at the same time; a row that
-`add` has written survives the end of the process, and, as far as the drive keeps its word, of the power.
+It holds neither prompts nor answers. Several processes may write and read it at the same time. A row that
+`add` has written survives a crash of the process, and a loss of power if the drive honours flushes.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from moebox.cost.ledger.rows import (
     REQUEST_COLUMNS,
     Row,
     idle_row,
+    record_of,
     request_row,
     spell_of,
     text_value,
-    usage_of,
 )
 from moebox.cost.ledger.schema import MIGRATIONS, upgrade, version_of
 from moebox.cost.ledger.totals import CHOSEN, Key, Totals, totals_by
-from moebox.cost.usage import IdleSpell, Usage
+from moebox.cost.usage import IdleSpell, RequestRecord
 from moebox.errors import LedgerError
 from moebox.files import locked
 from moebox.folders import data_folder
@@ -38,21 +38,21 @@ log = logging.getLogger("moebox")
 
 LEDGER_FILE = "ledger.sqlite3"
 BUSY_S = 10.0
-"""How long to wait for another process that is writing."""
+"""Seconds to wait for another process that is writing."""
 READ_CACHE_KIB = 65_536
-"""About 250,000 requests; with SQLite's 2 MB, sums over 100,000 take half as long again."""
+"""Holds about 250,000 requests. With SQLite's default of 2 MB, sums over 100,000 take 1.5 times as long."""
 
 
 def ledger_path() -> Path:
-    """The file that `MOEBOX_LEDGER` in the environment names, else `ledger.sqlite3` in the data folder."""
+    """The path in the environment variable `MOEBOX_LEDGER`, else `ledger.sqlite3` in the data folder."""
     given = os.environ.get("MOEBOX_LEDGER")
     return Path(given).expanduser() if given else data_folder() / LEDGER_FILE
 
 
 class Ledger:
-    """One connection to the ledger, for the thread that opened it. A context manager that closes it.
+    """One connection to the ledger, to be used by the thread that opened it. A context manager closes it.
 
-    Every method raises `LedgerError` when the file cannot be read or written.
+    Every method raises `LedgerError` where the file cannot be read or written.
     """
 
     def __init__(self, path: Path, connection: sqlite3.Connection) -> None:
@@ -62,13 +62,13 @@ class Ledger:
 
     @classmethod
     def open(cls, path: Path | None = None, *, read_only: bool = False) -> Ledger:
-        """Open the ledger at `path`, by default `ledger_path()`; makes a new one, upgrades an older one.
+        """Open the ledger at `path`, by default `ledger_path()`; create a missing file, upgrade an older one.
 
         Args:
-            read_only: the file has to exist. One of an older version is upgraded first.
+            read_only: the file must exist; a file of an older version is upgraded all the same.
 
         Raises:
-            LedgerError: there is no file, it is not a ledger, damaged or of a newer version, or it or its
+            LedgerError: the file is missing, no ledger, damaged or of a newer version, or the file or its
                 folder cannot be read or written.
         """
         path = path or ledger_path()
@@ -79,16 +79,16 @@ class Ledger:
                 _make(path)
             return cls(path, _connect_to_read(path) if read_only else _connect_to_write(path))
 
-    def add(self, *usages: Usage) -> None:
-        """Write requests, all or none; those whose id is there are left as they are there."""
-        self.write([request_row(usage) for usage in usages], [])
+    def add(self, *records: RequestRecord) -> None:
+        """Write all requests, or none after an error; one whose id is in the file is left out."""
+        self.write([request_row(record) for record in records], [])
 
     def add_idle(self, *spells: IdleSpell) -> None:
-        """Write spells in which nobody asked, all or none."""
+        """Write all idle spells, or none after an error."""
         self.write([], [idle_row(spell) for spell in spells])
 
     def write(self, requests: Sequence[Row], spells: Sequence[Row]) -> None:
-        """Write rows of `rows.py`, all or none; a row whose id is there already is left as it is."""
+        """Write all rows of `rows.py`, or none after an error; a row whose id is in the file is left out."""
         with _errors_named(self.path), _transaction(self._connection):
             self._connection.executemany(_insert("requests", REQUEST_COLUMNS), requests)
             self._connection.executemany(_insert("idle", IDLE_COLUMNS), spells)
@@ -99,17 +99,17 @@ class Ledger:
         until_s: float | None = None,
         model: str | None = None,
         user: str | None = None,
-    ) -> Iterator[Usage]:
+    ) -> Iterator[RequestRecord]:
         """Requests that began at `since_s` or later and before `until_s` (Unix time), in order of time."""
         columns = ", ".join(REQUEST_COLUMNS)
         statement = f"SELECT {columns} FROM requests WHERE {CHOSEN} ORDER BY begun_s, id"
         with _errors_named(self.path):
             for row in self._connection.execute(statement, _chosen(since_s, until_s, model, user)):
-                yield usage_of(row)
+                yield record_of(row)
 
     def idle(self, since_s: float | None = None, until_s: float | None = None) -> Iterator[IdleSpell]:
-        """Spells in which nobody asked, in order of time; of one that lies across an end of the range only
-        the part within, with that part of its joules.
+        """Idle spells in order of time. A spell across an end of the range counts with its part within the
+        range, and with the same part of its joules.
         """
         begin_s, end_s = _range(since_s, until_s)
         columns = ", ".join(IDLE_COLUMNS)
@@ -131,7 +131,7 @@ class Ledger:
         *,
         by: Key | None = None,
     ) -> list[Totals]:
-        """Sums over what `requests` gives, one entry for each model, user or day, in their order.
+        """Sums over the requests of `requests`, one entry for each model, user or day, in their order.
 
         With `by` None there is exactly one entry, also where there are no requests.
         """
@@ -140,7 +140,7 @@ class Ledger:
 
     @contextmanager
     def snapshot(self) -> Iterator[None]:
-        """All that is read within is of one moment, whatever others write meanwhile; nothing is written."""
+        """A context in which all reads see the file at one moment, whatever is written meanwhile."""
         with _errors_named(self.path):
             self._connection.execute("BEGIN")
         try:
@@ -150,7 +150,7 @@ class Ledger:
                 self._connection.execute("ROLLBACK")
 
     def is_current(self) -> bool:
-        """Whether the file that is open is still the one at `path`: it may have been deleted or replaced."""
+        """Whether the open file is still the one at `path`; it may have been deleted or replaced."""
         return self._file is not None and self._file == _identity(self.path)
 
     def close(self) -> None:
@@ -184,7 +184,7 @@ def _is_newest(path: Path) -> bool:
 
 
 def _make(path: Path) -> None:
-    # By one process at a time: SQLite does not wait where another one changes the file to WAL.
+    # The lock admits one process at a time, since SQLite does not wait while another one turns WAL on.
     with locked(path), closing(_connect(path, "rwc")) as connection:
         (mode,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()
         if mode != "wal":
@@ -199,7 +199,8 @@ def _connect_to_write(path: Path) -> sqlite3.Connection:
 
 
 def _connect_to_read(path: Path) -> sqlite3.Connection:
-    # Not mode=ro, whose connections leave the log's files behind; SQLite falls back to it where it has to.
+    # Connections with mode=ro would leave the files of the write-ahead log behind. With mode=rw, SQLite
+    # itself opens a file read-only that may not be written.
     connection = _connect(path, "rw")
     try:
         connection.execute("PRAGMA query_only = ON")
@@ -210,7 +211,8 @@ def _connect_to_read(path: Path) -> sqlite3.Connection:
         shut = _code(error) in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY)
         if not shut or Path(f"{path}-wal").exists():
             raise
-        # Nobody has the file open, and in a folder that we may not write SQLite cannot prepare for others.
+        # No process has the file open, and SQLite cannot create the files that it shares with other processes
+        # in a folder that may not be written.
         return _connect(path, "ro&immutable=1")
     return connection
 
@@ -232,7 +234,7 @@ def _transaction(connection: sqlite3.Connection) -> Iterator[None]:
 
 
 def _insert(table: str, columns: Sequence[str]) -> str:
-    # Not OR IGNORE, which would also pass over a value that is missing.
+    # OR IGNORE would also ignore a missing value.
     values = ", ".join("?" * len(columns))
     return f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({values}) ON CONFLICT (id) DO NOTHING"
 
@@ -287,7 +289,7 @@ _CAUSES = {
 
 @contextmanager
 def _errors_named(path: Path) -> Iterator[None]:
-    """Turn SQLite's and the system's errors into a `LedgerError` that names the file and the fix."""
+    """Turn errors of SQLite and of the system into a `LedgerError` that names the file and the fix."""
     try:
         yield
     except sqlite3.Error as error:
@@ -299,5 +301,5 @@ def _errors_named(path: Path) -> Iterator[None]:
 
 
 def _code(error: sqlite3.Error) -> int:
-    # Errors of the Python module itself, such as of a closed connection, carry none.
+    # Errors of the Python module itself, such as a closed connection, have no code of SQLite.
     return int(getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR)) & 0xFF

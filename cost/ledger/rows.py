@@ -1,54 +1,59 @@
-"""Requests and idle spells as rows of the ledger's tables, and back."""
+"""Requests and idle spells as rows of the ledger's tables, and back. Columns follow the fields of `Usage`."""
 
 from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 from uuid import uuid4
 
-from moebox.cost.usage import SOURCES, TRAFFIC_FIELDS, IdleSpell, Joules, Traffic, Usage
+from moebox.cost.usage import (
+    SECONDS,
+    SOURCES,
+    TOKENS,
+    TRAFFIC_FIELDS,
+    IdleSpell,
+    Joules,
+    RequestRecord,
+    Traffic,
+    Usage,
+)
 from moebox.errors import LedgerError
 
 Row = tuple[str | int | float | None, ...]
 
-_TOKENS = ("prompt_tokens", "cached_tokens", "completion_tokens")
-_SECONDS = ("queue_s", "prefill_s", "decode_s")
-_PLAIN = ("id", "begun_s", "model", "user", *_TOKENS, *_SECONDS, "finish_reason")
-_N_PLAIN = len(_PLAIN)
-
 ENERGY_COLUMNS = tuple(f"{source}_{part}" for source in SOURCES for part in ("joules", "method"))
-REQUEST_COLUMNS = (*_PLAIN, *TRAFFIC_FIELDS, *ENERGY_COLUMNS)
+SUMMED_COLUMNS = (*TOKENS, *SECONDS, *TRAFFIC_FIELDS)
+"""The columns of `Usage` whose values over several requests add up."""
+USAGE_COLUMNS = (*SUMMED_COLUMNS, *ENERGY_COLUMNS)
+REQUEST_COLUMNS = ("id", "begun_s", "model", "user", "finish_reason", *USAGE_COLUMNS)
 IDLE_COLUMNS = ("id", "begun_s", "seconds", *ENERGY_COLUMNS)
 
 _INT64 = 2**63
 
 
-def request_row(usage: Usage) -> Row:
+def request_row(record: RequestRecord) -> Row:
     """A request's values, in the order of `REQUEST_COLUMNS`.
 
     Raises:
-        LedgerError: a value is not what its field holds, not finite, or above 63 bits.
+        LedgerError: a value has the wrong type, is not finite, or does not fit into 63 bits.
     """
     try:
         return (
-            text_value(usage.id),
-            _real(usage.begun_s),
-            text_value(usage.model),
-            text_value(usage.user),
-            *(_whole(getattr(usage, name)) for name in _TOKENS),
-            *(_real(getattr(usage, name)) for name in _SECONDS),
-            text_value(usage.finish_reason),
-            *(_whole(getattr(usage.traffic, name)) for name in TRAFFIC_FIELDS),
-            *_energy_values(usage.energy),
+            text_value(record.id),
+            _real(record.begun_s),
+            text_value(record.model),
+            text_value(record.user),
+            text_value(record.finish_reason),
+            *_usage_values(record.usage),
         )
     except (TypeError, ValueError, AttributeError) as error:
-        raise LedgerError(f"request {usage.id!r} cannot be recorded: {error}") from error
+        raise LedgerError(f"request {record.id!r} cannot be recorded: {error}") from error
 
 
 def idle_row(spell: IdleSpell) -> Row:
-    """A spell's values, in the order of `IDLE_COLUMNS`, under a new id; errors as `request_row`."""
+    """A spell's values under a new id, in the order of `IDLE_COLUMNS`. Raises as `request_row` does."""
     try:
         energy = _energy_values(spell.energy)
         return (uuid4().hex, _real(spell.begun_s), _real(spell.seconds), *energy)
@@ -56,20 +61,39 @@ def idle_row(spell: IdleSpell) -> Row:
         raise LedgerError(f"an idle spell cannot be recorded: {error}") from error
 
 
-def usage_of(row: Sequence[Any]) -> Usage:
+def record_of(row: Sequence[Any]) -> RequestRecord:
     """The request of a row of `REQUEST_COLUMNS`."""
-    plain: dict[str, Any] = dict(zip(_PLAIN, row[:_N_PLAIN], strict=True))
-    energy = energy_of(row[_N_PLAIN + len(TRAFFIC_FIELDS) :])
-    return Usage(**plain, energy=energy, traffic=Traffic(*row[_N_PLAIN : -len(ENERGY_COLUMNS)]))
+    id, begun_s, model, user, finish_reason, *values = row
+    return RequestRecord(id, begun_s, model, user, finish_reason, usage_of(values))
 
 
 def spell_of(row: Sequence[Any]) -> IdleSpell:
     """The spell of a row of `IDLE_COLUMNS`."""
-    return IdleSpell(row[1], row[2], energy_of(row[3:]))
+    return IdleSpell(row[1], row[2], _energy_of(row[3:]))
 
 
-def energy_of(values: Sequence[Any]) -> tuple[Joules, ...]:
-    """What was measured, from values in the order of `ENERGY_COLUMNS`."""
+def usage_of(values: Sequence[Any]) -> Usage:
+    """The usage of values in the order of `USAGE_COLUMNS`."""
+    amounts = dict(zip(USAGE_COLUMNS, values, strict=True))
+    traffic = Traffic(**{name: amounts[name] for name in TRAFFIC_FIELDS})
+    energy = _energy_of([amounts[name] for name in ENERGY_COLUMNS])
+    return Usage(**{name: amounts[name] for name in (*TOKENS, *SECONDS)}, traffic=traffic, energy=energy)
+
+
+def _usage_values(usage: Usage) -> Row:
+    return (
+        *_values(usage, TOKENS, _whole),
+        *_values(usage, SECONDS, _real),
+        *_values(usage.traffic, TRAFFIC_FIELDS, _whole),
+        *_energy_values(usage.energy),
+    )
+
+
+def _values(holder: object, names: Sequence[str], convert: Callable[[Any], int | float]) -> Row:
+    return tuple(convert(getattr(holder, name)) for name in names)
+
+
+def _energy_of(values: Sequence[Any]) -> tuple[Joules, ...]:
     pairs = zip(SOURCES, values[::2], values[1::2], strict=True)
     return tuple(Joules(source, joules, method) for source, joules, method in pairs if method is not None)
 
@@ -84,7 +108,7 @@ def _energy_values(energy: Sequence[Joules]) -> Row:
 
 
 def _whole(value: int) -> int:
-    # A NumPy integer would be stored as bytes.
+    # sqlite3 would store a NumPy integer as bytes.
     number = operator.index(value)
     if not -_INT64 <= number < _INT64:
         raise ValueError(f"{number} does not fit into 63 bits")
@@ -99,5 +123,5 @@ def _real(value: float) -> float:
 
 
 def text_value(value: str) -> str:
-    """A text as it is stored: a folder's name may hold bytes that are not UTF-8."""
+    """A text as the ledger stores it: bytes of a name that are not UTF-8 become `\\udc..` escapes."""
     return value.encode("utf-8", "backslashreplace").decode()

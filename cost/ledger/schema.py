@@ -1,7 +1,10 @@
-"""The ledger's tables, and how a file of an older version becomes one of this.
+"""The ledger's tables, and the migrations that upgrade a file of an older version.
 
-A version once released never changes: a new one is a new entry of `MIGRATIONS`. It only adds tables, indexes
-and columns that have a default, so that an older moebox that is running meanwhile can go on writing.
+A released version never changes; a new version is a new entry of `MIGRATIONS`. A migration only adds tables,
+indexes, and columns with a default, so that an older moebox that is running meanwhile can go on writing. For
+a new field of `Usage`:
+
+    ("ALTER TABLE requests ADD COLUMN name INTEGER NOT NULL DEFAULT 0",)
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from pathlib import Path
 from moebox.errors import LedgerError
 
 APPLICATION_ID = 0x6D6F6562
-"""`moeb`, in the file's header: tells a ledger from any other program's SQLite file."""
+"""`moeb` in ASCII, in the file's header: distinguishes a ledger from SQLite files of other programs."""
 
 Migration = tuple[str, ...]
 
@@ -63,14 +66,14 @@ _FIRST: Migration = (
 )
 
 MIGRATIONS: tuple[Migration, ...] = (_FIRST,)
-"""The statements that bring a file from version n to n + 1, by n. Version 0 is an empty file."""
+"""Entry n holds the statements that upgrade a file from version n to n + 1. Version 0 is an empty file."""
 
 
 def version_of(connection: sqlite3.Connection, path: Path, newest: int = len(MIGRATIONS)) -> int:
-    """A ledger's version; 0: the file is empty.
+    """The version of the ledger at `path`; 0: the file is empty.
 
     Raises:
-        LedgerError: the file is another program's, or of a version above `newest`.
+        LedgerError: the file belongs to another program, or its version is above `newest`.
     """
     (owner,) = connection.execute("PRAGMA application_id").fetchone()
     (version,) = connection.execute("PRAGMA user_version").fetchone()
@@ -89,15 +92,15 @@ def version_of(connection: sqlite3.Connection, path: Path, newest: int = len(MIG
 
 
 def upgrade(connection: sqlite3.Connection, path: Path, migrations: Sequence[Migration] = MIGRATIONS) -> None:
-    """Bring the file to the newest version, in one transaction: afterwards it is new, or as it was.
+    """Upgrade the file to the newest version, in one transaction; an error leaves the file unchanged.
 
     Raises:
         LedgerError: as `version_of`.
-        sqlite3.Error: the file is as it was.
+        sqlite3.Error: a statement failed.
     """
     connection.execute("BEGIN IMMEDIATE")
     try:
-        # Read again: another process may have been faster.
+        # The version is read again, since another process may have upgraded the file meanwhile.
         for statements in migrations[version_of(connection, path, len(migrations)) :]:
             for statement in statements:
                 connection.execute(statement)

@@ -1,4 +1,4 @@
-"""Writes the ledger from a thread of its own, so that no answer waits for a disk."""
+"""Writes the ledger in a thread, so that no answer waits for a drive."""
 
 from __future__ import annotations
 
@@ -9,23 +9,22 @@ from pathlib import Path
 
 from moebox.cost.ledger.ledger import Ledger, ledger_path
 from moebox.cost.ledger.rows import Row, idle_row, request_row
-from moebox.cost.usage import IdleSpell, Usage
+from moebox.cost.usage import IdleSpell, RequestRecord
 from moebox.errors import LedgerError
 
 log = logging.getLogger("moebox")
 
 RETRY_S = 10.0
-KEPT_ROWS = 100_000
-"""So many are kept while they cannot be written (about 100 MB); what comes then is lost, and counted."""
+MAX_WAITING_ROWS = 100_000
+"""Rows that are kept while they cannot be written (about 100 MB). Further rows are lost, and counted."""
 
 
 class LedgerWriter:
-    """Takes what was used from any thread, and writes it soon after.
+    """Takes rows from any thread, and writes them soon after.
 
-    Nothing that goes wrong with the ledger stops the program: each kind of error is logged once, and what
-    could not be written is kept and tried again every `RETRY_S` seconds, and at the end. The file is opened
-    with the first row. The end of the program closes the writer; what kills it may cost the rows of the last
-    moment.
+    No error of the ledger stops the program: each kind of error is logged once, and rows that could not be
+    written are kept and tried again every `RETRY_S` seconds, and on `close`. The file is opened with the
+    first row. The end of the program calls `close`; a kill may lose the rows of the last moment.
 
     Args:
         path: the ledger, by default `ledger_path()`.
@@ -34,12 +33,12 @@ class LedgerWriter:
     def __init__(self, path: Path | None = None) -> None:
         self.path = path or ledger_path()
         self._changed = threading.Condition()
-        # Guarded by `_changed`.
-        self._waiting: list[Usage | IdleSpell] = []
+        # `_changed` guards these.
+        self._waiting: list[RequestRecord | IdleSpell] = []
         self._taken = self._done = self._lost = 0
         self._tries = self._failed_try = 0
         self._hurry = self._closed = False
-        # Of the thread alone.
+        # Only the writing thread uses these.
         self._ledger: Ledger | None = None
         self._requests: list[Row] = []
         self._spells: list[Row] = []
@@ -49,11 +48,11 @@ class LedgerWriter:
         self._thread.start()
         atexit.register(self.close)
 
-    def put(self, item: Usage | IdleSpell) -> None:
-        """Hand over a row: some microseconds, whatever the disk does."""
+    def put(self, item: RequestRecord | IdleSpell) -> None:
+        """Hand over a row; takes some microseconds, whatever the drive does."""
         with self._changed:
             kept = self._taken + len(self._waiting) - self._done
-            if self._closed or kept >= KEPT_ROWS:
+            if self._closed or kept >= MAX_WAITING_ROWS:
                 self._lost += 1
                 self._say(f"{self.path}: {'closed' if self._closed else 'full'}; requests are not recorded")
                 return
@@ -61,7 +60,7 @@ class LedgerWriter:
             self._changed.notify_all()
 
     def flush(self) -> bool:
-        """Wait until all that was put is on the disk, or a new try to write it has failed; returns which."""
+        """Wait until all rows are on the drive (True), or a new attempt to write them has failed (False)."""
         with self._changed:
             due = self._taken + len(self._waiting)
             tries = self._tries
@@ -72,7 +71,7 @@ class LedgerWriter:
             return self._done >= due
 
     def close(self) -> None:
-        """Write what is there, and end the thread; says how many rows are lost, if any."""
+        """Write the rows that are left, and end the thread; logs the number of lost rows, if any."""
         atexit.unregister(self.close)
         with self._changed:
             self._closed = True
@@ -92,7 +91,7 @@ class LedgerWriter:
             self._ledger.close()
 
     def _pause(self) -> bool:
-        """Wait until there is something to do; returns whether that is the end."""
+        """Wait for rows, for the next attempt, or for `close`; whether it is `close`."""
         with self._changed:
             if self._requests or self._spells:
                 self._changed.wait_for(lambda: self._closed or self._hurry, RETRY_S)
@@ -116,9 +115,9 @@ class LedgerWriter:
                 self._done = self._taken
             self._changed.notify_all()
 
-    def _convert(self, item: Usage | IdleSpell) -> None:
+    def _convert(self, item: RequestRecord | IdleSpell) -> None:
         try:
-            if isinstance(item, Usage):
+            if isinstance(item, RequestRecord):
                 self._requests.append(request_row(item))
             else:
                 self._spells.append(idle_row(item))
@@ -139,7 +138,7 @@ class LedgerWriter:
         return True
 
     def _open(self) -> Ledger:
-        # Whoever deletes the file begins a new one.
+        # A user may delete the file to begin a new one.
         if self._ledger and not self._ledger.is_current():
             self._ledger.close()
             self._ledger = None

@@ -1,1 +1,1 @@
-"""cost/page"""
+"""The HTML page of a report, and the charts on it."""

@@ -1,7 +1,7 @@
-"""Where the marks of the page's charts stand, in percent of the plot: no script, no pixels.
+"""The positions of the marks of the page's charts, in percent of the plot.
 
-An SVG of these marks is stretched to whatever width there is; labels are text of the page beside it, so that
-they stay readable on a phone.
+The browser stretches an SVG of these marks to the width of the page. Labels are text of the page beside the
+SVG, so that they stay readable on a phone.
 """
 
 from __future__ import annotations
@@ -12,15 +12,17 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 LABEL_GAP = 9.0
-"""Percent of a plot's height that a line's label takes."""
+"""Percent of a plot's height that the label of a line takes."""
 CURVE_POINTS = 64
-WIDEST_COLUMN = 12.0
-"""Percent of a plot's width: the only day of a report is a column, too, and no wall."""
+MAX_LABELS = 7
+"""Names of columns that are shown at most."""
+MAX_COLUMN_WIDTH = 12.0
+"""Percent of a plot's width. Without the limit, the column of a report of one day would fill the plot."""
 
 
 @dataclass(frozen=True)
 class Tick:
-    """A label at a place along an axis, in percent."""
+    """A label at a position along an axis, in percent."""
 
     at: float
     label: str
@@ -28,7 +30,7 @@ class Tick:
 
 @dataclass(frozen=True)
 class Mark:
-    """A rectangle: left, top, width and height in percent, its kind, and what pointing at it says."""
+    """A rectangle: left, top, width and height in percent, its colour, and its tooltip."""
 
     x: float
     y: float
@@ -59,7 +61,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Spot:
-    """A point that deserves a name."""
+    """A point with a label."""
 
     x: float
     y: float
@@ -69,7 +71,13 @@ class Spot:
 
 @dataclass(frozen=True)
 class Placed:
-    """A line or a spot in percent of the plot; lines have `path`, spots and labels `x` and `y`."""
+    """A line or a spot in percent of the plot. `x` and `y` are the spot, or the labelled end of the line.
+
+    Attributes:
+        path: the line as data of an SVG path; empty for a spot.
+        side: "left": the label begins at x; "right": it ends there.
+        label_y: the label's height, which may differ from `y` to keep labels apart.
+    """
 
     kind: str
     label: str
@@ -92,14 +100,14 @@ class Lines:
 
 @dataclass(frozen=True)
 class Axis:
-    """From data to percent, evenly or by the logarithm."""
+    """Maps data to percent, linearly or logarithmically."""
 
     low: float
     high: float
     log: bool = False
 
     def __call__(self, value: float) -> float:
-        """Percent of the way from `low` to `high`, within the plot."""
+        """100 x (value - low) / (high - low), or the same of logarithms, limited to 0 ... 100."""
         if self.log:
             part = math.log(max(value, self.low) / self.low) / math.log(self.high / self.low)
         else:
@@ -116,13 +124,18 @@ def columns(
     names: Sequence[str],
     stacks: Sequence[Sequence[tuple[str, float, str]]],
     text: Callable[[float], str],
-    most_labels: int = 7,
 ) -> Columns:
-    """One column per name; a stack holds (kind, value, title) from the bottom up; `text` writes the axis."""
+    """One column per name.
+
+    Args:
+        names: labels of the columns.
+        stacks: for each column its parts (kind, value, title), from the bottom up.
+        text: writes the values of the axis.
+    """
     values = steps(max((sum(value for _, value, _ in stack) for stack in stacks), default=0.0))
     axis = Axis(0.0, values[-1])
     pitch = 100 / max(1, len(names))
-    width = min(pitch - min(0.28 * pitch, 1.2), WIDEST_COLUMN)
+    width = min(pitch - min(0.28 * pitch, 1.2), MAX_COLUMN_WIDTH)
     marks = []
     for number, stack in enumerate(stacks):
         top = 100.0
@@ -131,14 +144,14 @@ def columns(
             top -= height
             left = (number + 0.5) * pitch - width / 2
             marks.append(Mark(left, top, width, height, kind, title))
-    every = math.ceil(len(names) / most_labels)
+    every = math.ceil(len(names) / MAX_LABELS)
     x_ticks = [Tick((at + 0.5) * pitch, names[at]) for at in range(0, len(names), max(1, every))]
     return Columns(marks, x_ticks, axis.ticks(text))
 
 
 @dataclass(frozen=True)
 class Chart:
-    """What `lines` draws: series and spots on two axes, and how their values are written."""
+    """Series and spots on two axes, and functions that write the values of the axes."""
 
     x: Axis
     y: Axis
@@ -148,7 +161,7 @@ class Chart:
     spots: Sequence[Spot] = field(default_factory=tuple)
 
     def place(self) -> Lines:
-        """Everything in percent of the plot, labels of neighbouring lines apart."""
+        """All positions in percent of the plot, with the labels of neighbouring lines moved apart."""
         lines = [self._line(series) for series in self.series]
         spots = [self._spot(spot) for spot in self.spots]
         return Lines(_apart(lines), spots, self.x.ticks(self.x_text), self.y.ticks(self.y_text))
@@ -165,14 +178,14 @@ class Chart:
 
 
 def sampled(function: Callable[[float], float], low: float, high: float) -> list[tuple[float, float]]:
-    """Points of `function` from `low` to `high`, evenly spaced by the logarithm."""
+    """Points of `function` from `low` to `high`, evenly spaced on a logarithmic axis."""
     ratio = high / low
     xs = (low * ratio ** (step / (CURVE_POINTS - 1)) for step in range(CURVE_POINTS))
     return [(x, function(x)) for x in xs]
 
 
 def steps(highest: float) -> list[float]:
-    """From 0 in three to five round steps to at least `highest`, or to 1 where that is 0."""
+    """Values from 0 in three to five round steps to at least `highest`, or to 1 where that is 0."""
     rough = (highest or 1.0) / 4
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * (1 - 1e-9))
@@ -180,7 +193,7 @@ def steps(highest: float) -> list[float]:
 
 
 def _log_steps(low: float, high: float) -> list[float]:
-    """1, 10, 100 and so on; with 3 between them, or 2 and 5, where there would be fewer than four."""
+    """Powers of ten within the range; fewer than four are filled up with 3, or with 2 and 5, times each."""
     for factors in ((1,), (1, 3), (1, 2, 5)):
         powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
         values = [factor * 10.0**power for power in powers for factor in factors]
@@ -191,7 +204,7 @@ def _log_steps(low: float, high: float) -> list[float]:
 
 
 def _apart(lines: list[Placed]) -> list[Placed]:
-    """Labels pushed up, from the lowest line to the highest, until none covers another."""
+    """The lines with labels moved up, from the lowest line to the highest, so that none covers another."""
     placed, ceiling = dict[int, float](), math.inf
     for index in sorted(range(len(lines)), key=lambda index: -lines[index].y):
         placed[index] = min(lines[index].y, ceiling)

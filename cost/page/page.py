@@ -1,13 +1,13 @@
-"""One page of HTML that needs nothing else: no script, no network, light and dark as its reader likes.
+"""A page of HTML in one file, without script or network access, in the reader's light or dark colours.
 
-`page.html` and `page.css` are its form; what stands on it is a `Page`.
+A `Page` holds the content; the template `page.html` and the styles `page.css` give the form.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -15,6 +15,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 
 from moebox.cost.page.charts import Columns, Lines, Tick
+from moebox.cost.words import Sentence
 from moebox.errors import RequestError
 
 FOLDER = Path(__file__).parent
@@ -33,20 +34,20 @@ class Tile:
 
 @dataclass(frozen=True)
 class Row:
-    """A row of a table; `tones` colours cells by their column."""
+    """A row of a table; `tones` holds the colours of cells by their column."""
 
     cells: Sequence[str]
     total: bool = False
     tones: Mapping[int, Tone] = field(default_factory=dict)
 
     def tone(self, column: int) -> Tone:
-        """How the cell of `column` is coloured."""
+        """The colour of the cell in `column`; empty: none."""
         return self.tones.get(column, "")
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table; numbers stand right, and the columns in `texts` left."""
+    """A table; its columns are aligned right, those in `texts` left."""
 
     title: str
     heads: Sequence[str]
@@ -56,7 +57,7 @@ class Table:
 
 @dataclass(frozen=True)
 class BarPart:
-    """A part of a bar, its width in percent of the widest bar."""
+    """A part of a bar: its colour, its width in any unit that all bars share, and its tooltip."""
 
     kind: str
     width: float
@@ -65,7 +66,7 @@ class BarPart:
 
 @dataclass(frozen=True)
 class Bar:
-    """A bar with its name before and its value behind it."""
+    """A bar between its name (with a note) and its value (with a detail)."""
 
     name: str
     parts: Sequence[BarPart]
@@ -76,12 +77,15 @@ class Bar:
 
 @dataclass(frozen=True)
 class Block:
-    """A heading, what it says, and a chart, bars or a table.
+    """A heading, a paragraph, and a chart, bars or a table.
 
     Attributes:
+        kind: decides which of `chart`, `bars` and `table` is shown.
         id: of the chart, unique on the page.
-        keys: (kind, label) of the colours.
-        table: the block itself for the kind `table`, else the chart's figures behind a fold.
+        keys: the legend: (kind, label) of each colour.
+        bars: with widths in percent, from `scaled`.
+        table: what the kind `table` shows; with another kind, the chart's figures, folded.
+        foot: a paragraph below the rest.
     """
 
     kind: Literal["columns", "curves", "bars", "table"]
@@ -104,22 +108,22 @@ class Section:
 
     @property
     def blocks(self) -> list[Block]:
-        """All of them, column by column."""
+        """The blocks, column by column."""
         return [block for column in self.columns for block in column]
 
 
 @dataclass(frozen=True)
 class Page:
-    """What stands on the page.
+    """The content of the page.
 
     Attributes:
-        over: above the headline: what this is, the range, what it is limited to.
-        headline: pieces of one sentence, each with whether it stands out.
+        over: texts above the headline: the command, the range, and what the range is limited to.
+        lead: the paragraph below the headline.
     """
 
     title: str
     over: Sequence[str]
-    headline: Sequence[tuple[str, bool]]
+    headline: Sentence
     lead: str
     tiles: Sequence[Tile] = ()
     notes: Sequence[str] = ()
@@ -145,7 +149,7 @@ def write_page(page: Page, path: Path) -> None:
     """Write `page` to `path`.
 
     Raises:
-        RequestError: it cannot be written.
+        RequestError: the file cannot be written.
     """
     try:
         path.write_text(render_page(page), encoding="utf-8")
@@ -156,18 +160,15 @@ def write_page(page: Page, path: Path) -> None:
         ) from None
 
 
-def bars_of(rows: Sequence[tuple[Bar, Sequence[tuple[str, float, str]]]]) -> list[Bar]:
-    """Bars with their parts (kind, value, title) scaled so that the longest fills its line."""
-    longest = max((sum(value for _, value, _ in parts) for _, parts in rows), default=0.0) or 1.0
+def scaled(bars: Sequence[Bar]) -> list[Bar]:
+    """The bars with widths in percent of the longest bar; parts without a width are left out."""
+    longest = max((sum(part.width for part in bar.parts) for bar in bars), default=0.0) or 1.0
     return [
-        Bar(
-            bar.name,
-            [BarPart(kind, 100 * value / longest, title) for kind, value, title in parts if value > 0],
-            bar.value,
-            bar.note,
-            bar.detail,
+        replace(
+            bar,
+            parts=[replace(part, width=100 * part.width / longest) for part in bar.parts if part.width > 0],
         )
-        for bar, parts in rows
+        for bar in bars
     ]
 
 
@@ -176,10 +177,10 @@ def _number(value: float) -> str:
 
 
 def _prose(text: str) -> Markup:
-    """`text`, escaped, whose options are not broken at their hyphens."""
+    """`text`, escaped, with markup that keeps lines from breaking at the hyphens of `--options`."""
     return Markup(OPTION.sub(r'<span class="option">\1</span>', str(escape(text))))
 
 
 def _widest(ticks: Sequence[Tick]) -> str:
-    """The longest label, which keeps the axis as wide as its labels are."""
+    """The longest label, which decides the width of the axis."""
     return max((tick.label for tick in ticks), key=len, default="")

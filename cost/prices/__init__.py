@@ -1,1 +1,1 @@
-"""cost/prices"""
+"""Prices of electricity and the box, and list prices of hosted models."""

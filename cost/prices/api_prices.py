@@ -1,13 +1,13 @@
-"""What hosted models cost: the data that `genai-prices` brings along, and a user's own file over it.
+"""List prices of hosted models: from the package `genai-prices`, overridden by the user's own file.
 
-Nothing is fetched. A file of one's own has a table for each model, with or without quotes:
+Nothing is fetched from the network. The user's file has a table for each model, its name quoted or not:
 
     [house-model]
     input_per_million = 0.4
     output_per_million = 1.6
-    cached_per_million = 0.1    # left out: the input price
-    provider = "the other team" # left out: the file's name
-    dated = 2026-11-01          # left out: the day on which the file was changed
+    cached_per_million = 0.1    # default: the input price
+    provider = "the other team" # default: the file's name
+    dated = 2026-11-01          # default: the day on which the file was changed
 """
 
 from __future__ import annotations
@@ -33,24 +33,24 @@ if TYPE_CHECKING:
 log = logging.getLogger("moebox")
 
 RELEASED = {"0.2.3": date(2026, 11, 10)}
-"""When versions of genai-prices were uploaded to PyPI; the package itself holds no date of its data."""
+"""Days on which versions of genai-prices were uploaded to PyPI; the package has no date of its data."""
 
 KEYS = ["input_per_million", "output_per_million", "cached_per_million", "provider", "dated"]
 
 
 @dataclass(frozen=True)
 class ApiPrice:
-    """List price of a hosted model, per million tokens.
+    """List prices of a hosted model, per million tokens.
 
     Attributes:
-        name: the model's.
-        provider: who serves it at this price.
-        input_per_million, output_per_million: for prompts and answers; where a provider asks more for long
-            prompts, the price of short ones.
-        cached_per_million: for tokens of a prompt that the provider still held; the input price where
-            the provider has no other.
+        name: of the model.
+        provider: the company that serves it at this price.
+        input_per_million, output_per_million: for prompts and answers; where long prompts cost more, the
+            price of short ones.
+        cached_per_million: for tokens of a prompt that the provider has cached; the input price where the
+            provider has no price for them.
         dated: ISO date of the data.
-        origin: `genai-prices` and its version, or the file.
+        origin: `genai-prices` and its version, or the path of the user's file.
     """
 
     name: str
@@ -63,21 +63,22 @@ class ApiPrice:
 
 
 def own_prices_path() -> Path:
-    """The user's file of API prices, which need not exist."""
+    """Path of the user's file of API prices, which need not exist."""
     return config_folder() / "api-prices.toml"
 
 
 def api_prices(names: Sequence[str], own: Path | None = None, per_usd: float = 1.0) -> list[ApiPrice]:
-    """The prices of `names`, in order, as they are today.
+    """Today's prices of `names`, in the same order.
 
     Args:
-        names: of models in the user's file or of genai-prices (`gpt-5`, `Claude Sonnet 4.5`), or with who
-            serves them (`openrouter/moonshotai/kimi-k2-thinking`). Upper case and spaces do not matter.
-        own: the user's file, in the currency of `Prices`; None: `own_prices_path()` if there is one.
-        per_usd: `Prices.per_usd`, by which the dollars of genai-prices are converted.
+        names: models of the user's file or of genai-prices (`gpt-5`, `Claude Sonnet 4.5`), with or without
+            the provider (`openrouter/moonshotai/kimi-k2-thinking`). Case does not matter, and a space is the
+            same as `-`.
+        own: the user's file, in the currency of `Prices`; None: `own_prices_path()`, if that file exists.
+        per_usd: `Prices.per_usd`, which converts the US dollars of genai-prices.
 
     Raises:
-        PricesError: a name that is not known, with near ones, or a bad file.
+        PricesError: a name is not known (the error names similar ones), or the file is bad.
     """
     where = own_prices_path() if own is None else own
     ours = read_own(where, missing_ok=own is None)
@@ -85,7 +86,7 @@ def api_prices(names: Sequence[str], own: Path | None = None, per_usd: float = 1
 
 
 def read_own(path: Path, missing_ok: bool = False) -> dict[str, ApiPrice]:
-    """Prices of the user's own file, by name in lower case with `-` for spaces.
+    """Prices of the user's own file, by name in lower case with `-` instead of spaces.
 
     Raises:
         PricesError: the file cannot be read, or holds an unknown key or a bad value.
@@ -111,9 +112,9 @@ def _own(path: Path, name: str, table: Any, changed: date | None) -> ApiPrice:
     for key, rate in zip(KEYS, rates, strict=False):
         if rate is None or rate < 0:
             raise PricesError(f"{path}: [{name}]: {key} = {given.get(key)!r}", "give a number of 0 or more")
-    fresh, answer, cached = (rate or 0.0 for rate in rates)
+    computed, answer, cached = (rate or 0.0 for rate in rates)
     dated = _iso_date(path, name, given["dated"])
-    return ApiPrice(name, str(given["provider"]), fresh, answer, cached, dated, str(path))
+    return ApiPrice(name, str(given["provider"]), computed, answer, cached, dated, str(path))
 
 
 def _iso_date(path: Path, name: str, value: object) -> str:
@@ -131,24 +132,24 @@ def _hosted(name: str, ours: list[str], per_usd: float) -> ApiPrice:
         raise PricesError(f"no price of a model named {name!r} is known", _near_models(_plain(name), ours))
     provider, model = found
     prices = model.get_prices(datetime.now(UTC))
-    fresh, answer = _per_million(prices.input_mtok, per_usd), _per_million(prices.output_mtok, per_usd)
+    computed, answer = _per_million(prices.input_mtok, per_usd), _per_million(prices.output_mtok, per_usd)
     cached = _per_million(prices.cache_read_mtok, per_usd)
-    if fresh is None or answer is None:
+    if computed is None or answer is None:
         fix = f"name another, or write its prices into {own_prices_path()}"
         raise PricesError(f"{provider.id}/{model.id} is not sold by the token", fix)
-    cached = fresh if cached is None else cached
+    cached = computed if cached is None else cached
     release, dated = _data()
     shown = model.name or model.id
-    return ApiPrice(shown, provider.name, fresh, answer, cached, dated, f"genai-prices {release}")
+    return ApiPrice(shown, provider.name, computed, answer, cached, dated, f"genai-prices {release}")
 
 
-def _per_million(dollars: Any, per_usd: float) -> float | None:
-    # A tiered price has its lowest step as `base`.
-    return None if dollars is None else float(getattr(dollars, "base", dollars)) * per_usd
+def _per_million(usd: Any, per_usd: float) -> float | None:
+    # A price that rises with the length of prompts has its lowest step as `base`.
+    return None if usd is None else float(getattr(usd, "base", usd)) * per_usd
 
 
 def _find(name: str) -> tuple[Provider, ModelInfo] | None:
-    """A model by its own name, or by `provider/name`, whose exact name counts before what resembles it."""
+    """A model by its name or by `provider/name`; an exact name is preferred to genai-prices' own matching."""
     provider_id, slash, rest = name.partition("/")
     data = _snapshot()
     provider = next((item for item in data.providers if slash and item.id == provider_id), None)
@@ -163,17 +164,17 @@ def _find(name: str) -> tuple[Provider, ModelInfo] | None:
 
 
 def _near_models(name: str, ours: list[str]) -> str:
-    """The fix of an unknown name; one without a provider is looked for at all of them."""
+    """The fix for an unknown name; a name without a provider is compared with those of all providers."""
     known = {own: own for own in ours}
     for full in _model_names():
         known.setdefault(_plain(full if "/" in name else full.rpartition("/")[2]), full)
     close = [known[near] for near in difflib.get_close_matches(name, known, n=5, cutoff=0.6)]
-    asked = f"did you mean {', '.join(close)}? " if close else "name it as provider/model, "
-    return f"{asked}or write its prices into {own_prices_path()}"
+    near_ones = f"did you mean {', '.join(close)}? " if close else "name it as provider/model, "
+    return f"{near_ones}or write its prices into {own_prices_path()}"
 
 
 def _model_names() -> Iterator[str]:
-    """Models under their own names where those say the provider, and all as `provider/name`."""
+    """All models as `provider/name`, and before them by their own names those that identify the provider."""
     providers = _snapshot().providers
     for provider in providers:
         if provider.model_match is not None:
@@ -188,7 +189,7 @@ def _plain(name: str) -> str:
 
 
 def _snapshot() -> DataSnapshot:
-    # Half a second of imports that only a comparison needs.
+    # The import takes half a second, which only comparisons with hosted models need.
     from genai_prices.data_snapshot import get_snapshot
 
     return get_snapshot()
@@ -196,7 +197,7 @@ def _snapshot() -> DataSnapshot:
 
 @cache
 def _data() -> tuple[str, str]:
-    """Version and date of the data."""
+    """The version and the date of the data."""
     release = version("genai-prices")
     if release in RELEASED:
         return release, RELEASED[release].isoformat()

@@ -1,10 +1,10 @@
-"""What a box and its electricity cost: a TOML file, options over it, defaults below it.
+"""Prices of a box and its electricity. Options override the user's TOML file, which overrides the defaults.
+
+The file is `$XDG_CONFIG_HOME/moebox/prices.toml`; its keys are the fields of `Prices`:
 
     electricity_per_kwh = 0.31
     hardware_price = 25_000
     life_months = 36
-
-in `$XDG_CONFIG_HOME/moebox/prices.toml`; the keys are the fields of `Prices`.
 """
 
 from __future__ import annotations
@@ -22,27 +22,28 @@ from moebox.errors import PricesError
 from moebox.folders import config_folder
 
 HOURS_PER_MONTH = 730
-"""A year of 365 days has 8,760 hours, a month a twelfth of them."""
+"""8,760 hours of a year / 12."""
 MONTH_S = HOURS_PER_MONTH * 3600
 JOULES_PER_KWH = 3.6e6
-LEAST_UTILISATION = 0.001
+MIN_UTILISATION = 0.001
 """A minute and a half a day."""
 
 
 @dataclass(frozen=True)
 class Prices:
-    """What is paid for a box. All money is in `currency`.
+    """The price of a box and of its operation. All money is in `currency`.
 
     Attributes:
-        electricity_per_kwh: the default is the price of the scenario `kimi-k2-h100`.
-        hardware_price: of the whole box; None: not known, so that tokens cost electricity only.
-        life_months: the hardware's price less `residual` is spread evenly over so many months.
-        residual: what the hardware is still worth after them.
-        other_per_month: rent, cooling, people.
+        electricity_per_kwh: price of a kilowatt-hour; the default is that of the scenario `kimi-k2-h100`.
+        hardware_price: price of the whole box; None: not known, and not part of the costs.
+        life_months: months over which the hardware's price less `residual` is spread evenly.
+        residual: value of the hardware after them.
+        other_per_month: money a month for anything else: rent, cooling, staff.
         utilisation: part of the time in which the box works, from 0.001 to 1; None: as measured.
-        idle_watts, watts_per_core, dram_watts: the model of CPU and DRAM where no counter can be read.
-        currency: of all of these; API prices are in US dollars and are converted by `per_usd`.
-        per_usd: what one US dollar costs in `currency`.
+        idle_watts, watts_per_core, dram_watts: as in `PowerModel`, where no counter can be read.
+        currency: code of the currency of all prices. List prices of APIs, which are in US dollars, are
+            converted by `per_usd`.
+        per_usd: price of one US dollar in `currency`.
     """
 
     electricity_per_kwh: float = 0.176
@@ -80,15 +81,15 @@ class Prices:
 
 
 def prices_path() -> Path:
-    """The user's file of prices, which need not exist."""
+    """Path of the user's file of prices, which need not exist."""
     return config_folder() / "prices.toml"
 
 
 def load_prices(path: Path | None = None, **overrides: object) -> Prices:
-    """Prices from a TOML file and from options, which count more; an option that is None was not given.
+    """Prices from a TOML file, overridden by the `overrides` that are not None.
 
     Args:
-        path: must exist; None: `prices_path()` if there is one, else the defaults.
+        path: a file that must exist; None: `prices_path()`, or the defaults where there is no such file.
 
     Raises:
         PricesError: a file that cannot be read, an unknown key or a bad value, with file, key and value.
@@ -105,10 +106,10 @@ def load_prices(path: Path | None = None, **overrides: object) -> Prices:
 
 
 def read_toml(path: Path, missing_ok: bool = False) -> dict[str, Any]:
-    """The tables of a file of prices; nothing where a missing one is no mistake.
+    """The content of a file of prices; empty where the file is missing and `missing_ok`.
 
     Raises:
-        PricesError: it cannot be read, is not UTF-8 or not TOML.
+        PricesError: the file cannot be read, or is not TOML in UTF-8.
     """
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
@@ -123,18 +124,18 @@ def read_toml(path: Path, missing_ok: bool = False) -> dict[str, Any]:
 
 
 def near(name: str, known: list[str]) -> str:
-    """The fix of an unknown name: those that look like it, or all where none does."""
+    """The fix for an unknown name: the known names that look like it, or all of them where none does."""
     close = difflib.get_close_matches(name, known, n=5, cutoff=0.5)
     return f"did you mean {', '.join(close)}?" if close else f"known are {', '.join(known)}"
 
 
 def number(value: object) -> float | None:
-    """`value` as a finite number, or None; true and false are none."""
+    """`value` as a finite number; None where it is no number, true and false included."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     try:
         found = float(value)
-    except OverflowError:  # an integer of hundreds of digits
+    except OverflowError:  # an integer beyond the range of floats
         return None
     return found if math.isfinite(found) else None
 
@@ -169,8 +170,8 @@ RULES: dict[str, Rule] = {
     "hardware_price": (lambda value: value is None or _not_negative(value), "a number of 0 or more"),
     "life_months": (lambda value: (number(value) or 0.0) >= 1, "a number of 1 or more"),
     "utilisation": (
-        lambda value: value is None or LEAST_UTILISATION <= (number(value) or 0.0) <= 1,
-        f"from {LEAST_UTILISATION} to 1, such as 0.25 for six hours a day",
+        lambda value: value is None or MIN_UTILISATION <= (number(value) or 0.0) <= 1,
+        f"from {MIN_UTILISATION} to 1, such as 0.25 for six hours a day",
     ),
     "currency": (_code, "a code of three letters such as USD or EUR"),
     "per_usd": (_positive, "a number above 0"),

@@ -6,21 +6,16 @@ from collections.abc import Sequence
 from datetime import date, datetime
 
 from moebox.cost import figures
-from moebox.cost.economics import DAY_S, BreakEven
-from moebox.cost.report.report import Hosted, Report
+from moebox.cost.economics import DAY_S, PARTS, BreakEven
+from moebox.cost.report.report import Hosted, Line, Report
+from moebox.cost.words import SOURCE_NAMES, Sentence, money, value_or
 
-PART_NAMES = {"electricity": "electricity", "hardware": "hardware", "other": "other costs"}
-SOURCE_NAMES = {"gpu": "GPU", "cpu": "CPU", "dram": "memory"}
-METHOD_NAMES = {"counter": "energy counter", "power": "power by time", "estimated": "estimated"}
-
-
-def money(report: Report, value: float) -> str:
-    """`value` in the report's currency."""
-    return figures.money(value, report.asked.prices.currency)
+NOTHING = "Nothing was computed in this range."
+EMPTY = "The ledger holds no requests of this range."
 
 
 def dates(report: Report) -> str:
-    """The range in words: `1-22 November 2026`."""
+    """The range in words: `1 to 22 November 2026`, or the hours of a single day."""
     first, last = (datetime.fromtimestamp(at_s) for at_s in (report.since_s, report.until_s - 1e-3))
     if first.date() == last.date():
         return f"{day_text(first)}, {first:%H:%M} to {last:%H:%M}"
@@ -33,8 +28,8 @@ def dates(report: Report) -> str:
     )
 
 
-def headline(report: Report) -> list[tuple[str, bool]]:
-    """What a token costs, and what it costs elsewhere: pieces of a sentence, each with whether it matters."""
+def headline(report: Report) -> Sentence:
+    """The cost of a million tokens on the box, and the list prices of the cheapest and the dearest model."""
     cost, hosted = report.total.cost, report.hosted
     if cost is None:
         return [(NOTHING, False)]
@@ -48,12 +43,12 @@ def headline(report: Report) -> list[tuple[str, bool]]:
 
 
 def _paid(report: Report) -> str:
-    """What there is to pay where no hardware's price is known."""
-    return "The electricity and other costs" if report.asked.prices.other_per_month else "The electricity"
+    """The subject of the headline where the hardware's price is not known."""
+    return "The electricity and other costs" if report.options.prices.other_per_month else "The electricity"
 
 
 def verdict(report: Report) -> str:
-    """Whether owning wins, as the box was used and without a pause."""
+    """Whether owning is cheaper than hosted models, as the box was used and at full utilisation."""
     cost = report.total.cost
     if cost is None:
         return ""
@@ -68,7 +63,7 @@ def verdict(report: Report) -> str:
 
 
 def _against(hosted: Sequence[Hosted], own: float) -> str:
-    """Owning at `own` a million beside all hosted models."""
+    """A million tokens at `own` compared with the prices of all hosted models, the cheapest first."""
     beaten = sum(own < line.per_million for line in hosted)
     if beaten == len(hosted):
         return "is cheaper than all of them" if len(hosted) > 1 else "is cheaper"
@@ -80,13 +75,13 @@ def _against(hosted: Sequence[Hosted], own: float) -> str:
 
 
 def notes(report: Report) -> list[str]:
-    """What the reader has to know to read the figures right."""
-    prices = report.asked.prices
+    """Notes without which the figures would mislead."""
+    prices = report.options.prices
     found = [_estimates(report)] if report.total.estimated else []
     if prices.utilisation is not None:
         stated, measured = figures.share(prices.utilisation), figures.share(report.utilisation)
         found.append(f"The costs go by a stated utilisation of {stated}; measured were {measured}.")
-    if report.idle.joules and not report.asked.share_idle:
+    if report.idle.joules and not report.options.share_idle:
         drawn = f"{figures.energy(report.idle.joules)}, {money(report, report.idle_money)} of electricity"
         found.append(
             f"Waiting with a model loaded took another {drawn}: no token is charged with it unless "
@@ -98,7 +93,7 @@ def notes(report: Report) -> list[str]:
 
 
 def _estimates(report: Report) -> str:
-    prices, energy = report.asked.prices, report.total.totals.energy
+    prices, energy = report.options.prices, report.total.totals.usage.energy
     names = " and ".join(SOURCE_NAMES[part.source] for part in energy if part.method == "estimated")
     return (
         f"Joules of {names} are estimated, not measured: by stated watts, now {prices.idle_watts:g} W idle, "
@@ -107,18 +102,18 @@ def _estimates(report: Report) -> str:
 
 
 def owned(report: Report) -> bool:
-    """Whether the costs hold the hardware."""
-    return report.asked.prices.hardware_price is not None
+    """Whether the hardware's price is known, and so part of the costs."""
+    return report.options.prices.hardware_price is not None
 
 
-def paid_kinds(report: Report) -> list[str]:
-    """The parts of a token's cost that there are."""
-    there = {"electricity": True, "hardware": owned(report), "other": report.asked.prices.other_per_month > 0}
-    return [kind for kind, shown in there.items() if shown]
+def paid_parts(report: Report) -> list[str]:
+    """The `PARTS` that the prices name."""
+    unpaid = {"hardware": not owned(report), "other": report.options.prices.other_per_month <= 0}
+    return [part for part in PARTS if not unpaid.get(part)]
 
 
 def verdict_of(even: BreakEven) -> str:
-    """What a break-even means, in a few words."""
+    """A break-even in a few words."""
     if even.tokens_per_day is None:
         return "never: electricity alone is dearer"
     if not even.reachable:
@@ -129,7 +124,7 @@ def verdict_of(even: BreakEven) -> str:
 
 
 def developers(report: Report) -> str:
-    """Owning beside subscriptions; empty where none was named."""
+    """Owning compared with subscriptions; empty where no subscription was named."""
     against = report.subscription
     if against is None:
         return ""
@@ -141,8 +136,20 @@ def developers(report: Report) -> str:
     )
 
 
+def counts(line: Line) -> list[str]:
+    """Requests, and tokens of prompts, of the cache and of answers: the first figures of a line's row."""
+    usage = line.totals.usage
+    values = (line.totals.requests, usage.prompt_tokens, usage.cached_tokens, usage.completion_tokens)
+    return [figures.count(value) for value in values]
+
+
+def tokens_to_win(even: BreakEven) -> str:
+    """Tokens a day from which owning is cheaper."""
+    return value_or("never", even.tokens_per_day, figures.count)
+
+
 def list_prices(report: Report) -> str:
-    """Where the list prices are from, and of when."""
+    """The origin and the date of the list prices."""
     origins = dict.fromkeys(f"{line.price.origin}, as of {line.price.dated}" for line in report.hosted)
     return f"List prices: {'; '.join(origins)}. Nothing was looked up on the network."
 
@@ -157,14 +164,10 @@ def short_day(day: date) -> str:
     return f"{day.day} {day:%b}"
 
 
-NOTHING = "Nothing was computed in this range."
-EMPTY = "The ledger holds no requests of this range."
-
-
 def how_to_fill(report: Report) -> str:
-    """What to do about a report without requests."""
-    asked = report.asked
-    if asked.model or asked.user or asked.since_s is not None or asked.until_s is not None:
+    """How to get a report with requests, where this one has none."""
+    options = report.options
+    if options.model or options.user or options.since_s is not None or options.until_s is not None:
         return f"Ask for a longer time or for everybody: {report.ledger} holds none that fit."
     return (
         "Every answer of `moebox run` and `moebox chat` adds a row, unless --no-ledger is given. "

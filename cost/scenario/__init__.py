@@ -1,1 +1,1 @@
-"""cost/scenario"""
+"""The cost of a box on paper, without a ledger, in the same forms as the report."""

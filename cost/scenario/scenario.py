@@ -1,9 +1,9 @@
-"""Sums with no ledger: boxes on paper, beside hosted models and subscriptions, at chosen speeds.
+"""The cost of a box on paper, without a ledger: at chosen speeds, beside hosted models and subscriptions.
 
 tokens a month = tok/s x 2,628,000 x utilisation
 electricity a month = watts / 1000 x 730 h x price of a kWh, since the box stays on
 owning a month = (price - residual) / months of life + electricity + other costs
-$/1M tokens = owning a month / tokens a month x 1,000,000
+price of 1M tokens = owning a month / tokens a month x 1,000,000
 """
 
 from __future__ import annotations
@@ -33,15 +33,16 @@ class Scenario:
     """A box on paper.
 
     Attributes:
-        name, title: as the command takes it, as people read it.
-        prices: of the box; its utilisation is that of the table.
-        watts: of the whole box, at work or not.
-        subscription: money a month and developer.
+        name: as the command takes it.
+        title: for readers.
+        prices: of electricity and the box; the table by speed uses their utilisation.
+        watts: power of the whole box, at work or waiting.
+        subscription: price a month for one developer.
         hosted: list prices to compare with; the first one is of the model that the box runs.
-        speeds: tokens of answers per second, of all streams together.
-        developers: how many share the box.
+        speeds: tokens of answers per second, of all streams together: a row of the table each.
+        developers: numbers of developers who share the box: a row of the table each.
         prompt_per_answer: tokens of prompts for each token of an answer, where both are priced.
-        office_hours: of work a month, where the box waits for people.
+        office_hours: hours a month in which the box works, where it works in office hours only.
     """
 
     name: str
@@ -57,9 +58,16 @@ class Scenario:
 
 
 def _listed(name: str, provider: str, input_per_million: float, output_per_million: float) -> ApiPrice:
-    # Without a price for cached tokens: none of them are in the sums.
-    fresh, answer = input_per_million, output_per_million
-    return ApiPrice(name, provider, fresh, answer, fresh, "2026-11-10", "scenario kimi-k2-h100")
+    # No token of the scenario is cached, so any price of cached tokens will do.
+    return ApiPrice(
+        name,
+        provider,
+        input_per_million,
+        output_per_million,
+        cached_per_million=input_per_million,
+        dated="2026-11-10",
+        origin="scenario kimi-k2-h100",
+    )
 
 
 KIMI_K2_H100 = Scenario(
@@ -84,15 +92,15 @@ SCENARIOS = {scenario.name: scenario for scenario in (KIMI_K2_H100,)}
 
 @dataclass(frozen=True)
 class SpeedRow:
-    """What tokens cost at a speed.
+    """The cost of tokens at one speed.
 
     Attributes:
         tokens_per_s: of all streams together.
         tokens_per_month: at the scenario's utilisation.
         cost: money per million tokens.
-        in_office_hours: the same where the box works in office hours only and stays on.
+        in_office_hours: the same where the box works in office hours only and stays on all day.
         cheaper_than: hosted models whose tokens of answers cost more than `cost`.
-        running_cheaper_than: the same once the hardware is paid for.
+        running_cheaper_than: the same without the hardware in `cost`.
     """
 
     tokens_per_s: float
@@ -105,16 +113,17 @@ class SpeedRow:
 
 @dataclass(frozen=True)
 class HostedRow:
-    """A hosted model beside the box.
+    """A hosted model compared with the box.
 
     Attributes:
         price: list prices.
-        blended_per_million: of a million tokens, `prompt_per_answer` of prompts for one of an answer.
-        times_as_dear: `blended_per_million` over that of the first hosted model.
-        wins_from: tok/s from which owning is cheaper, tokens of answers alone.
-        wins_from_with_prompts: the same where the API is paid for the prompts too, and they take the box no
-            time: the best case for owning.
-        wins_from_once_paid: tokens of answers alone, and the hardware is paid for.
+        blended_per_million: price of a million tokens, with `prompt_per_answer` of prompts for one of an
+            answer.
+        times_as_dear: `blended_per_million` / that of the first hosted model.
+        wins_from: tok/s from which owning is cheaper, where only tokens of answers are priced.
+        wins_from_with_prompts: the same where the API is paid for the prompts too, while they take no time
+            of the box: the best case for owning.
+        wins_from_once_paid: as `wins_from`, without the price of the hardware.
     """
 
     price: ApiPrice
@@ -127,15 +136,15 @@ class HostedRow:
 
 @dataclass(frozen=True)
 class DevelopersRow:
-    """Developers on one box beside their subscriptions; money a month.
+    """A number of developers on one box compared with their subscriptions; money a month.
 
     Attributes:
-        developers: how many.
-        subscriptions: of all of them.
-        owning: hardware, electricity and other costs.
-        saved: subscriptions less what owning costs beside the hardware.
-        payback_months: until `saved` has paid for the hardware; None: never.
-        wins: within the hardware's life.
+        developers: their number.
+        subscriptions: price of all subscriptions.
+        owning: money for hardware, electricity and other costs.
+        saved: `subscriptions` less the money for electricity and other costs.
+        payback_months: months until `saved` has paid for the hardware; None: never.
+        wins: whether that is within the hardware's life.
     """
 
     developers: int
@@ -148,13 +157,13 @@ class DevelopersRow:
 
 @dataclass(frozen=True)
 class ScenarioReport:
-    """A scenario and its sums; money a month unless it says otherwise.
+    """A scenario and its results; money a month where nothing else is said.
 
     Attributes:
         scenario: with the prices that were used.
-        electricity, hardware, owning: a month of the box.
-        electricity_per_year, subscription_per_year: twelve months; the latter of one developer.
-        by_speed, hosted, by_developers: the tables.
+        electricity, hardware, owning: money for the box; `owning` is the total, with other costs.
+        electricity_per_year, subscription_per_year: money for twelve months; one developer's subscription.
+        by_speed, hosted, by_developers: rows of the tables.
         developers_to_win: the smallest number whose subscriptions cost more than owning.
     """
 
@@ -169,22 +178,30 @@ class ScenarioReport:
     by_developers: tuple[DevelopersRow, ...]
     developers_to_win: int
 
+    @property
+    def currency(self) -> str:
+        """The code of the currency of all money."""
+        return self.scenario.prices.currency
+
     def to_dict(self) -> dict[str, Any]:
-        """For JSON: all fields, and the totals of the costs."""
+        """All fields, and the totals of the costs, for JSON."""
+        costs = [
+            {"cost": row.cost.to_dict(), "in_office_hours": row.in_office_hours.to_dict()}
+            for row in self.by_speed
+        ]
         found = asdict(self)
-        for row, line in zip(self.by_speed, found["by_speed"], strict=True):
-            for name in ("cost", "in_office_hours"):
-                cost: TokenCost = getattr(row, name)
-                line[name]["total"] = cost.total
-                line[name]["at_full_utilisation"]["total"] = cost.at_full_utilisation.total
+        found["by_speed"] = [row | cost for row, cost in zip(found["by_speed"], costs, strict=True)]
         return found
 
 
 def find_scenario(name: str, subscription: float | None = None, **overrides: object) -> Scenario:
-    """A scenario, with other prices where they are given; None was not given.
+    """The scenario of that name, with the prices in `overrides` that are not None.
+
+    Args:
+        subscription: price a month for one developer; None: the scenario's.
 
     Raises:
-        PricesError: no such scenario, or a bad price.
+        PricesError: there is no scenario of that name, or a price is bad.
     """
     if name not in SCENARIOS:
         raise PricesError(f"no scenario named {name!r}", near(name, list(SCENARIOS)))
@@ -200,7 +217,7 @@ def find_scenario(name: str, subscription: float | None = None, **overrides: obj
 
 
 def run_scenario(scenario: Scenario) -> ScenarioReport:
-    """All sums of `scenario`."""
+    """Compute all tables of `scenario`."""
     month, prices = _month(scenario, 1.0), scenario.prices
     electricity = running_per_month(month, prices) - prices.other_per_month
     owning = owning_per_month(month, prices)
@@ -219,7 +236,7 @@ def run_scenario(scenario: Scenario) -> ScenarioReport:
 
 
 def _month(scenario: Scenario, tokens_per_s: float) -> Work:
-    """A month's work of a box that draws the same watts at work and waiting."""
+    """A month's work of a box that draws the same watts at work and while it waits."""
     utilisation = scenario.prices.utilisation or 1.0
     busy_s = MONTH_S * utilisation
     waiting = scenario.watts * (MONTH_S - busy_s)
@@ -275,7 +292,10 @@ def _blended(price: ApiPrice, prompt_per_answer: float) -> float:
 
 
 def _wins_from(scenario: Scenario, per_month: float, per_million: float) -> float:
-    """tok/s at which a month's money buys so many tokens from the API: money / price / busy seconds."""
+    """tok/s at which a month's tokens cost `per_month` at the API.
+
+    per_month / per_million x 1,000,000 / busy seconds of a month
+    """
     busy_s = MONTH_S * (scenario.prices.utilisation or 1.0)
     return per_month / per_million * MILLION / busy_s
 

@@ -1,19 +1,38 @@
-"""What a scenario says in words, on the terminal and on the page."""
+"""What a scenario says in words and in tables, on the terminal and on the page."""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from moebox.cost import figures
-from moebox.cost.scenario.scenario import DevelopersRow, ScenarioReport, SpeedRow
+from moebox.cost.scenario.scenario import DevelopersRow, HostedRow, ScenarioReport, SpeedRow
+from moebox.cost.words import Sentence, kwh_price, money, payback
+
+STREAM_TOKENS_PER_S = 25
+"""The speed that one stream reaches on such a box at most."""
+
+SPEED_HEADS = (
+    *("tok/s", "tokens a month", "hardware", "electricity", "1M tokens", "in office hours"),
+    "cheaper than",
+)
+"""Headings of `speed_cells`."""
 
 
-def money(report: ScenarioReport, value: float) -> str:
-    """`value` in the scenario's currency."""
-    return figures.money(value, report.scenario.prices.currency)
+class Fact(NamedTuple):
+    """A figure of the scenario, with a note on its origin."""
+
+    name: str
+    figure: str
+    note: str
 
 
-def scenario_headline(report: ScenarioReport) -> list[tuple[str, bool]]:
-    """What a million tokens cost at the slowest and at the quickest speed of one stream, and elsewhere."""
-    slow, quick = report.by_speed[0], _within_one_stream(report)
+def scenario_headline(report: ScenarioReport) -> Sentence:
+    """The cost of a million tokens at the lowest and the highest speed of a stream, and the hosted price."""
+    slow = report.by_speed[0]
+    quick = max(
+        (row for row in report.by_speed if row.tokens_per_s <= STREAM_TOKENS_PER_S),
+        key=lambda row: row.tokens_per_s,
+    )
     same = report.hosted[0].price
     return [
         (f"At {slow.tokens_per_s:g} tok/s a million tokens cost ", False),
@@ -25,7 +44,7 @@ def scenario_headline(report: ScenarioReport) -> list[tuple[str, bool]]:
 
 
 def scenario_verdict(report: ScenarioReport) -> str:
-    """From which speed, and for how many developers, owning wins."""
+    """The speeds, and the number of developers, from which owning is cheaper."""
     by_speed: dict[str, list[str]] = {}
     for row in sorted(report.hosted, key=lambda row: row.wins_from):
         by_speed.setdefault(tokens_per_s(row.wins_from), []).append(row.price.name)
@@ -37,39 +56,23 @@ def scenario_verdict(report: ScenarioReport) -> str:
     )
 
 
-def scenario_facts(report: ScenarioReport) -> list[tuple[str, str, str]]:
-    """What a month and a year cost: name, figure, how it comes about."""
+def scenario_facts(report: ScenarioReport) -> list[Fact]:
+    """The costs of a month and a year."""
     scenario, prices = report.scenario, report.scenario.prices
     life = f"{money(report, prices.hardware_price or 0.0)} over {figures.months(prices.life_months)}"
-    symbol = figures.money(0, prices.currency).removesuffix("0.00")
-    power = f"{scenario.watts / 1000:g} kW at {symbol}{prices.electricity_per_kwh:g} a kWh"
+    power = f"{scenario.watts / 1000:g} kW at {kwh_price(prices)}"
     together = "both, and other costs" if prices.other_per_month else "both"
     yearly = f"a developer; electricity {money(report, report.electricity_per_year)}"
     return [
-        ("Hardware a month", money(report, report.hardware), life),
-        ("Electricity a month", money(report, report.electricity), power),
-        ("Owning a month", money(report, report.owning), together),
-        ("Subscription a year", money(report, report.subscription_per_year), yearly),
+        Fact("Hardware a month", money(report, report.hardware), life),
+        Fact("Electricity a month", money(report, report.electricity), power),
+        Fact("Owning a month", money(report, report.owning), together),
+        Fact("Subscription a year", money(report, report.subscription_per_year), yearly),
     ]
 
 
-def tokens_per_s(value: float) -> str:
-    """`119 tok/s`."""
-    return f"{figures.rate(value)} tok/s"
-
-
-def beaten(row: SpeedRow) -> str:
-    """Whom the box beats at this speed."""
-    return ", ".join(row.cheaper_than) or "none"
-
-
-def payback(row: DevelopersRow) -> str:
-    """When so many developers have paid for the box."""
-    return "never" if row.payback_months is None else figures.months(row.payback_months)
-
-
 def scenario_notes(report: ScenarioReport) -> list[str]:
-    """What the sums leave out, and where they flatter."""
+    """What the sums leave out, and which of them favour owning."""
     scenario = report.scenario
     office = figures.rate(scenario.office_hours)
     once = ", ".join(f"{row.price.name} {tokens_per_s(row.wins_from_once_paid)}" for row in report.hosted)
@@ -82,6 +85,35 @@ def scenario_notes(report: ScenarioReport) -> list[str]:
     ]
 
 
-def _within_one_stream(report: ScenarioReport) -> SpeedRow:
-    """The fastest speed that one stream reaches on such a box: 25 tok/s."""
-    return max((row for row in report.by_speed if row.tokens_per_s <= 25), key=lambda row: row.tokens_per_s)
+def tokens_per_s(value: float) -> str:
+    """`119 tok/s`."""
+    return f"{figures.rate(value)} tok/s"
+
+
+def speed_cells(report: ScenarioReport, row: SpeedRow) -> list[str]:
+    """A row of the table by speed: counts, money per million tokens, and the models that cost more."""
+    amounts = (row.cost.hardware, row.cost.electricity, row.cost.total, row.in_office_hours.total)
+    return [
+        figures.count(row.tokens_per_s),
+        figures.count(row.tokens_per_month),
+        *(money(report, value) for value in amounts),
+        ", ".join(row.cheaper_than) or "none",
+    ]
+
+
+def hosted_cells(report: ScenarioReport, row: HostedRow) -> list[str]:
+    """A row of the table of hosted models: name, list prices, ratio, and speeds from which owning wins."""
+    amounts = (row.price.input_per_million, row.price.output_per_million, row.blended_per_million)
+    speeds = (row.wins_from, row.wins_from_with_prompts, row.wins_from_once_paid)
+    return [
+        row.price.name,
+        *(money(report, value) for value in amounts),
+        figures.times(row.times_as_dear),
+        *(tokens_per_s(value) for value in speeds),
+    ]
+
+
+def developers_cells(report: ScenarioReport, row: DevelopersRow) -> list[str]:
+    """A row of the table of developers: their number, money a month, and when the hardware is paid off."""
+    amounts = (row.subscriptions, row.owning, row.saved)
+    return [str(row.developers), *(money(report, value) for value in amounts), payback(row.payback_months)]

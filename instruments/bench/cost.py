@@ -1,4 +1,4 @@
-"""What a measured run used of the box, and what that costs."""
+"""Energy and price of a measured run."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from typing import Any
 
 from moebox.cost.economics import TokenCost, Work, cost_of
 from moebox.cost.prices.box_prices import Prices
-from moebox.cost.usage import Joules
-from moebox.runtime.terminal.cost_text import cost_dict, energy_dict, energy_text, money_text
+from moebox.cost.usage import Joules, total_joules
+from moebox.runtime.terminal.cost_text import cost_dict, energy_dict, energy_text, price_text
 
 
 @dataclass(frozen=True)
 class Spent:
-    """Joules and time of the box for some tokens.
+    """Energy and time of the box for some tokens.
 
     Attributes:
-        tokens: that were computed.
-        seconds: in which the box did nothing else.
+        tokens: computed tokens.
+        seconds: time in which the box computed them and nothing else.
         energy: at most one entry per source.
         prices: of electricity and the box.
     """
@@ -29,17 +29,16 @@ class Spent:
 
     @property
     def joules_per_token(self) -> float:
-        """Of all sources."""
-        return sum(part.joules for part in self.energy) / self.tokens
+        """Of all sources together."""
+        return total_joules(self.energy) / self.tokens
 
     @property
     def cost(self) -> TokenCost | None:
         """Money per million tokens, at full utilisation unless `prices` names another."""
-        joules = sum(part.joules for part in self.energy)
-        return cost_of(Work(self.tokens, joules, self.seconds), self.prices)
+        return cost_of(Work(self.tokens, total_joules(self.energy), self.seconds), self.prices)
 
     def times(self, factor: float) -> Spent:
-        """The same tokens in so many times the time, at the same watts."""
+        """The same tokens in `factor` times the seconds, at the same watts."""
         energy = tuple(replace(part, joules=part.joules * factor) for part in self.energy)
         return replace(self, seconds=self.seconds * factor, energy=energy)
 
@@ -54,6 +53,6 @@ class Spent:
         cost = self.cost
         parts = (
             energy_text(self.energy, self.tokens),
-            None if cost is None else money_text(cost, self.prices.currency),
+            None if cost is None else price_text(cost, self.prices.currency),
         )
         return " · ".join(part for part in parts if part)

@@ -1,6 +1,7 @@
 // AMX's tile registers, as the expert kernels and the probe use them.
 //
-// In an anonymous namespace of the instruction set's own namespace, as experts/math_isa.h explains.
+// All of it is in an anonymous namespace of the instruction set's own namespace, for the reason that
+// experts/math_isa.h gives.
 #pragma once
 
 #if MOEBOX_ISA_AMX

@@ -1,5 +1,7 @@
-// Rounding of sizes. Inlined always: code compiled for one instruction set must not become the linker's
-// choice for all.
+// Rounding of sizes.
+//
+// These functions are always inlined. Sources that are compiled once per instruction set use them, too; of a
+// function that is not inlined the linker keeps one copy, which could be the one with AVX-512 instructions.
 #pragma once
 
 #include <cstddef>

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from threading import Event
 from typing import TYPE_CHECKING, Protocol
 
+from moebox.cost.usage import Usage
 from moebox.errors import MoeboxError, RequestError
 from moebox.runtime.generate.sampling import Sampler
 from moebox.runtime.text.pieces import FinishReason, Stats
@@ -135,14 +136,17 @@ class Generation:
     @property
     def stats(self) -> Stats:
         """Counts and times so far."""
-        return Stats(
-            prompt_tokens=len(self._prompt),
+        usage = Usage(
+            prompt_tokens=self._reused + self.computed,
             cached_tokens=self._reused,
             completion_tokens=len(self.tokens),
-            decoded_tokens=self._decoded,
-            computed_tokens=self.computed + len(self.tokens),
             prefill_s=self._prefill_s,
             decode_s=self._decode_s,
+        )
+        return Stats(
+            usage,
+            prompt_tokens=len(self._prompt),
+            decoded_tokens=self._decoded,
             ttft_s=self._ttft_s,
             finish_reason=self.finish_reason,
             seed=self._sampler.seed,

@@ -12,9 +12,9 @@ from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, Any
 
-from moebox.cost.economics import TokenCost, Work, cost_of
+from moebox.cost.economics import TokenCost, cost_of, work_of
 from moebox.cost.prices.box_prices import Prices
-from moebox.cost.usage import Joules, Traffic, add_energy
+from moebox.cost.usage import Usage
 from moebox.errors import MoeboxError, RequestError
 from moebox.runtime.generate.loop import ContextError
 from moebox.runtime.generate.sampling import SamplingOptions
@@ -60,38 +60,23 @@ def main(model: Model, options: ChatOptions | None = None) -> int:
     return Chat(model, options, screen, reader).run()
 
 
-_SUMMED = (
-    *("prompt_tokens", "cached_tokens", "completion_tokens", "decoded_tokens", "computed_tokens"),
-    *("prefill_s", "decode_s", "traffic"),
-)
-
-
 @dataclass
 class Totals:
-    """What the session has cost so far."""
+    """The figures of all answers of the session so far."""
 
     answers: int = 0
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    completion_tokens: int = 0
     decoded_tokens: int = 0
-    computed_tokens: int = 0
-    prefill_s: float = 0.0
-    decode_s: float = 0.0
-    traffic: Traffic = field(default_factory=Traffic)
-    energy: tuple[Joules, ...] = ()
+    usage: Usage = field(default_factory=Usage)
 
     def add(self, stats: Stats) -> None:
         """Count one more answer."""
         self.answers += 1
-        for name in _SUMMED:
-            setattr(self, name, getattr(self, name) + getattr(stats, name))
-        self.energy = add_energy(self.energy, stats.energy)
+        self.decoded_tokens += stats.decoded_tokens
+        self.usage += stats.usage
 
     def cost(self, prices: Prices) -> TokenCost | None:
         """Money per million tokens, as `Stats.cost`."""
-        joules = sum(part.joules for part in self.energy)
-        return cost_of(Work(self.computed_tokens, joules, self.prefill_s + self.decode_s), prices)
+        return cost_of(work_of(self.usage), prices)
 
 
 @dataclass

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from moebox.errors import RequestError
 from moebox.runtime.generate.sampling import SamplingOptions
 from moebox.runtime.terminal.conversation import Conversation, read_text, read_tools
-from moebox.runtime.terminal.cost_text import energy_text, hits_text, money_text
+from moebox.runtime.terminal.cost_text import energy_text, hits_text, price_text
 
 if TYPE_CHECKING:
     from moebox.runtime.terminal.chat import Chat
@@ -148,8 +148,9 @@ def _read(chat: Chat, argument: str) -> None:
 
 def _stats(chat: Chat, _argument: str) -> None:
     totals, last = chat.totals, chat.last
-    prefill = (totals.prompt_tokens - totals.cached_tokens) / totals.prefill_s if totals.prefill_s else 0.0
-    decode = totals.decoded_tokens / totals.decode_s if totals.decode_s else 0.0
+    usage = totals.usage
+    prefill = usage.computed_prompt_tokens / usage.prefill_s if usage.prefill_s else 0.0
+    decode = totals.decoded_tokens / usage.decode_s if usage.decode_s else 0.0
     used = last.context_used if last else 0
     prices = chat.model.accounts.prices
     cost = totals.cost(prices)
@@ -157,15 +158,15 @@ def _stats(chat: Chat, _argument: str) -> None:
         chat,
         [
             ("answers", f"{totals.answers:,}"),
-            ("prompt tokens", f"{totals.prompt_tokens:,}, {totals.cached_tokens:,} of them cached"),
-            ("answer tokens", f"{totals.completion_tokens:,}"),
+            ("prompt tokens", f"{usage.prompt_tokens:,}, {usage.cached_tokens:,} of them cached"),
+            ("answer tokens", f"{usage.completion_tokens:,}"),
             ("prompt speed", f"{prefill:,.1f} tok/s"),
             ("answer speed", f"{decode:,.1f} tok/s"),
             ("last first token", f"{last.ttft_s:.2f} s" if last else "-"),
             ("context", f"{used:,} of {chat.model.session.context:,} tokens"),
-            ("energy", energy_text(totals.energy, totals.computed_tokens) or "-"),
-            ("cost", money_text(cost, prices.currency) if cost else "-"),
-            ("experts", hits_text(totals.traffic) or "-"),
+            ("energy", energy_text(usage.energy, usage.computed_tokens) or "-"),
+            ("cost", price_text(cost, prices.currency) if cost else "-"),
+            ("experts", hits_text(usage.traffic) or "-"),
         ],
     )
 

@@ -75,10 +75,11 @@ def cancel_on_interrupt() -> Iterator[threading.Event]:
 
 def footer(stats: Stats) -> str:
     """One line on an answer: prompt and decode speed, time to the first token, context used."""
-    new = stats.prompt_tokens - stats.cached_tokens
+    usage = stats.usage
+    new = stats.prompt_tokens - usage.cached_tokens
     parts = [
-        f"prompt {new:,} tok ({stats.cached_tokens:,} cached) at {stats.prefill_tokens_per_s:,.1f} tok/s",
-        f"answer {stats.completion_tokens:,} tok at {stats.decode_tokens_per_s:,.1f} tok/s",
+        f"prompt {new:,} tok ({usage.cached_tokens:,} cached) at {stats.prefill_tokens_per_s:,.1f} tok/s",
+        f"answer {usage.completion_tokens:,} tok at {stats.decode_tokens_per_s:,.1f} tok/s",
         f"first token {stats.ttft_s:.2f} s",
         f"context {stats.context_used:,}/{stats.context:,}",
     ]
@@ -88,7 +89,7 @@ def footer(stats: Stats) -> str:
 def ending(stats: Stats) -> str | None:
     """What to tell a reader about an answer that did not end by itself; None where it did."""
     if stats.finish_reason == "length":
-        return f"stopped at max_tokens = {stats.completion_tokens:,}"
+        return f"stopped at max_tokens = {stats.usage.completion_tokens:,}"
     if stats.finish_reason == "context":
         return f"the context of {stats.context:,} tokens is full: the answer is cut here"
     return None

@@ -74,6 +74,7 @@ def _ask(
 def _print_json(pieces: Iterator[Piece], model: str) -> Stats:
     parts = list(pieces)
     stats = _stats(parts)
+    usage = stats.usage
     report = {
         "model": model,
         "text": "".join(piece.text for piece in parts if piece.kind == "text"),
@@ -82,18 +83,15 @@ def _print_json(pieces: Iterator[Piece], model: str) -> Stats:
         "finish_reason": stats.finish_reason,
         "seed": stats.seed,
         "usage": {
+            **usage.of_unit("tokens"),
             "prompt_tokens": stats.prompt_tokens,
-            "cached_tokens": stats.cached_tokens,
-            "completion_tokens": stats.completion_tokens,
-            "total_tokens": stats.prompt_tokens + stats.completion_tokens,
+            "total_tokens": stats.prompt_tokens + usage.completion_tokens,
         },
-        "energy": energy_dict(stats.energy, stats.computed_tokens),
-        "traffic": asdict(stats.traffic),
+        "energy": energy_dict(usage.energy, usage.computed_tokens),
+        "traffic": asdict(usage.traffic),
         "cost": cost_dict(stats.cost, stats.currency),
         "timings": {
-            "queue_s": stats.queue_s,
-            "prefill_s": stats.prefill_s,
-            "decode_s": stats.decode_s,
+            **usage.of_unit("s"),
             "ttft_s": stats.ttft_s,
             "prefill_tokens_per_s": stats.prefill_tokens_per_s,
             "decode_tokens_per_s": stats.decode_tokens_per_s,

@@ -89,7 +89,7 @@ class Screen:
             self.note(reason)
         if self._notes_to_terminal:
             self.note(footer(stats))
-            if line := cost_line(stats, stats.cost, stats.currency):
+            if line := cost_line(stats.usage, stats.cost, stats.currency):
                 self.note(line)
 
     def prefill(self, done: int, total: int) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from moebox.cost.usage import Joules, Traffic
+from moebox.cost.usage import Usage
 
 if TYPE_CHECKING:
     from moebox.cost.economics import TokenCost
@@ -30,52 +30,54 @@ class ToolCall:
 
 @dataclass(frozen=True)
 class Stats:
-    """What one answer cost.
+    """The figures of one answer.
 
-    `prompt_tokens` counts the whole prompt, `cached_tokens` the part of it that the key-value cache
-    still held; `prefill_s` is the time for the others, `ttft_s` the time to the first generated token.
-    `decoded_tokens` is what came after the first one, with the token that ended the answer, in `decode_s`.
-    `computed_tokens` are those of the prompt that were computed, and the answer's.
-    `queue_s` is what the caller says the request has waited. `energy` has one entry per source; `cost` is
-    money per million computed tokens, in `currency`, of a box that does nothing else; None where no token
-    was computed.
+    Attributes:
+        usage: what the answer used; `usage.prompt_tokens` counts the tokens of the prompt that were read.
+        prompt_tokens: tokens of the whole prompt, also where the answer ended before all were read.
+        decoded_tokens: tokens after the first one, with the one that ended the answer; they took
+            `usage.decode_s`.
+        ttft_s: seconds to the first token of the answer.
+        finish_reason: why the answer ended.
+        seed: of the sampler.
+        context_used, context: tokens that the context holds after the answer, and can hold.
+        cost: money per million computed tokens, in `currency`, on a box that never waits unless the prices
+            name another utilisation; None where no token was computed.
+        currency: a code of three letters.
     """
 
+    usage: Usage
     prompt_tokens: int
-    cached_tokens: int
-    completion_tokens: int
     decoded_tokens: int
-    computed_tokens: int
-    prefill_s: float
-    decode_s: float
     ttft_s: float
     finish_reason: FinishReason
     seed: int
     context_used: int
     context: int
-    queue_s: float = 0.0
-    traffic: Traffic = field(default_factory=Traffic)
-    energy: tuple[Joules, ...] = ()
     cost: TokenCost | None = None
     currency: str = "USD"
 
     @property
     def prefill_tokens_per_s(self) -> float:
         """Prompt tokens computed (not reused) a second; 0 where nothing was timed."""
-        return (self.prompt_tokens - self.cached_tokens) / self.prefill_s if self.prefill_s > 0 else 0.0
+        usage = self.usage
+        return (self.prompt_tokens - usage.cached_tokens) / usage.prefill_s if usage.prefill_s > 0 else 0.0
 
     @property
     def decode_tokens_per_s(self) -> float:
         """Tokens decoded a second; 0 where the first one was the last."""
-        return self.decoded_tokens / self.decode_s if self.decode_s > 0 else 0.0
+        return self.decoded_tokens / self.usage.decode_s if self.usage.decode_s > 0 else 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """All figures, the two rates included, for JSON."""
-        rates = {
+        """All figures, those of `usage` and the two rates included, for JSON."""
+        own = asdict(self)
+        return {
+            **own.pop("usage"),
+            **own,
+            "computed_tokens": self.usage.computed_tokens,
             "prefill_tokens_per_s": self.prefill_tokens_per_s,
             "decode_tokens_per_s": self.decode_tokens_per_s,
         }
-        return asdict(self) | rates
 
 
 @dataclass(frozen=True)

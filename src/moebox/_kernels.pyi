@@ -22,8 +22,8 @@ class ThreadPool:
     """Threads that share the work of a kernel.
 
     With `pin`, each worker stays on a CPU of its own; the calling thread's affinity does not change. Workers
-    spin for 50 microseconds after a call, then sleep. Several Python threads may use one pool; their calls wait
-    for each other. A child made by fork() cannot use it.
+    spin for 50 microseconds after a call, then sleep. Several Python threads may use one pool; their calls
+    wait for each other. A child made by fork() cannot use it.
 
     Args:
         threads: number of threads, the calling one included; one per allowed CPU by default.

@@ -1,4 +1,4 @@
-"""`moebox cost` as a user meets it, on ledgers of its own."""
+"""The command `moebox cost`, on ledgers that the tests write."""
 
 import csv
 import io
@@ -13,16 +13,17 @@ import pytest
 from click.testing import CliRunner
 from pytest import approx
 
+from helpers.ledger import make_record
 from moebox.cli import main_group
 from moebox.commands.cost import API_MODELS, Moment
 from moebox.cost.ledger.ledger import Ledger
 from moebox.cost.prices.api_prices import api_prices
-from moebox.cost.usage import Joules, Usage
+from moebox.cost.usage import Joules
 from moebox.errors import LedgerError, MoeboxError, PricesError
 
 
-def usage(number, ago, user="ana", model="k2"):
-    return Usage(
+def record(number, ago, user="ana", model="k2"):
+    return make_record(
         id=str(number),
         begun_s=(datetime.now() - ago).timestamp(),
         model=model,
@@ -43,7 +44,7 @@ def ledger(tmp_path, monkeypatch):
     path = tmp_path / "ledger.sqlite3"
     with Ledger.open(path) as opened:
         opened.add(
-            usage(0, timedelta(days=20)), usage(1, timedelta(days=3), "ben"), usage(2, timedelta(hours=2))
+            record(0, timedelta(days=20)), record(1, timedelta(days=3), "ben"), record(2, timedelta(hours=2))
         )
     monkeypatch.setenv("MOEBOX_LEDGER", str(path))
     monkeypatch.setenv("COLUMNS", "120")
@@ -63,7 +64,7 @@ def data_of(*arguments):
     return json.loads(result.stdout)
 
 
-def test_people_get_the_answer_first(ledger):
+def test_the_text_begins_with_the_answer(ledger):
     shown = cost("--hardware-price", 25_000, "--subscription", 200)
     assert shown.exit_code == 0
     lines = shown.stdout.splitlines()
@@ -80,10 +81,10 @@ def test_json_holds_the_ledgers_totals(ledger):
     total = data["total"]
     assert (
         (total["requests"], total["computed_tokens"])
-        == (totals.requests, totals.computed_tokens)
+        == (totals.requests, totals.usage.computed_tokens)
         == (3, 6000)
     )
-    assert total["joules"] == approx(totals.joules)
+    assert total["joules"] == approx(totals.usage.joules)
     million = total["per_million"]
     assert million["electricity"] == approx(72_000 / 3.6e6 * 0.36 / 6000 * 1e6)
     assert million["total"] == approx(million["electricity"] + million["hardware"] + million["other"])
@@ -135,7 +136,7 @@ def test_prices_of_a_file_and_of_options(ledger, tmp_path):
     assert data["prices"]["hardware_price"] == 10_000
     assert data["prices"]["electricity_per_kwh"] == 0.25
     (line,) = data["hosted"]
-    # 3 x (1,500 x 1 + 1,000 x 2) / 1e6, the cached tokens at the input's price.
+    # 3 x (1,500 x 1 + 1,000 x 2) / 1e6, with cached tokens at the input price.
     assert (line["price"]["name"], line["money"]) == ("house", approx(0.0105))
 
 
@@ -143,12 +144,12 @@ def test_every_default_model_has_a_price():
     assert len(api_prices(API_MODELS)) == len(API_MODELS)
 
 
-def test_an_unknown_model_has_neighbours(ledger):
+def test_an_unknown_model_is_refused_with_similar_names(ledger):
     with pytest.raises(PricesError, match="claude"):
         cost("--api", "claude-sonet-4-5")
 
 
-def test_before_the_first_request(tmp_path, monkeypatch):
+def test_without_a_ledger_the_command_says_how_to_make_one(tmp_path, monkeypatch):
     monkeypatch.setenv("MOEBOX_LEDGER", str(tmp_path / "none"))
     shown = cost()
     assert shown.exit_code == 0
@@ -166,7 +167,7 @@ def test_a_range_without_requests(ledger):
     assert "holds no requests" in page.read_text(encoding="utf-8")
 
 
-def test_the_missions_own_sums(tmp_path):
+def test_the_scenario_without_a_ledger(tmp_path):
     shown = cost("--scenario", "kimi-k2-h100")
     assert "At 10 tok/s a million tokens cost $29.85, at 25 tok/s $11.94" in shown.stdout
     for text in ("19.9 tok/s", "29.8 tok/s", "119 tok/s", "from 4 developers on", "$89.94", "$2,400"):
@@ -198,7 +199,7 @@ def test_wrong_usage(ledger, arguments):
     assert cost(*arguments).exit_code == 2
 
 
-def test_days_count_whole():
+def test_a_day_of_until_counts_whole():
     since, until = Moment(), Moment(end=True)
     day = datetime(2026, 11, 1)
     assert since.convert("2026-11-01", None, None) == day.timestamp()

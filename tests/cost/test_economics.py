@@ -48,7 +48,7 @@ def test_the_hardware_is_spread_over_its_life():
     assert PRICES.hardware_per_month == approx(2628)
 
 
-def test_money_is_charged_for_the_whole_range_that_the_work_answers_for():
+def test_money_is_charged_for_the_works_share_of_waiting_too():
     money = money_of(WORK, PRICES)
     # (720,000 + 270,000) / 3,600,000 x 0.36 = 0.099
     assert money.electricity == approx(0.099)
@@ -72,7 +72,7 @@ def test_money_per_million_tokens_as_measured_and_at_full_utilisation():
     assert full.total == approx(11.8)
 
 
-def test_a_stated_utilisation_counts_instead_of_the_measured_one():
+def test_a_stated_utilisation_replaces_the_measured_one():
     cost = cost_of(WORK, replace(PRICES, utilisation=0.5))
     # 900 s / 0.5 = 1,800 s: 1.80 and 0.18; 900 s of waiting at 270,000 J / 2,700 s = 100 W: 90,000 J;
     # (720,000 + 90,000) / 3,600,000 x 0.36 = 0.081. x 11.111
@@ -92,14 +92,14 @@ def test_no_token_has_no_price():
 
 
 @pytest.mark.parametrize("utilisation", [0.0, -0.1, 1.01, float("nan")])
-def test_a_utilisation_that_cannot_be_is_refused(utilisation):
+def test_an_impossible_utilisation_is_refused(utilisation):
     with pytest.raises(ValueError, match="utilisation"):
         Work(1, 1, 1, utilisation)
 
 
-def test_one_request_has_the_box_to_itself():
+def test_the_work_of_one_request():
     joules = (Joules("gpu", 500.0, "counter"), Joules("cpu", 220.0, "estimated"))
-    usage = Usage("id", 0.0, "m", "u", 1000, 400, 300, 5.0, 2.0, 7.0, "stop", joules)
+    usage = Usage(1000, 400, 300, 5.0, 2.0, 7.0, energy=joules)
     assert work_of(usage) == Work(tokens=900, joules=720.0, busy_s=9.0)
     cost = cost_of(work_of(usage), PRICES)
     # 720 J -> 0.000072; 9 s -> 0.009 and 0.0009; x 1,000,000 / 900
@@ -173,7 +173,7 @@ def test_payback(saved, months):
     ("owning", "subscription", "developers"),
     [(784.38, 200, 4), (800, 200, 5), (799.99, 200, 4), (90, 200, 1), (0, 200, 1)],
 )
-def test_as_many_developers_as_it_takes_to_cost_more_than_owning(owning, subscription, developers):
+def test_the_number_of_subscriptions_that_cost_more_than_owning(owning, subscription, developers):
     assert developers_to_win(owning, subscription) == developers
     assert developers * subscription > owning >= (developers - 1) * subscription
 
@@ -182,7 +182,7 @@ POSITIVE = st.floats(1e-3, 1e9)
 
 
 @given(st.lists(st.tuples(POSITIVE, POSITIVE, POSITIVE), min_size=1, max_size=6), st.floats(0.01, 1))
-def test_what_parts_of_the_work_cost_sums_to_what_all_of_it_costs(parts, utilisation):
+def test_costs_of_parts_of_the_work_sum_to_the_cost_of_the_whole(parts, utilisation):
     works = [Work(1, joules, busy_s, utilisation, idle) for joules, busy_s, idle in parts]
     whole = Work(1, *(sum(column) for column in list(zip(*parts, strict=True))[:2]), utilisation)
     whole = replace(whole, idle_joules=sum(part[2] for part in parts))
@@ -201,9 +201,7 @@ def test_waiting_never_makes_tokens_cheaper(tokens, joules, busy_s, utilisation,
 
 
 @given(POSITIVE, POSITIVE, POSITIVE, st.floats(0.01, 1), POSITIVE)
-def test_owning_and_api_cost_the_same_at_the_tokens_a_day_where_they_meet(
-    tokens, joules, busy_s, utilisation, api
-):
+def test_owning_and_api_cost_the_same_at_the_break_even(tokens, joules, busy_s, utilisation, api):
     work = Work(tokens, joules, busy_s, utilisation)
     even = break_even(work, api, PRICES)
     if even.tokens_per_day is None:

@@ -57,7 +57,7 @@ PLACEMENTS = {
 
 
 class ForcedRouting:
-    """A device's operations, but with given experts instead of the router's; weights are computed from logits.
+    """A device's operations, but with given experts instead of the router's. It computes their weights.
 
     In bf16 a router sometimes decides near-ties differently. With the same experts on both sides, only the
     arithmetic can differ.

@@ -1,4 +1,4 @@
-"""A box whose power is known: a clock that is moved, a GPU whose counter steps, RAPL zones as files."""
+"""A box with known power: a clock that tests move, a GPU whose counter steps, and RAPL zones as files."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 @dataclass
 class Clock:
-    """Seconds that pass only when told so."""
+    """Seconds that pass only by `wait`."""
 
     now: float = 1000.0
 
@@ -22,7 +22,7 @@ class Clock:
 
 @dataclass
 class SteppingGpu:
-    """Draws `watts`; its counter shows the energy as it was at the last step, 10 times a second."""
+    """A GPU that draws `power` watts; its counter shows the energy at the last step, 10 times a second."""
 
     clock: Clock
     power: float = 100.0
@@ -34,12 +34,12 @@ class SteppingGpu:
         self._changes.append((0.0, 0.0, self.power))
 
     def draw(self, watts: float) -> None:
-        """From now on."""
+        """Draw `watts` from now on."""
         self._changes.append((self.clock(), self.drawn(self.clock()), watts))
         self.power = watts
 
     def drawn(self, at: float) -> float:
-        """Joules in truth, until then."""
+        """The true joules until `at`."""
         began, joules, watts = next(change for change in reversed(self._changes) if change[0] <= at)
         return joules + watts * (at - began)
 
@@ -52,7 +52,7 @@ class SteppingGpu:
 
 
 def write_zone(root: Path, zone: str, name: str, energy_uj: int = 0, range_uj: int = 262_143_328_850) -> Path:
-    """One zone below `root`, such as intel-rapl:0; returns its counter's file."""
+    """Write one zone below `root`, such as intel-rapl:0; returns the file of its counter."""
     folder = root / zone
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "name").write_text(f"{name}\n")
@@ -62,7 +62,7 @@ def write_zone(root: Path, zone: str, name: str, energy_uj: int = 0, range_uj: i
 
 
 def set_counter(file: Path, energy_uj: int) -> None:
-    """Replaced as a whole, so that no reader meets half a number."""
+    """Replace the file atomically, so that no reader sees half a number."""
     new = file.with_suffix(".new")
     new.write_text(f"{energy_uj}\n")
     new.replace(file)

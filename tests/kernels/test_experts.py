@@ -1,4 +1,4 @@
-"""The expert kernels against fp64, on every instruction set this machine has."""
+"""The expert kernels against fp64, with every instruction set of this machine."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BARS = {torch.float32: 2e-6, torch.bfloat16: 5e-3}
 
 @pytest.fixture(params=ISAS)
 def isa(request: pytest.FixtureRequest) -> str:
-    """Each instruction set; the ones this machine lacks are reported as skipped."""
+    """Each instruction set; tests of those that this machine lacks are skipped."""
     if request.param not in cpu.isa_paths():
         pytest.skip(f"this machine has no {request.param}")
     return request.param
@@ -81,7 +81,7 @@ def test_fine_sums_without_bf16_instructions(generator: torch.Generator) -> None
 
 @pytest.mark.parametrize("magnitude", [1e-12, 1e12])
 def test_activations_of_any_magnitude(isa: str, magnitude: float, generator: torch.Generator) -> None:
-    """Scales per group follow the activations; an outlier spoils its group only."""
+    """Each group has a scale that follows its activations; an outlier makes only its own group coarse."""
     arrays = [random_arrays(256, 64, generator)]
     hidden = torch.randn(1, 256, generator=generator) * magnitude
     hidden[0, 5] *= 100
@@ -101,7 +101,7 @@ def test_a_bad_activation_shows(isa: str, value: float, n_tokens: int, generator
 
 
 def test_adds_to_out_and_repeated_tokens(isa: str, generator: torch.Generator) -> None:
-    """What is in `out` stays, and a token may come twice."""
+    """The kernel adds to `out`, and a token may come twice."""
     arrays = [random_arrays(64, 32, generator) for _ in range(2)]
     routing = random_routing([9, 4], 3, generator, repeat=True)
     hidden = torch.randn(3, 64, generator=generator)
@@ -119,7 +119,7 @@ def test_adds_to_out_and_repeated_tokens(isa: str, generator: torch.Generator) -
 def test_any_number_of_threads_gives_the_same_bits(
     isa: str, dtype: torch.dtype, n_tokens: int, generator: torch.Generator
 ) -> None:
-    """Nothing depends on who computes what. Even one token is enough work here to be shared out."""
+    """The result does not depend on which thread computes what. One token is enough work for several here."""
     arrays = [random_arrays(640, 320, generator) for _ in range(4)]
     routing = random_routing([n_tokens] * 4, n_tokens, generator)
     hidden = torch.randn(n_tokens, 640, generator=generator).to(dtype)
@@ -128,7 +128,7 @@ def test_any_number_of_threads_gives_the_same_bits(
 
 
 def test_a_token_alone_or_among_others(isa: str, generator: torch.Generator) -> None:
-    """The company a token is in changes rounding only."""
+    """Other tokens in the call change a token's result by rounding only."""
     arrays = [random_arrays(128, 96, generator)]
     hidden = torch.randn(30, 128, generator=generator).bfloat16()
     together = forward(
@@ -141,7 +141,8 @@ def test_a_token_alone_or_among_others(isa: str, generator: torch.Generator) -> 
 
 
 def test_more_pairs_than_a_batch(generator: torch.Generator) -> None:
-    """Batches of 2,048 pairs, items of 128: none is lost at their borders."""
+    """No pair is lost where a batch (2,048 pairs) or an item (128) ends."""
+    assert cpu.BATCH_PAIRS < 1500 + 129 + 700
     arrays = [random_arrays(32, 32, generator) for _ in range(3)]
     routing = random_routing([1500, 129, 700], 1500, generator)
     hidden = torch.randn(1500, 32, generator=generator)
@@ -149,7 +150,7 @@ def test_more_pairs_than_a_batch(generator: torch.Generator) -> None:
 
 
 def test_no_tokens_and_no_experts(generator: torch.Generator) -> None:
-    """Nothing to do is done."""
+    """A call without pairs, or without experts, adds nothing."""
     arrays = [random_arrays(64, 32, generator)]
     assert not forward(arrays, random_routing([0], 0), torch.randn(0, 64)).any()
     assert not forward([], random_routing([], 3), torch.randn(3, 64)).any()
@@ -157,7 +158,7 @@ def test_no_tokens_and_no_experts(generator: torch.Generator) -> None:
 
 @pytest.mark.parametrize("n_tokens", [1, 20])
 def test_arrays_at_odd_addresses(isa: str, n_tokens: int, generator: torch.Generator) -> None:
-    """A file mapping aligns an array to its elements at best; read-only numpy arrays will do."""
+    """Arrays need the alignment of their elements alone, as in a file mapping, and may be read-only."""
     arrays = random_arrays(96, 64, generator)
     hidden = torch.randn(n_tokens, 96, generator=generator).bfloat16()
     routing = random_routing([n_tokens], n_tokens, generator)
@@ -189,7 +190,7 @@ def misaligned(array: torch.Tensor) -> np.ndarray:
 
 
 def test_an_expert_keeps_its_arrays(generator: torch.Generator) -> None:
-    """The caller may drop its references."""
+    """The caller may delete its own references."""
     arrays = random_arrays(64, 64, generator)
     copies = [array.clone() for array in arrays]
     expert = cpu.Expert(*copies)
@@ -228,7 +229,7 @@ def test_one_pool_from_two_python_threads(generator: torch.Generator) -> None:
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_a_pool_does_not_cross_fork(generator: torch.Generator) -> None:
-    """A forked child is told; it does not hang."""
+    """In a forked child the pool raises an error and does not hang."""
     arrays = [random_arrays(64, 32, generator)]
     routing, hidden = random_routing([1], 1, generator), torch.randn(1, 64, generator=generator)
     pool = cpu.ThreadPool(2)
@@ -244,7 +245,7 @@ def test_a_pool_does_not_cross_fork(generator: torch.Generator) -> None:
 
 
 def test_pools(generator: torch.Generator) -> None:
-    """Sizes, and a size that makes no sense."""
+    """A pool has the size that was asked for, and 0 is refused."""
     assert cpu.ThreadPool().threads == cpu.allowed_cpus() <= len(os.sched_getaffinity(0))
     assert cpu.ThreadPool(3, pin=False).threads == 3
     with pytest.raises(ValueError, match="threads: 0 given, at least 1 needed"):
@@ -252,7 +253,7 @@ def test_pools(generator: torch.Generator) -> None:
 
 
 def test_isa_paths() -> None:
-    """The fallback is always there, and last."""
+    """The scalar path is always there, and last."""
     assert cpu.isa_paths()[-1] == "scalar"
     assert [isa for isa in ISAS if isa in cpu.isa_paths()] == list(cpu.isa_paths())
 
@@ -273,7 +274,7 @@ NAMES = ("gate_packed", "gate_scale", "up_packed", "up_scale", "down_packed", "d
 
 @pytest.mark.parametrize("name", WRONG_EXPERTS)
 def test_a_wrong_expert_is_named(name: str, generator: torch.Generator) -> None:
-    """Which array, what it is, what it should be."""
+    """The error says which array is wrong, what was given and what is needed."""
     spoil, error, message = WRONG_EXPERTS[name]
     arrays = dict(zip(NAMES, random_arrays(64, 32, generator), strict=True))
     arrays[name] = spoil(arrays[name])
@@ -293,7 +294,7 @@ WRONG_CALLS = {
 
 @pytest.mark.parametrize("name", WRONG_CALLS)
 def test_a_wrong_call_is_named(name: str, generator: torch.Generator) -> None:
-    """Nothing is read or written out of bounds."""
+    """A call that would read or write out of bounds is refused by an error that names the argument."""
     value, message = WRONG_CALLS[name]
     call = {
         "pool": cpu.ThreadPool(1),
@@ -311,7 +312,7 @@ def test_a_wrong_call_is_named(name: str, generator: torch.Generator) -> None:
 
 
 def test_experts_of_two_shapes(generator: torch.Generator) -> None:
-    """One call, one shape."""
+    """All experts of a call must have one shape."""
     arrays = [random_arrays(64, 32, generator), random_arrays(64, 64, generator)]
     with pytest.raises(
         ValueError, match=r"experts\[1\]: moe_intermediate_size 64 given, experts\[0\]'s I=32"

@@ -12,7 +12,7 @@ from helpers.gpu import DEVICES, need
 from helpers.paths import TINY_K2
 from moebox.cli import main_group
 from moebox.cost.ledger.ledger import Ledger
-from moebox.cost.usage import Joules, Traffic
+from moebox.cost.usage import SECONDS, TOKENS, TRAFFIC_FIELDS, Joules, Traffic
 from moebox.errors import BusyError, MoeboxError, PricesError, RequestError
 from moebox.quantize.convert import quantize
 from moebox.runtime.api import load
@@ -60,13 +60,13 @@ def test_an_answer_is_a_row_with_the_figures_of_its_stats(model):
     stats = [*model.chat(USER, queue_s=0.25)][-1].stats
     (row,) = requests(model)
     assert (row.model, row.user, row.finish_reason) == ("model", "ada", "stop")
-    names = ("prompt_tokens", "cached_tokens", "completion_tokens", "computed_tokens")
-    names += ("queue_s", "prefill_s", "decode_s", "traffic", "energy")
-    assert [getattr(row, name) for name in names] == [getattr(stats, name) for name in names]
+    assert row.usage == stats.usage
+    assert (row.usage.queue_s, row.usage.prompt_tokens) == (0.25, stats.prompt_tokens)
     passes = model.engine.passes
-    assert row.traffic == Traffic(0, 2 * passes, passes, 0, 3000 * passes, 1000 * passes)
-    assert row.joules > 0
-    assert stats.cost.electricity == pytest.approx(row.joules / 3.6e6 * 0.176 / row.computed_tokens * 1e6)
+    assert row.usage.traffic == Traffic(0, 2 * passes, passes, 0, 3000 * passes, 1000 * passes)
+    assert row.usage.joules > 0
+    per_token = row.usage.joules / row.usage.computed_tokens
+    assert stats.cost.electricity == pytest.approx(per_token / 3.6e6 * 0.176 * 1e6)
 
 
 def test_the_next_answer_counts_only_its_own(model):
@@ -75,10 +75,10 @@ def test_the_next_answer_counts_only_its_own(model):
     done = model.generate([*USER, {"role": "assistant", "content": "sunny it is"}, *USER], user="bob")
     first, second = requests(model)
     assert (first.user, second.user) == ("ada", "bob")
-    assert second.traffic.disk_hits == model.engine.passes - before
-    assert second.cached_tokens > 0
-    assert done.stats.energy == second.energy
-    assert second.begun_s >= first.begun_s + first.prefill_s + first.decode_s
+    assert second.usage.traffic.disk_hits == model.engine.passes - before
+    assert second.usage.cached_tokens > 0
+    assert done.stats.usage.energy == second.usage.energy
+    assert second.begun_s >= first.begun_s + first.usage.work_s
 
 
 def test_neither_prompt_nor_answer_is_kept(model, ledger_path):
@@ -96,8 +96,8 @@ def test_an_answer_that_is_dropped(model):
     pieces.close()
     (row,) = requests(model)
     assert row.finish_reason == "cancelled"
-    assert row.completion_tokens >= 1
-    assert row.joules > 0
+    assert row.usage.completion_tokens >= 1
+    assert row.usage.joules > 0
 
 
 def test_a_prompt_that_is_cancelled_counts_what_was_read(model):
@@ -109,10 +109,10 @@ def test_a_prompt_that_is_cancelled_counts_what_was_read(model):
 
     pieces = [*model.chat(USER, cancel=cancel, on_prefill=stop)]
     (row,) = requests(model)
-    assert (row.finish_reason, row.completion_tokens) == ("cancelled", 0)
-    assert row.prompt_tokens == model.count_tokens(USER) // 2
-    assert row.prefill_s > 0
-    assert pieces[-1].stats.computed_tokens == row.computed_tokens > 0
+    assert (row.finish_reason, row.usage.completion_tokens) == ("cancelled", 0)
+    assert row.usage.prompt_tokens == model.count_tokens(USER) // 2
+    assert row.usage.prefill_s > 0
+    assert pieces[-1].stats.usage.computed_tokens == row.usage.computed_tokens > 0
 
 
 @pytest.mark.parametrize("step", ["prefill", "decode"])
@@ -125,7 +125,7 @@ def test_an_answer_that_fails(model, monkeypatch, step):
         model.generate(USER)
     (row,) = requests(model)
     assert row.finish_reason == "error"
-    assert row.completion_tokens == (step == "decode")
+    assert row.usage.completion_tokens == (step == "decode")
     monkeypatch.undo()
     assert model.generate(USER).text == "sunny it is"
     assert [row.finish_reason for row in requests(model)] == ["error", "stop"]
@@ -145,7 +145,7 @@ def test_what_is_refused_is_no_row(model):
 def test_no_ledger(tmp_path, ledger_path):
     with fake_model(tmp_path / "model", ledger=False) as model:
         stats = model.generate(USER).stats
-    assert stats.energy
+    assert stats.usage.energy
     assert stats.cost is not None
     assert not ledger_path.exists()
 
@@ -157,6 +157,9 @@ def test_run_json_has_all_of_it(tmp_path, capsys, prices):
     )
     assert run_program(tmp_path / "model", {"run": {"prompt": "hi", "json": True}}) == 0
     report = json.loads(capsys.readouterr().out)
+    assert {*TOKENS, "total_tokens"} == report["usage"].keys()
+    assert report["timings"].keys() > set(SECONDS)
+    assert report["traffic"].keys() == set(TRAFFIC_FIELDS)
     tokens = report["usage"]["prompt_tokens"] + report["usage"]["completion_tokens"]
     energy, cost = report["energy"], report["cost"]
     assert energy["joules_per_token"] == pytest.approx(energy["joules"] / tokens)
@@ -199,10 +202,11 @@ def test_real_tiers_are_counted(folder, ledger_path, device):
         stats = model.generate(USER, max_tokens=4, temperature=0).stats
         (row,) = requests(model)
     per_token = config.num_experts_per_tok * len(config.moe_layers)
-    assert row.traffic == stats.traffic
-    assert row.traffic.hits >= stats.decoded_tokens * per_token
-    assert row.traffic.cpu_bytes + row.traffic.pcie_bytes >= row.traffic.ram_hits * config.expert_bytes
-    assert (row.traffic.gpu_hits > 0) == (device != "cpu")
+    traffic = row.usage.traffic
+    assert traffic == stats.usage.traffic
+    assert traffic.hits >= stats.decoded_tokens * per_token
+    assert traffic.cpu_bytes + traffic.pcie_bytes >= traffic.ram_hits * config.expert_bytes
+    assert (traffic.gpu_hits > 0) == (device != "cpu")
     assert (row.model, row.user) == ("int4", "ada")
     with Ledger.open(ledger_path, read_only=True) as ledger:
         assert list(ledger.idle())

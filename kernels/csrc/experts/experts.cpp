@@ -94,8 +94,8 @@ class Batch {
     memory_ = pool_.scratch(end + worker_bytes_ * pool_.size());
   }
 
-  // Rows of a task. Each run of rows starts without prefetched weights, so runs are long; but there are
-  // enough of them that the threads finish at about the same time.
+  // Rows of a task. A task starts without prefetched weights, so it has many rows; but there are enough tasks
+  // that the threads finish at about the same time.
   std::size_t task_rows(std::size_t rows, std::size_t sharers, std::size_t tasks_per_worker) const {
     const std::size_t even = rows * sharers / (tasks_per_worker * pool_.size());
     return std::clamp(even / kRowBlock * kRowBlock, kRowBlock, kMaxTaskRows);

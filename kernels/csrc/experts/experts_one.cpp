@@ -15,9 +15,8 @@ namespace moebox {
 namespace {
 
 constexpr std::size_t kPrepareGroups = 16;  // of a task
-// Rows of a task. Its weights are not prefetched at its start, so it has enough rows to make up for that; but
-// few enough that the threads finish at about the same time, which takes smaller tasks where there are few
-// experts.
+// Rows of a task. A task starts without prefetched weights, so more rows are better for it. With fewer rows
+// the threads finish at more nearly the same time, which matters more where there are few experts.
 constexpr std::size_t kGateRows = 32, kDownRows = 128;
 constexpr std::size_t kFewExperts = 2, kGateRowsOfFew = 16, kDownRowsOfFew = 64;
 

@@ -1,8 +1,9 @@
 // Loading of weights, scales and activations, which the engines of every instruction set share. Only
 // experts_isa.cpp includes it.
 //
-// All of it is in an anonymous namespace of the set's own namespace: of an inline function that several sets
-// share, the linker could keep the AVX-512 form for every machine.
+// All of it is in an anonymous namespace of the set's own namespace. If several sets shared an inline
+// function, the linker would keep one copy of it for every machine, which could be the one with AVX-512
+// instructions.
 #pragma once
 
 #include <cstddef>

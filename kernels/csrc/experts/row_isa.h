@@ -11,7 +11,7 @@ template <class Math>
 struct RowByRow {
   static constexpr std::size_t kBlock = 256;         // groups whose scales are computed at a time
   static constexpr std::size_t kAhead = 4096;        // packed weights are prefetched so many bytes ahead
-  static constexpr std::size_t kScalesAhead = 1024;  // and their scales, which is about as early
+  static constexpr std::size_t kScalesAhead = 1024;  // and scales so many bytes
 
   // One row times N tokens. Several sums per token hide the latency of the multiply-add.
   template <std::size_t N>

@@ -10,7 +10,7 @@ namespace moebox {
 namespace {
 
 constexpr float kScaleLimit = 0x1p60f;     // a trained block has a smaller scale
-constexpr std::size_t kRowsOfThread = 16;  // at least, so that a thread is worth its start
+constexpr std::size_t kRowsOfThread = 16;  // at least: a thread with fewer costs more than it saves
 
 // The first weight of the first block whose scale is NaN, Inf or too large.
 Position find_bad_scale(const SourceMatrix& source) {

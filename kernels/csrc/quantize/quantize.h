@@ -22,7 +22,7 @@ struct SourceMatrix {
   const float* scale_inv;
   std::size_t rows, columns;
 
-  // Inlined always, for the reason that sizes.h gives.
+  // Always inlined, for the reason that sizes.h gives.
   [[gnu::always_inline]] std::size_t item_bytes() const {
     return type == SourceType::f32 ? 4 : type == SourceType::fp8 ? 1 : 2;
   }

@@ -19,7 +19,8 @@ constexpr float kUnclampedRatio = 8.45f;  // below it, the extreme value rounds 
 constexpr int kTogether = kWidth / 4;     // ratios that are tried at once: as many as the registers hold
 static_assert(std::size(kRatios) % kTogether == 0);
 
-// std::min would be a weak symbol, which the linker may take from another instruction set's object.
+// std::min could be compiled as a function, and the linker could take it from another instruction set's
+// object.
 inline std::size_t smaller(std::size_t a, std::size_t b) { return a < b ? a : b; }
 
 // ---- reading a row as fp32 ----
@@ -79,6 +80,8 @@ inline std::int32_t largest(I32 v) {
   return result;
 }
 
+// The column of the first value whose magnitude has at least the bits of `limit`; there must be one. `first`
+// is the column of values[0].
 std::ptrdiff_t find_bad(const float* values, std::size_t first, std::int32_t limit) {
   std::ptrdiff_t i = 0;
   for (;; i++) {
@@ -204,7 +207,7 @@ void choose_scales(Tile& tile) {
 
 // ---- values and error ----
 
-// Sums over a row in 16 lanes, column mod 16, whatever kWidth is.
+// Sums over a row in 16 lanes, by column mod 16, for any kWidth: so that every set gives the same bits.
 struct ErrorSums {
   static constexpr int kParts = 16 / kWidth;
   F32 errors[kParts] = {}, weights[kParts] = {};

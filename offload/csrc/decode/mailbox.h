@@ -22,25 +22,25 @@ constexpr std::size_t kSplitWords = 4;
 // Decoding several sequences in one step adds a symbol B behind L, to every tensor but the flags and `one`:
 // LayerRows::width then counts the elements of all sequences.
 // clang-format off
-#define MOEBOX_MAILBOX(FIELD)                                                                                 \
-  FIELD(routed, std::int32_t, "L F", gpu, pinned, "flag: ids, weights and hidden are there")                  \
-  FIELD(ids, std::int32_t, "L k", gpu, pinned, "the experts that the router chose")                           \
-  FIELD(weights, float, "L k", gpu, pinned, "their weights")                                                  \
-  FIELD(hidden, std::uint16_t, "L H", gpu, pinned, "the experts' input")                                      \
-  FIELD(listed, std::int32_t, "L F", host, pinned, "flag: the slots and the split expert are there")          \
-  FIELD(resident_slots, std::int32_t, "L 1+k", host, pinned, "a count, and slots of experts on the GPU")      \
-  FIELD(resident_weights, float, "L k", host, pinned, "weights of these experts")                             \
-  FIELD(upload_slots, std::int32_t, "L 1+k", host, pinned, "a count, and slots of experts that are uploaded") \
-  FIELD(upload_weights, float, "L k", host, pinned, "weights of these experts")                               \
-  FIELD(split_expert, std::int32_t, "L S", host, pinned,                                                      \
-        "the expert that GPU and CPU both compute: its row of RAM or -1, and the GPU's inner rows of it")     \
-  FIELD(split_weight, float, "L 1", host, pinned, "its weight")                                               \
-  FIELD(uploaded, std::int32_t, "L F", copies, device, "flag: the uploads are complete")                      \
-  FIELD(summed, std::int32_t, "L F", host, pinned, "flag: cpu_sums is there")                                 \
-  FIELD(cpu_sums, float, "L H", host, pinned, "weighted sum of the experts that the CPU computes")            \
-  FIELD(predicted, std::int32_t, "L F", gpu, pinned, "flag: predicted_ids is there, before the layer's turn") \
-  FIELD(predicted_ids, std::int32_t, "L n", gpu, pinned,                                                      \
-        "experts that the layer will probably choose, the likeliest first; nothing of layer 0")               \
+#define MOEBOX_MAILBOX(FIELD)                                                                                \
+  FIELD(routed, std::int32_t, "L F", gpu, pinned, "flag: ids, weights and hidden are there")                 \
+  FIELD(ids, std::int32_t, "L k", gpu, pinned, "the experts that the router chose")                          \
+  FIELD(weights, float, "L k", gpu, pinned, "their weights")                                                 \
+  FIELD(hidden, std::uint16_t, "L H", gpu, pinned, "the experts' input")                                     \
+  FIELD(listed, std::int32_t, "L F", host, pinned, "flag: the slots and the split expert are there")         \
+  FIELD(resident_slots, std::int32_t, "L 1+k", host, pinned, "a count, and slots of resident experts")       \
+  FIELD(resident_weights, float, "L k", host, pinned, "weights of these experts")                            \
+  FIELD(upload_slots, std::int32_t, "L 1+k", host, pinned, "a count, and slots of uploaded experts")         \
+  FIELD(upload_weights, float, "L k", host, pinned, "weights of these experts")                              \
+  FIELD(split_expert, std::int32_t, "L S", host, pinned,                                                     \
+        "the expert that GPU and CPU both compute: its row of RAM or -1, and the GPU's inner rows of it")    \
+  FIELD(split_weight, float, "L 1", host, pinned, "its weight")                                              \
+  FIELD(uploaded, std::int32_t, "L F", copies, device, "flag: the uploads are complete")                     \
+  FIELD(summed, std::int32_t, "L F", host, pinned, "flag: cpu_sums is there")                                \
+  FIELD(cpu_sums, float, "L H", host, pinned, "weighted sum of the experts that the CPU computes")           \
+  FIELD(predicted, std::int32_t, "L F", gpu, pinned, "flag: predicted_ids is there")                         \
+  FIELD(predicted_ids, std::int32_t, "L n", gpu, pinned,                                                     \
+        "experts that the layer will probably choose, the likeliest first; nothing of layer 0")              \
   FIELD(one, std::int32_t, "F", host, pinned, "1 in element 0, which the copy stream copies to `uploaded`")
 // clang-format on
 

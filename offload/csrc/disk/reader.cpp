@@ -152,8 +152,8 @@ void Reader::set_depth(const std::string& path, std::size_t depth) {
   throw std::invalid_argument("path: " + path + " is none of the reader's files");
 }
 
-// Pieces end on pages of the file, so that no page is read twice. Where range and target are page-aligned, whole
-// pages are read straight into the target, and the rest of the last page is a piece of its own.
+// Pieces end on pages of the file, so that no page is read twice. Where range and target are page-aligned,
+// whole pages are read straight into the target, and the rest of the last page is a piece of its own.
 void Reader::cut(const Run& run, std::byte* target, Job& job) {
   File* file = &files_.at(run.file);
   const bool straight = on_page(run.offset, target);

@@ -1,4 +1,4 @@
-"""`moebox cost`: options -> the report of the ledger, or of a scenario, in the form that was asked for."""
+"""`moebox cost`: reports on the ledger, or on a scenario, in the form that the options choose."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from moebox.cost.report.report import Report
 
 API_MODELS = ("kimi-k2-thinking", "gpt-5", "claude-sonnet-4-5", "grok-4")
-"""Hosted models to compare with where none are named."""
+"""Hosted models to compare with where the options name none."""
 UNITS = {"h": timedelta(hours=1), "d": timedelta(days=1), "w": timedelta(weeks=1)}
-OF_PRICES = {
+PRICE_FIELDS = {
     "electricity": "electricity_per_kwh",
     "hardware_price": "hardware_price",
     "life_months": "life_months",
@@ -34,7 +34,7 @@ OF_PRICES = {
     "other": "other_per_month",
     "utilisation": "utilisation",
 }
-"""Options that are fields of `Prices`."""
+"""Options that set a field of `Prices`, and the field's name."""
 
 
 class Moment(click.ParamType[float]):
@@ -44,7 +44,7 @@ class Moment(click.ParamType[float]):
 
     def __init__(self, *, end: bool = False) -> None:
         self.end = end
-        """Whether a day stands for its end."""
+        """Whether a day stands for its end, not its begin."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         """Parse `value`; click reports a usage error where it is no time."""
@@ -67,7 +67,7 @@ FILE = click.Path(dir_okay=False, path_type=Path)
 
 
 def what_options(command: Command) -> Command:
-    """Adds which requests are meant, and in what lines."""
+    """Add the options that select requests, and the lines of the report."""
     for option in reversed(
         (
             click.option(
@@ -82,7 +82,7 @@ def what_options(command: Command) -> Command:
                 "--by",
                 type=click.Choice(["model", "user", "day"]),
                 default="model",
-                help="What the lines are.",
+                help="One line for each of these.",
             ),
             click.option("--ledger", type=FILE, help="The ledger's file.  [default: the user's own]"),
         )
@@ -92,7 +92,7 @@ def what_options(command: Command) -> Command:
 
 
 def price_options(command: Command) -> Command:
-    """Adds what is paid for the box, and what it is compared with."""
+    """Add the options for the prices of the box, and for what it is compared with."""
     amount = click.FloatRange(0)
     for option in reversed(
         (
@@ -118,7 +118,11 @@ def price_options(command: Command) -> Command:
                 help=f"A hosted model to compare with; may be repeated.  [default: {', '.join(API_MODELS)}]",
             ),
             click.option("--api-prices", type=FILE, help="A file of your own with hosted models' prices."),
-            click.option("--subscription", type=amount, help="Money a month and developer to compare with."),
+            click.option(
+                "--subscription",
+                type=amount,
+                help="Price of one developer's subscription a month.",
+            ),
         )
     ):
         command = option(command)
@@ -150,25 +154,25 @@ def cost(as_json: bool, as_csv: bool, html: Path | None, scenario: str | None, *
         raise click.UsageError("give --json or --csv, one of them")
     if options["since"] and options["until"] and options["since"] >= options["until"]:
         raise click.UsageError("--since has to be before --until")
-    made = _scenario(scenario, options) if scenario else _ledger(options)
+    report = _scenario(scenario, options) if scenario else _ledger(options)
     if html is not None:
         from moebox.cost.page.page import write_page
 
-        write_page(made.page(), html)
+        write_page(report.page(), html)
         click.echo(f"wrote {html}", err=True)
     if as_json:
-        click.echo(json.dumps(made.data()))
+        click.echo(json.dumps(report.data()))
     elif as_csv:
-        csv.writer(sys.stdout, lineterminator="\n").writerows(made.rows())
+        csv.writer(sys.stdout, lineterminator="\n").writerows(report.rows())
     elif html is None:
         from rich.console import Console
 
-        made.show(Console(highlight=False))
+        report.show(Console(highlight=False))
 
 
 @dataclass(frozen=True)
-class _Made:
-    """A report in all its forms."""
+class _Forms:
+    """Functions that give a report in each of its forms."""
 
     data: Callable[[], dict[str, Any]]
     rows: Callable[[], list[list[object]]]
@@ -176,13 +180,13 @@ class _Made:
     show: Callable[[Console], None]
 
 
-def _ledger(options: dict[str, Any]) -> _Made:
+def _ledger(options: dict[str, Any]) -> _Forms:
     from moebox.cost.report.page import report_page
-    from moebox.cost.report.report import csv_rows
+    from moebox.cost.report.rows import csv_rows
     from moebox.cost.report.text import render_report
 
     report = _report(options)
-    return _Made(
+    return _Forms(
         report.to_dict,
         lambda: csv_rows(report),
         lambda: report_page(report),
@@ -197,48 +201,52 @@ def _report(options: dict[str, Any]) -> Report:
 
     prices = _prices(options)
     names = options["api"] or API_MODELS
-    asked = ReportOptions(
+    chosen = ReportOptions(
         prices,
-        options["since"],
-        options["until"],
-        options["model"],
-        options["user"],
-        options["by"],
-        tuple(api_prices(names, options["api_prices"], prices.per_usd)),
-        options["subscription"] or None,
-        options["share_idle"],
+        since_s=options["since"],
+        until_s=options["until"],
+        model=options["model"],
+        user=options["user"],
+        by=options["by"],
+        api=tuple(api_prices(names, options["api_prices"], prices.per_usd)),
+        subscription=options["subscription"] or None,
+        share_idle=options["share_idle"],
     )
     if options["ledger"] is None and not ledger_path().exists():
-        return empty_report(asked, ledger_path())
+        return empty_report(chosen, ledger_path())
     with Ledger.open(options["ledger"], read_only=True) as ledger:
-        return make_report(ledger, asked)
+        return make_report(ledger, chosen)
 
 
 def _prices(options: dict[str, Any]) -> Prices:
     from moebox.cost.prices.box_prices import load_prices
 
-    return load_prices(options["prices"], **{field: options[name] for name, field in OF_PRICES.items()})
+    return load_prices(options["prices"], **_price_fields(options))
 
 
-NOT_OF_A_SCENARIO = (
+def _price_fields(options: dict[str, Any]) -> dict[str, Any]:
+    return {field: options[name] for name, field in PRICE_FIELDS.items()}
+
+
+LEDGER_OPTIONS = (
     *("since", "until", "model", "user", "ledger"),
     *("prices", "api", "api_prices", "share_idle"),
 )
 
 
-def _scenario(name: str, options: dict[str, Any]) -> _Made:
+def _scenario(name: str, options: dict[str, Any]) -> _Forms:
     from moebox.cost.scenario.page import scenario_page
+    from moebox.cost.scenario.rows import scenario_rows
     from moebox.cost.scenario.scenario import find_scenario, run_scenario
-    from moebox.cost.scenario.text import render_scenario, scenario_rows
+    from moebox.cost.scenario.text import render_scenario
 
-    for option in NOT_OF_A_SCENARIO:
+    for option in LEDGER_OPTIONS:
         if options[option]:
             raise click.UsageError(
                 f"--{option.replace('_', '-')} is not for --scenario, which reads no ledger"
             )
-    given = {field: options[option] for option, field in OF_PRICES.items()}
-    report = run_scenario(find_scenario(name, options["subscription"], **given))
-    return _Made(
+    report = run_scenario(find_scenario(name, options["subscription"], **_price_fields(options)))
+    return _Forms(
         report.to_dict,
         lambda: scenario_rows(report),
         lambda: scenario_page(report),

@@ -55,7 +55,7 @@ def run_demo(out: Console, log: Console) -> None:
     totals, prices = Totals(), model.accounts.prices
     for stats in (first, second):
         totals.add(stats)
-    cost = cost_line(totals, totals.cost(prices), prices.currency)
+    cost = cost_line(totals.usage, totals.cost(prices), prices.currency)
     for line in (speed_line(model, [first, second]), cost or ""):
         out.print(Text(line, style="dim"))
 
@@ -111,10 +111,10 @@ def show(out: Console, who: str, text: str) -> None:
 
 def speed_line(model: Model, answers: list[Stats]) -> str:
     """Prompt and decode rates over all answers, and the bytes of the INT4 experts."""
-    prompt = sum(stats.prompt_tokens - stats.cached_tokens for stats in answers)
-    prefill_s = sum(stats.prefill_s for stats in answers)
+    prompt = sum(stats.prompt_tokens - stats.usage.cached_tokens for stats in answers)
+    prefill_s = sum(stats.usage.prefill_s for stats in answers)
     decoded = sum(stats.decoded_tokens for stats in answers)
-    decode_s = sum(stats.decode_s for stats in answers)
+    decode_s = sum(stats.usage.decode_s for stats in answers)
     engine = model.engine
     return (
         f"prompt {prompt / prefill_s:.0f} tok/s · decode {decoded / decode_s:.0f} tok/s · "

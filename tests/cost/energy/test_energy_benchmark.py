@@ -1,4 +1,4 @@
-"""benchmarks/energy.py with a stand-in for the GPU: its reckoning, and what it says without one."""
+"""benchmarks/energy.py with a stand-in for the GPU, and its message without a GPU."""
 
 import importlib.util
 import json
@@ -30,14 +30,14 @@ def benchmark():
     del sys.modules[spec.name]
 
 
-def test_between_two_steps_the_counter_is_a_straight_line(benchmark):
+def test_the_counter_is_linear_between_two_steps(benchmark):
     trace = benchmark.Trace([10.0, 10.1, 10.2], [500.0, 520.0, 590.0])
     assert trace.until(10.05) == pytest.approx(510.0)
     assert trace.between(10.05, 10.15) == pytest.approx(45.0)
     assert trace.until(10.3) == pytest.approx(660.0)
 
 
-def test_a_round_is_compared_from_first_to_last_short_ones_one_by_one(benchmark):
+def test_overlapping_requests_are_compared_together_and_short_ones_one_by_one(benchmark):
     trace = benchmark.Trace([0.0, 10.0], [0.0, 1000.0])
     served = [benchmark.Served(1.0, 4.0, 300.0, 50.0, 50.0), benchmark.Served(3.0, 5.0, 120.0, 50.0, 50.0)]
     whole = benchmark.Round("2 at once", served).compare(trace)
@@ -46,7 +46,7 @@ def test_a_round_is_compared_from_first_to_last_short_ones_one_by_one(benchmark)
     assert benchmark.Round("short", served).compare(trace)["outside_joules"] == pytest.approx(500.0)
 
 
-def test_a_run_beside_a_stand_in(benchmark, monkeypatch, capsys):
+def test_a_run_with_a_stand_in(benchmark, monkeypatch, capsys):
     for name, seconds in {"REQUEST_S": 0.2, "SHORT_S": 0.02, "PAUSE_S": 0.02}.items():
         monkeypatch.setattr(benchmark, name, seconds)
     gpu = SteppingGpu(time.monotonic, 400.0)
@@ -76,7 +76,7 @@ def test_a_run_beside_a_stand_in(benchmark, monkeypatch, capsys):
     assert "all, and idle" in capsys.readouterr().out
 
 
-def test_without_a_gpu_it_says_so(benchmark, monkeypatch, capsys):
+def test_without_a_gpu_the_benchmark_says_so(benchmark, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["energy.py"])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert benchmark.main() == 1

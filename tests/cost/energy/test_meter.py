@@ -1,4 +1,4 @@
-"""The meter: shares by hand, and sums that equal the whole however requests overlap."""
+"""The meter: shares computed by hand, and sums that equal the measured joules for any overlap."""
 
 import tempfile
 import threading
@@ -21,7 +21,7 @@ from moebox.errors import DeviceError
 
 
 def steady(clock, watts=100.0):
-    """A meter of a box that draws so many watts, known exactly."""
+    """A meter of a box that draws exactly `watts`."""
     return EnergyMeter([ModelEnergy("cpu", watts, 0.0, clock, Clock())], clock, clock)
 
 
@@ -29,7 +29,7 @@ def joules(energy):
     return {part.source: part.joules for part in energy}
 
 
-def test_one_request_alone_has_it_all():
+def test_one_request_alone_gets_all_joules():
     clock = Clock()
     meter = steady(clock)
     span = meter.begin()
@@ -38,7 +38,7 @@ def test_one_request_alone_has_it_all():
     assert span.end() == (Joules("cpu", pytest.approx(300.0), "estimated"),)
 
 
-def test_two_share_by_the_tokens_of_each_interval():
+def test_two_requests_share_by_the_tokens_of_each_interval():
     """a alone: 200 J; then of 300 J a has 75 for 10 tokens, b 225 for 30; then b alone: 100 J."""
     clock = Clock()
     meter = steady(clock)
@@ -55,7 +55,7 @@ def test_two_share_by_the_tokens_of_each_interval():
     assert joules(b.end()) == {"cpu": pytest.approx(325.0)}
 
 
-def test_without_tokens_they_share_evenly():
+def test_without_tokens_requests_share_evenly():
     clock = Clock()
     meter = steady(clock)
     a, b = meter.begin(), meter.begin()
@@ -89,7 +89,7 @@ def test_nothing_is_idle_while_a_request_is_open():
     assert meter.idle() == []
 
 
-def test_a_second_end_counts_nothing_again():
+def test_a_second_end_returns_the_same_joules():
     clock = Clock()
     meter = steady(clock)
     span = meter.begin()
@@ -100,7 +100,7 @@ def test_a_second_end_counts_nothing_again():
     assert [spell.joules for spell in meter.idle()] == [100.0]
 
 
-def test_a_short_request_is_said_to_come_from_power_a_long_one_from_the_counter():
+def test_the_method_of_a_short_request_is_power_and_of_a_long_one_counter():
     clock = Clock()
     meter = EnergyMeter([GpuEnergy(SteppingGpu(clock, 300.0), clock)], clock, clock)
     short, long = meter.begin(), meter.begin()
@@ -119,7 +119,7 @@ class Failing(ModelEnergy):
         return super().joules()
 
 
-def test_a_source_that_is_lost_is_said_once_and_missing_from_then_on(caplog):
+def test_a_lost_source_is_logged_once_and_left_out_from_then_on(caplog):
     clock = Clock()
     gpu = Failing("gpu", 300.0, 0.0, clock, Clock())
     meter = EnergyMeter([gpu, ModelEnergy("cpu", 100.0, 0.0, clock, Clock())], clock, clock)
@@ -147,7 +147,7 @@ def test_a_closed_meter_ends_its_requests():
 
 
 class Box:
-    """A GPU, a processor's counter that wraps, modelled memory; what they draw in truth is known."""
+    """A GPU, a processor whose counter wraps, and modelled memory, with their true joules."""
 
     def __init__(self, folder, phase):
         self.clock = Clock()
@@ -168,7 +168,7 @@ class Box:
         self.clock.wait(seconds)
         self.cpu_uj += int(seconds * watts * 4e5)
         set_counter(self.file, self.cpu_uj % self.range_uj)
-        self.rapl.joules()  # as its thread does, in time that really passes
+        self.rapl.joules()  # in real time, the thread would call this
 
     def drawn(self):
         now = {
@@ -189,7 +189,7 @@ EVENTS = st.one_of(
 
 
 def play(box, events):
-    """What all requests and spells of idleness were given, by source."""
+    """The joules given to all requests and idle spells, by source."""
     given, spans = Counter(), []
     for kind, *what in events:
         if kind == "begin":
@@ -214,7 +214,7 @@ def joules_of(spells):
 
 @settings(max_examples=100, deadline=None)
 @given(phase=st.floats(0, 0.1), events=st.lists(EVENTS, max_size=60))
-def test_however_requests_overlap_their_joules_sum_to_what_was_measured(phase, events):
+def test_joules_of_overlapping_requests_sum_to_the_measured_joules(phase, events):
     with tempfile.TemporaryDirectory() as folder:
         box = Box(Path(folder), phase)
         given_joules = play(box, events)
@@ -222,7 +222,7 @@ def test_however_requests_overlap_their_joules_sum_to_what_was_measured(phase, e
         box.meter.close()
     for source, total in measured.items():
         assert given_joules[source] == pytest.approx(total, rel=1e-9, abs=1e-9)
-        # The GPU's counter is known to one step and a half; one percent of whatever is longer than that.
+        # The GPU's joules are known to within one and a half steps of its counter.
         doubt = 1.5 * STEP_S * 700 if source == "gpu" else 1e-3
         assert total == pytest.approx(drawn[source], rel=1e-6, abs=doubt)
 

@@ -1,4 +1,4 @@
-"""GPU counter, RAPL zones and the stated model, each against energy that is known."""
+"""GPU counter, RAPL zones and stated watts, each compared with a known energy."""
 
 import contextlib
 import gc
@@ -25,7 +25,7 @@ from moebox.errors import DeviceError, MoeboxError
 
 
 def settled_gpu(watts, phase=0.03):
-    """A GPU that has drawn so many watts for long, and was read often."""
+    """A GPU that has drawn `watts` for a long time, and was read often."""
     clock = Clock()
     gpu = SteppingGpu(clock, watts, phase)
     energy = GpuEnergy(gpu, clock)
@@ -44,7 +44,7 @@ def test_a_window_shorter_than_a_step_gets_power_times_time():
         assert (gpu.millijoules() - counter) / 1e3 in (pytest.approx(0.0), pytest.approx(50.0, rel=1e-3))
 
 
-def test_a_long_window_gets_what_the_counter_says_however_its_ends_looked():
+def test_a_long_window_gets_the_counters_joules_whatever_the_power_at_its_ends():
     clock, gpu, energy = settled_gpu(100.0)
     before = energy.joules()
     gpu.draw(700.0)
@@ -54,7 +54,7 @@ def test_a_long_window_gets_what_the_counter_says_however_its_ends_looked():
 
 
 def test_a_step_that_comes_late_is_not_lost():
-    """Nothing moves for 90 ms while 700 W are drawn that the power reading does not show."""
+    """The counter does not move for 90 ms, while 700 W are drawn that the power reading does not show."""
     clock = Clock()
     gpu = SteppingGpu(clock, 0.0)
     energy = GpuEnergy(gpu, clock)
@@ -70,7 +70,7 @@ def test_a_step_that_comes_late_is_not_lost():
     phase=st.floats(0, 0.1),
     moves=st.lists(st.tuples(st.floats(0, 3), st.floats(0, 700)), min_size=1, max_size=40),
 )
-def test_never_further_from_the_truth_than_one_step(phase, moves):
+def test_the_error_is_at_most_one_step(phase, moves):
     clock = Clock()
     gpu = SteppingGpu(clock, 300.0, phase)
     energy = GpuEnergy(gpu, clock)
@@ -80,12 +80,12 @@ def test_never_further_from_the_truth_than_one_step(phase, moves):
         gpu.draw(watts)
         joules = energy.joules()
         assert joules >= last
-        # Half a step's doubt at the beginning, a whole one at the end, millijoules that are cut off.
+        # An error of half a step at the begin, of a whole one at the end, and of the millijoules cut off.
         assert abs(joules - (gpu.drawn(clock()) - began)) <= 1.5 * STEP_S * 700 + 0.01
         last = joules
 
 
-def test_a_counter_that_begins_anew_takes_nothing_back():
+def test_a_counter_that_restarts_from_0_takes_no_joules_back():
     clock, gpu, energy = settled_gpu(100.0)
     before = energy.joules()
     gpu._changes = [(0.0, -gpu.drawn(clock()) + 50.0, 100.0)]
@@ -95,7 +95,7 @@ def test_a_counter_that_begins_anew_takes_nothing_back():
     assert energy.joules() == pytest.approx(before + 100.0, abs=11)
 
 
-def test_windows_below_a_second_are_said_to_come_from_power():
+def test_the_method_of_windows_below_a_second_is_power():
     energy = GpuEnergy(SteppingGpu(Clock()), Clock())
     assert [energy.method(seconds) for seconds in (0.0, 0.99, 1.0, 60.0)] == [
         "power",
@@ -106,11 +106,11 @@ def test_windows_below_a_second_are_said_to_come_from_power():
 
 
 class NVMLError(Exception):
-    """As pynvml's."""
+    """Stands in for the error of pynvml."""
 
 
 def nvml(counter=2_500, instant=350_000, average=300_000):
-    """pynvml with one GPU; None: NVML does not support the reading."""
+    """Stands in for pynvml with one GPU; a reading of None is one that NVML does not support."""
 
     def reading(value):
         def read(*handle):
@@ -140,7 +140,7 @@ def nvml(counter=2_500, instant=350_000, average=300_000):
     )
 
 
-def test_power_is_that_of_the_moment_where_nvml_gives_it(caplog):
+def test_the_present_power_is_preferred_to_the_average(caplog):
     reader = NvmlReader(nvml(), "GPU-1234")
     assert (reader.millijoules(), reader.watts()) == (2_500, 350.0)
     assert NvmlReader(nvml(instant=None), "GPU-1234").watts() == 300.0
@@ -149,14 +149,14 @@ def test_power_is_that_of_the_moment_where_nvml_gives_it(caplog):
     assert "no power reading" in caplog.text
 
 
-def test_a_gpu_that_nvml_cannot_count_is_refused_by_name():
+def test_a_gpu_without_an_energy_counter_is_refused_by_name():
     with pytest.raises(DeviceError, match="GPU-5678: Not Found"):
         NvmlReader(nvml(), "GPU-5678")
     with pytest.raises(DeviceError, match="no energy counter: Not Supported"):
         NvmlReader(nvml(counter=None), "GPU-1234")
 
 
-def test_a_gpu_that_is_lost_later_is_said():
+def test_a_gpu_that_is_lost_later_raises_an_error():
     module = nvml()
     reader = NvmlReader(module, "GPU-1234")
     module.nvmlDeviceGetTotalEnergyConsumption = nvml(counter=None).nvmlDeviceGetTotalEnergyConsumption
@@ -180,7 +180,7 @@ def test_the_device_is_found_by_its_uuid(cuda_uuid, monkeypatch):
     assert open_gpu(None) is None
 
 
-def test_a_gpu_without_counter_or_package_is_said_once(cuda_uuid, monkeypatch, caplog):
+def test_a_missing_counter_or_package_is_logged_once(cuda_uuid, monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "pynvml", nvml(counter=None))
     assert open_gpu(torch.device("cuda", 0)) is None
     assert "Not Supported: the GPU's energy is not measured" in caplog.text
@@ -233,8 +233,8 @@ def test_a_counter_that_wraps_goes_on(tmp_path):
         assert cpu.joules() == pytest.approx(2.0)
 
 
-def test_a_counter_that_wraps_while_nobody_asks_is_read_meanwhile(tmp_path):
-    """A range of 2 J would wrap within 2 ms at the most watts: the thread reads it every ms."""
+def test_a_thread_reads_a_counter_that_wraps_between_two_calls(tmp_path):
+    """At `MAX_WATTS` a range of 2 J wraps within 2 ms, so the thread reads it every millisecond."""
     file = write_zone(tmp_path, "intel-rapl:0", "package-0", 0, range_uj=2_000_000)
     read = threading.Event()
 
@@ -274,7 +274,7 @@ def test_the_thread_ends_with_its_source(tmp_path):
 
 @contextlib.contextmanager
 def without_rights():
-    """Root may read anything: act as nobody."""
+    """As the user nobody, since root may read everything."""
     root = os.geteuid() == 0
     if root:
         os.seteuid(65534)
@@ -285,7 +285,7 @@ def without_rights():
             os.seteuid(0)
 
 
-def test_counters_for_root_only_are_said_with_the_remedy(caplog):
+def test_counters_for_root_only_are_logged_with_the_fix(caplog):
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         root.chmod(0o755)
@@ -299,7 +299,7 @@ def test_counters_for_root_only_are_said_with_the_remedy(caplog):
     assert f"sudo chmod a+r {root}/intel-rapl:*/energy_uj" in record.message
 
 
-def test_one_unreadable_package_of_two_makes_no_half_sum(tmp_path, caplog):
+def test_one_unreadable_package_of_two_leaves_both_out(tmp_path, caplog):
     write_zone(tmp_path, "intel-rapl:0", "package-0")
     broken = write_zone(tmp_path, "intel-rapl:1", "package-1")
     broken.write_text("unknown\n")
@@ -316,7 +316,7 @@ def test_a_zone_that_vanishes_is_an_error(tmp_path):
             cpu.joules()
 
 
-# The stated model, and all together
+# Stated watts, and all sources together
 
 
 def test_the_model_counts_watts_and_working_cores():
@@ -328,19 +328,19 @@ def test_the_model_counts_watts_and_working_cores():
     assert cpu.method(1e9) == "estimated"
 
 
-def test_the_model_counts_this_processs_cores_by_itself():
+def test_the_model_counts_the_core_seconds_of_this_process():
     cpu = ModelEnergy("cpu", 0.0, 1.0)
     sum(range(1_000_000))
     assert cpu.joules() > 0
 
 
 @pytest.mark.parametrize("watts", [-1.0, float("nan"), float("inf")])
-def test_watts_that_are_none_are_refused(watts):
+def test_watts_that_are_no_number_of_0_or_more_are_refused(watts):
     with pytest.raises(MoeboxError, match=f"watts_per_core is {watts}"):
         PowerModel(watts_per_core=watts)
 
 
-def test_what_has_no_counter_is_estimated_and_a_gpu_left_out(tmp_path, caplog):
+def test_parts_without_a_counter_are_estimated_and_a_gpu_left_out(tmp_path, caplog):
     caplog.set_level("INFO", "moebox")
     write_zone(tmp_path, "intel-rapl:0", "package-0")
     sources = open_sources(torch.device("cpu"), PowerModel(), tmp_path)
@@ -356,7 +356,7 @@ def test_what_has_no_counter_is_estimated_and_a_gpu_left_out(tmp_path, caplog):
     ]
 
 
-def test_all_three_in_their_order(cuda_uuid, monkeypatch, tmp_path):
+def test_all_three_sources_are_in_their_order(cuda_uuid, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "pynvml", nvml())
     write_zone(tmp_path, "intel-rapl:0:1", "dram")
     sources = open_sources(torch.device("cuda", 0), PowerModel(), tmp_path)

@@ -1,11 +1,11 @@
-"""The ledger: real SQLite files."""
+"""The ledger, on real SQLite files."""
 
 import os
 import sqlite3
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from dataclasses import fields, replace
+from dataclasses import fields
 from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
@@ -15,9 +15,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers.ledger import NOON_S, usage
+from helpers.ledger import NOON_S, changed, record
 from moebox.cost.ledger.ledger import Ledger, ledger_path
-from moebox.cost.usage import SOURCES, TRAFFIC_FIELDS, IdleSpell, Joules, Traffic, Usage
+from moebox.cost.usage import (
+    METHODS,
+    SOURCES,
+    TRAFFIC_FIELDS,
+    IdleSpell,
+    Joules,
+    RequestRecord,
+    Traffic,
+    Usage,
+)
 from moebox.errors import LedgerError
 
 
@@ -34,7 +43,7 @@ def ledger(path):
 
 @contextmanager
 def unprivileged(folder):
-    """As a user who may read `folder` and not write it; root may write everything."""
+    """Act as a user who may read `folder` but not write it, also where the tests run as root."""
     folder.chmod(0o555)
     if os.geteuid():
         yield
@@ -48,31 +57,32 @@ def unprivileged(folder):
 
 @pytest.fixture
 def shared_folder():
-    """A folder that every user can reach."""
+    """A folder that every user can enter."""
     with tempfile.TemporaryDirectory() as name:
         yield Path(name)
         Path(name).chmod(0o755)
 
 
 def test_a_request_comes_back_as_it_was(ledger, path):
-    written = usage("1", begun_s=NOON_S + 1 / 3, user="Zoë 🦊 'drop table", model="a/b \udcff")
-    unmeasured = usage("2", begun_s=NOON_S + 1, energy=(), traffic=Traffic())
+    written = record("1", begun_s=NOON_S + 1 / 3, user="Zoë 🦊 'drop table", model="a/b \udcff")
+    unmeasured = record("2", begun_s=NOON_S + 1, energy=(), traffic=Traffic())
     ledger.add(written, unmeasured)
     with Ledger.open(path, read_only=True) as other:
-        assert list(other.requests()) == [replace(written, model=r"a/b \udcff"), unmeasured]
+        assert list(other.requests()) == [changed(written, model=r"a/b \udcff"), unmeasured]
         assert len(list(other.requests(model="a/b \udcff"))) == 1
 
 
-def test_the_table_holds_what_was_used_and_nothing_of_what_was_said(ledger, path):
+def test_the_columns_are_the_figures_and_hold_no_text_of_a_conversation(ledger, path):
     with closing(sqlite3.connect(path)) as connection:
         columns = {row[1] for row in connection.execute("PRAGMA table_info(requests)")}
     measured = {f"{source}_{part}" for source in SOURCES for part in ("joules", "method")}
-    plain = {field.name for field in fields(Usage)} - {"energy", "traffic"}
-    assert columns == plain | set(TRAFFIC_FIELDS) | measured
+    used = {field.name for field in fields(Usage)} - {"energy", "traffic"}
+    plain = {field.name for field in fields(RequestRecord)} - {"usage"}
+    assert columns == plain | used | set(TRAFFIC_FIELDS) | measured
 
 
 def test_requests_are_found_by_time_model_and_user(ledger):
-    ledger.add(*(usage(str(i), NOON_S + i, user="ab"[i % 2], model="mn"[i // 3]) for i in (4, 2, 0, 1, 3)))
+    ledger.add(*(record(str(i), NOON_S + i, user="ab"[i % 2], model="mn"[i // 3]) for i in (4, 2, 0, 1, 3)))
 
     def ids(**chosen):
         return "".join(found.id for found in ledger.requests(**chosen))
@@ -85,9 +95,9 @@ def test_requests_are_found_by_time_model_and_user(ledger):
 
 
 def test_a_request_written_twice_counts_once(ledger):
-    ledger.add(usage("1"), usage("1"))
-    ledger.add(usage("1", prompt_tokens=999), usage("2"))
-    assert [found.prompt_tokens for found in ledger.requests()] == [100, 100]
+    ledger.add(record("1"), record("1"))
+    ledger.add(record("1", prompt_tokens=999), record("2"))
+    assert [found.usage.prompt_tokens for found in ledger.requests()] == [100, 100]
 
 
 @pytest.mark.parametrize(
@@ -101,20 +111,20 @@ def test_a_request_written_twice_counts_once(ledger):
         ("energy", (Joules("cpu", float("inf"), "counter"),), "inf is not finite"),
     ],
 )
-def test_a_value_that_cannot_be_is_named_and_nothing_is_written(ledger, field, value, said):
+def test_a_bad_value_is_named_and_nothing_is_written(ledger, field, value, said):
     with pytest.raises(LedgerError, match="'odd'") as caught:
-        ledger.add(usage("1"), usage("odd", **{field: value}))
+        ledger.add(record("1"), record("odd", **{field: value}))
     assert said in str(caught.value)
     assert list(ledger.requests()) == []
 
 
-def test_numbers_of_numpy_are_numbers(ledger):
-    ledger.add(usage("1", prompt_tokens=np.int64(7), decode_s=np.float32(0.5)))
+def test_numbers_of_numpy_are_stored_as_numbers(ledger):
+    ledger.add(record("1", prompt_tokens=np.int64(7), decode_s=np.float32(0.5)))
     (total,) = ledger.totals()
-    assert (total.prompt_tokens, total.decode_s) == (7, 0.5)
+    assert (total.usage.prompt_tokens, total.usage.decode_s) == (7, 0.5)
 
 
-def test_of_an_idle_spell_the_part_in_the_range_counts(ledger):
+def test_the_part_of_an_idle_spell_within_the_range_counts(ledger):
     night = IdleSpell(NOON_S, 100.0, (Joules("gpu", 1000.0, "counter"), Joules("cpu", 10.0, "estimated")))
     instant = IdleSpell(NOON_S + 200, 0.0, (Joules("gpu", 0.5, "power"),))
     ledger.add_idle(night, instant)
@@ -138,7 +148,7 @@ measured = st.lists(st.sampled_from(SOURCES), unique=True).flatmap(
     )
 )
 requests = st.builds(
-    usage,
+    record,
     st.uuids().map(str),
     seconds.map(lambda value: NOON_S + value),
     user=st.sampled_from("abc"),
@@ -152,17 +162,25 @@ requests = st.builds(
     energy=measured,
     traffic=st.builds(Traffic, *[amounts] * len(TRAFFIC_FIELDS)),
 )
-CERTAINTY = ("counter", "power", "estimated")
 
 
 def union_s(spans):
-    """Length of what the spans cover together, from their sorted edges."""
+    """Length of the union of the spans, from their sorted edges."""
     edges = sorted({edge for span in spans for edge in span})
     return sum(b - a for a, b in pairwise(edges) if any(begin <= a and b <= end for begin, end in spans))
 
 
 def check_total(total, rows):
     assert total.requests == len(rows)
+    check_usage(total.usage, [row.usage for row in rows])
+    begun = [row.begun_s + row.usage.queue_s for row in rows]
+    worked = [(from_s, from_s + row.usage.work_s) for from_s, row in zip(begun, rows, strict=True)]
+    assert total.busy_s == pytest.approx(union_s(worked), abs=1e-3)
+    assert total.first_s == min((row.begun_s for row in rows), default=None)
+    assert total.last_s == max((end for _, end in worked), default=None)
+
+
+def check_usage(total, rows):
     for name in ("prompt_tokens", "cached_tokens", "completion_tokens", "computed_tokens"):
         assert getattr(total, name) == sum(getattr(row, name) for row in rows)
     for name in ("queue_s", "prefill_s", "decode_s", "joules"):
@@ -174,13 +192,7 @@ def check_total(total, rows):
         assert len(found) == bool(parts)
         for part in found:
             assert part.joules == pytest.approx(sum(other.joules for other in parts))
-            assert part.method == max((other.method for other in parts), key=CERTAINTY.index)
-    worked = [
-        (row.begun_s + row.queue_s, row.begun_s + row.queue_s + row.prefill_s + row.decode_s) for row in rows
-    ]
-    assert total.busy_s == pytest.approx(union_s(worked), abs=1e-3)
-    assert total.first_s == min((row.begun_s for row in rows), default=None)
-    assert total.last_s == max((end for _, end in worked), default=None)
+            assert part.method == max((other.method for other in parts), key=METHODS.index)
 
 
 @pytest.fixture(scope="module")
@@ -207,23 +219,23 @@ def test_totals_are_the_sums_over_the_rows(reused, rows):
 def test_overlapping_requests_are_busy_once_and_waiting_is_not(ledger):
     spans = [(0, 10), (2, 3), (2, 12), (20, 21), (21, 22)]
     rows = [
-        usage(str(i), NOON_S + a - 5, queue_s=5, prefill_s=1, decode_s=b - a - 1)
+        record(str(i), NOON_S + a - 5, queue_s=5, prefill_s=1, decode_s=b - a - 1)
         for i, (a, b) in enumerate(spans)
     ]
     ledger.add(*rows)
     assert ledger.totals()[0].busy_s == pytest.approx(14)
 
 
-def test_days_are_those_of_the_clock_on_the_wall(ledger):
+def test_days_are_those_of_local_time(ledger):
     late, early = datetime(2026, 11, 21, 23, 59), datetime(2026, 11, 22, 0, 1)
-    ledger.add(usage("1", late.timestamp()), usage("2", early.timestamp()), usage("3", early.timestamp()))
+    ledger.add(record("1", late.timestamp()), record("2", early.timestamp()), record("3", early.timestamp()))
     days = ledger.totals(by="day")
     assert [(day.key, day.requests) for day in days] == [("2026-11-21", 1), ("2026-11-22", 2)]
 
 
-def test_nothing_recorded_is_no_request(ledger):
+def test_totals_of_an_empty_ledger(ledger):
     (total,) = ledger.totals()
-    assert (total.requests, total.joules, total.first_s) == (0, 0, None)
+    assert (total.requests, total.usage.joules, total.first_s) == (0, 0, None)
     assert ledger.totals(by="model") == []
 
 
@@ -240,14 +252,14 @@ def test_the_environment_names_the_file(monkeypatch, tmp_path):
 
 def test_a_path_may_hold_any_character(tmp_path):
     with Ledger.open(tmp_path / "what? 100% #1") as ledger:
-        ledger.add(usage("1"))
+        ledger.add(record("1"))
     assert (tmp_path / "what? 100% #1").stat().st_size
 
 
 def test_many_may_open_a_new_file_at_once(path):
     def write(number):
         with Ledger.open(path) as ledger:
-            ledger.add(usage(str(number)))
+            ledger.add(record(str(number)))
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(write, range(8)))
@@ -257,18 +269,18 @@ def test_many_may_open_a_new_file_at_once(path):
 
 def test_a_reader_sees_what_is_written_meanwhile(ledger, path):
     with Ledger.open(path, read_only=True) as reader:
-        ledger.add(usage("1"))
+        ledger.add(record("1"))
         assert len(list(reader.requests())) == 1
         with pytest.raises(LedgerError, match="cannot be written"):
-            reader.add(usage("2"))
+            reader.add(record("2"))
 
 
 def test_in_a_snapshot_nothing_changes(ledger, path):
-    ledger.add(usage("1"))
+    ledger.add(record("1"))
     with Ledger.open(path, read_only=True) as reader:
         with reader.snapshot():
             assert reader.totals()[0].requests == 1
-            ledger.add(usage("2"))
+            ledger.add(record("2"))
             assert reader.totals()[0].requests == len(list(reader.requests())) == 1
         assert reader.totals()[0].requests == 2
 
@@ -306,7 +318,7 @@ def test_the_database_of_another_program_is_left_alone(tmp_path, read_only):
 @pytest.mark.parametrize("read_only", [True, False])
 def test_a_damaged_file(tmp_path, path, read_only):
     with Ledger.open(path) as ledger:
-        ledger.add(*(usage(str(i)) for i in range(200)))
+        ledger.add(*(record(str(i)) for i in range(200)))
     with path.open("r+b") as file:
         file.seek(4096)
         file.write(b"\xff" * (path.stat().st_size - 4096))
@@ -319,10 +331,10 @@ def test_a_damaged_file(tmp_path, path, read_only):
 
 
 def test_a_full_disk(ledger):
-    ledger.add(usage("1"))
+    ledger.add(record("1"))
     ledger._connection.execute("PRAGMA max_page_count = 1")
     with pytest.raises(LedgerError, match="the disk is full") as caught:
-        ledger.add(*(usage(f"more {i}") for i in range(1000)))
+        ledger.add(*(record(f"more {i}") for i in range(1000)))
     assert "Free some space" in caught.value.fix
     assert [row.id for row in ledger.requests()] == ["1"]
 
@@ -335,18 +347,18 @@ def test_a_folder_that_may_not_be_written(shared_folder):
 def test_a_ledger_in_a_folder_that_may_not_be_written_is_readable(shared_folder):
     path = shared_folder / "ledger"
     with Ledger.open(path) as writer:
-        writer.add(usage("1"))
+        writer.add(record("1"))
     with unprivileged(shared_folder):
         with Ledger.open(path, read_only=True) as ledger:
             assert [row.id for row in ledger.requests()] == ["1"]
         with pytest.raises(LedgerError, match="writable"), Ledger.open(path) as ledger:
-            ledger.add(usage("2"))
+            ledger.add(record("2"))
 
 
-def test_what_another_user_is_writing_is_readable(shared_folder):
+def test_a_ledger_that_another_user_is_writing_is_readable(shared_folder):
     path = shared_folder / "ledger"
     with Ledger.open(path) as writer:
-        writer.add(usage("1"))
+        writer.add(record("1"))
         with unprivileged(shared_folder), Ledger.open(path, read_only=True) as ledger:
             assert [row.id for row in ledger.requests()] == ["1"]
 
@@ -355,4 +367,4 @@ def test_a_closed_ledger_says_so(path):
     with Ledger.open(path) as ledger:
         pass
     with pytest.raises(LedgerError, match="closed"):
-        ledger.add(usage("1"))
+        ledger.add(record("1"))

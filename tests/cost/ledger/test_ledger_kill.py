@@ -1,4 +1,4 @@
-"""kill -9 in the middle of 1,000 writes by 4 processes: nothing committed is lost, nothing is doubled."""
+"""kill -9 during 1,000 writes by 4 processes: no committed row is lost, and none is doubled."""
 
 import os
 import signal
@@ -10,7 +10,7 @@ from contextlib import closing
 
 import pytest
 
-from helpers.ledger import usage
+from helpers.ledger import record
 from helpers.paths import TESTS
 from moebox.cost.ledger.ledger import Ledger
 
@@ -19,25 +19,25 @@ PROCESSES, ROWS = 4, 250
 ROW_BY_ROW = """
 import sys
 from pathlib import Path
-from helpers.ledger import usage
+from helpers.ledger import record
 from moebox.cost.ledger.ledger import Ledger
 
 path, name, rows = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 with Ledger.open(path) as ledger:
     for number in range(rows):
-        ledger.add(usage(f"{name} {number}"))
+        ledger.add(record(f"{name} {number}"))
         print(f"{name} {number}", flush=True)
 """
 BY_THE_THREAD = """
 import sys
 from pathlib import Path
-from helpers.ledger import usage
+from helpers.ledger import record
 from moebox.cost.ledger.writer import LedgerWriter
 
 path, name, rows = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 writer = LedgerWriter(path)
 for number in range(rows):
-    writer.put(usage(f"{name} {number}"))
+    writer.put(record(f"{name} {number}"))
     if number % 5 == 4 and writer.flush():
         print("\\n".join(f"{name} {number - i}" for i in range(5)), flush=True)
 """
@@ -50,7 +50,7 @@ def start(program, path, name):
 
 
 def committed(processes, kill_after):
-    """Ids that the processes said to be written, who are all killed when there are so many of them."""
+    """Ids that the processes reported as written; all processes are killed after `kill_after` reports."""
     ids, enough = [], threading.Event()
 
     def read(process):
@@ -73,7 +73,7 @@ def committed(processes, kill_after):
 
 @pytest.mark.parametrize("program", [ROW_BY_ROW, BY_THE_THREAD], ids=["row by row", "by the thread"])
 @pytest.mark.parametrize("kill_after", [1, 400])
-def test_kill_9_loses_nothing_committed_and_doubles_nothing(tmp_path, program, kill_after):
+def test_kill_9_loses_no_committed_row_and_doubles_none(tmp_path, program, kill_after):
     path = tmp_path / "ledger.sqlite3"
     written = committed([start(program, path, str(i)) for i in range(PROCESSES)], kill_after)
     with Ledger.open(path, read_only=True) as ledger:
@@ -90,6 +90,6 @@ def test_all_rows_written_again_after_the_kill_are_there_once(tmp_path):
     committed([start(ROW_BY_ROW, path, str(i)) for i in range(PROCESSES)], kill_after=300)
     with Ledger.open(path) as ledger:
         for name in range(PROCESSES):
-            ledger.add(*(usage(f"{name} {number}") for number in range(ROWS)))
+            ledger.add(*(record(f"{name} {number}") for number in range(ROWS)))
         assert ledger.totals()[0].requests == PROCESSES * ROWS
-        assert {row.prompt_tokens for row in ledger.requests()} == {100}
+        assert {row.usage.prompt_tokens for row in ledger.requests()} == {100}

@@ -1,11 +1,11 @@
-"""Ledgers of other versions: files as they were, made by SQL of their time."""
+"""Ledgers of other versions, created by the SQL of those versions."""
 
 import sqlite3
 from contextlib import closing
 
 import pytest
 
-from helpers.ledger import usage
+from helpers.ledger import record
 from moebox.cost.ledger.ledger import Ledger
 from moebox.cost.ledger.schema import MIGRATIONS, upgrade
 from moebox.cost.usage import IdleSpell, Joules
@@ -65,17 +65,17 @@ def test_version_1_is_what_it_was(first_version, tmp_path):
 @pytest.mark.parametrize("read_only", [True, False])
 def test_a_file_of_version_1_is_read(first_version, read_only):
     with Ledger.open(first_version, read_only=read_only) as ledger:
-        assert list(ledger.requests()) == [usage("1")]
+        assert list(ledger.requests()) == [record("1")]
         assert list(ledger.idle()) == [IdleSpell(1795348900.0, 60.0, (Joules("gpu", 4800.0, "counter"),))]
     assert tables_of(first_version)[0] == len(MIGRATIONS)
 
 
-def test_a_migration_keeps_the_rows_and_lets_an_older_moebox_go_on(first_version):
+def test_a_migration_keeps_the_rows_and_an_older_moebox_can_go_on_writing(first_version):
     with Ledger.open(first_version) as older:
         with closing(sqlite3.connect(first_version, isolation_level=None)) as connection:
             upgrade(connection, first_version, (*MIGRATIONS, ADDED))
             upgrade(connection, first_version, (*MIGRATIONS, ADDED))
-            older.add(usage("2"))
+            older.add(record("2"))
             assert connection.execute("SELECT id, energy_region FROM requests").fetchall() == [
                 ("1", "unknown"),
                 ("2", "unknown"),

@@ -1,11 +1,11 @@
-"""Where marks and labels stand, and how figures are written."""
+"""Positions of marks and labels, and the formats of figures."""
 
 import pytest
 from pytest import approx
 
 from moebox.cost import figures
 from moebox.cost.page.charts import LABEL_GAP, Axis, Chart, Series, Spot, columns, sampled, steps
-from moebox.cost.page.page import Bar, bars_of
+from moebox.cost.page.page import Bar, BarPart, scaled
 
 
 @pytest.mark.parametrize(
@@ -42,19 +42,19 @@ def test_columns_of_nothing():
     assert [tick.at for tick in chart.y_ticks] == [0, 25, 50, 75, 100]
 
 
-def test_a_single_column_is_no_wall():
+def test_a_single_column_has_a_limited_width():
     (mark,) = columns(["a"], [[("x", 1.0, "one")]], str).marks
     assert mark.width < 20
     assert mark.x + mark.width / 2 == approx(50)
 
 
-def test_an_axis_by_the_logarithm():
+def test_a_logarithmic_axis():
     axis = Axis(1.0, 100.0, log=True)
     assert [axis(value) for value in (0.5, 1, 10, 100, 500)] == [0, 0, approx(50), approx(100), 100]
     assert [tick.label for tick in axis.ticks(lambda value: f"{value:g}")] == ["1", "3", "10", "30", "100"]
 
 
-def test_labels_of_near_lines_stand_apart_in_their_order():
+def test_labels_of_near_lines_are_moved_apart_in_their_order():
     near = [Series("api", str(value), [(1, value), (10, value)]) for value in (10.0, 10.1, 50.0)]
     placed = Chart(Axis(1, 10, log=True), Axis(1, 100, log=True), str, str, near).place().lines
     low, middle, high = (line.label_y for line in placed)
@@ -74,11 +74,11 @@ def test_lines_and_spots_share_their_axes():
     assert (spot.x, spot.y) == (approx(50), approx(50))
 
 
-def test_bars_fill_by_the_longest():
-    one, two = bars_of(
+def test_bars_are_scaled_to_the_longest():
+    one, two = scaled(
         [
-            (Bar("a", (), "4"), [("x", 1.0, ""), ("y", 3.0, "")]),
-            (Bar("b", (), "2"), [("x", 2.0, ""), ("y", 0.0, "")]),
+            Bar("a", [BarPart("x", 1.0, ""), BarPart("y", 3.0, "")], "4"),
+            Bar("b", [BarPart("x", 2.0, ""), BarPart("y", 0.0, "")], "2"),
         ]
     )
     assert [part.width for part in one.parts] == [25, 75]

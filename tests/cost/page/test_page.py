@@ -1,9 +1,8 @@
-"""The page in a real browser: a mark for each figure, silence, no network, text that can be read."""
+"""The page in a real browser: a mark for each figure, no errors, no network requests, readable text."""
 
 import io
 import json
 import shutil
-from dataclasses import replace
 from datetime import datetime, timedelta
 
 import pytest
@@ -12,6 +11,7 @@ from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 
+from helpers.ledger import changed, make_record
 from moebox.cost.ledger.ledger import Ledger
 from moebox.cost.page.page import render_page, write_page
 from moebox.cost.prices.api_prices import ApiPrice
@@ -21,7 +21,7 @@ from moebox.cost.report.report import ReportOptions, empty_report, make_report
 from moebox.cost.report.text import render_report
 from moebox.cost.scenario.page import scenario_page
 from moebox.cost.scenario.scenario import find_scenario, run_scenario
-from moebox.cost.usage import IdleSpell, Joules, Traffic, Usage
+from moebox.cost.usage import IdleSpell, Joules, Traffic
 from moebox.errors import MoeboxError
 
 EVIL = '<img src=x onerror="document.title=1"><script>document.title=2</script>&{{ 7 * 7 }}'
@@ -77,8 +77,8 @@ def browser():
     driver.quit()
 
 
-def usage(day, number, model):
-    return Usage(
+def record(day, number, model):
+    return make_record(
         id=f"{day}-{number}",
         begun_s=(FIRST + timedelta(days=day, hours=number)).timestamp(),
         model=model,
@@ -96,11 +96,11 @@ def usage(day, number, model):
 
 
 def made_report(folder, days=DAYS, **asked):
-    """Requests every day but the fourth, of two models; one has a name that wants to be markup."""
+    """Requests on every day but the fourth, of two models; the name of one contains markup."""
     with Ledger.open(folder / "ledger.sqlite3") as ledger:
         for day in range(days):
             if day != 3:
-                ledger.add(*(usage(day, number, EVIL if number else "k2") for number in range(3)))
+                ledger.add(*(record(day, number, EVIL if number else "k2") for number in range(3)))
         ledger.add_idle(IdleSpell(FIRST.timestamp(), 9_000.0, (Joules("gpu", 700_000.0, "counter"),)))
         prices = asked.pop("prices", Prices(hardware_price=25_000, other_per_month=40))
         asked = ReportOptions(prices, api=asked.pop("api", HOSTED), **asked)
@@ -155,10 +155,10 @@ def test_every_figure_has_its_mark(browser, pages, report):
     assert len(rows) == len(report.lines) + 1
 
 
-def test_marks_are_as_high_as_their_figures(browser, pages, report):
+def test_heights_of_marks_are_proportional_to_their_figures(browser, pages, report):
     opened(browser, pages / "report.html")
     heights = [mark.size["height"] for mark in marks(browser, "tokens-by-day", "answers")]
-    tokens = [line.totals.completion_tokens for line in report.days]
+    tokens = [line.totals.usage.completion_tokens for line in report.days]
     for height, count in zip(heights, tokens, strict=True):
         assert height / heights[0] == pytest.approx(count / tokens[0], rel=0.05)
     first, second = (mark.rect for mark in marks(browser, "tokens-by-day")[:2])
@@ -166,7 +166,7 @@ def test_marks_are_as_high_as_their_figures(browser, pages, report):
 
 
 @pytest.mark.parametrize("name", ["report.html", "scenario.html"])
-def test_it_asks_for_nothing_and_complains_of_nothing(browser, pages, name):
+def test_a_page_makes_no_request_and_logs_no_error(browser, pages, name):
     opened(browser, pages / name)
     assert browser.get_log("browser") == []
     events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
@@ -181,7 +181,7 @@ def test_it_asks_for_nothing_and_complains_of_nothing(browser, pages, name):
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("name", ["report.html", "scenario.html"])
-def test_every_text_can_be_read(browser, pages, name, scheme):
+def test_every_text_has_enough_contrast(browser, pages, name, scheme):
     opened(browser, pages / name, scheme)
     body = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
     assert (body == "rgb(247, 245, 240)") == (scheme == "light")
@@ -199,7 +199,7 @@ def test_a_phone_shows_all_of_its_width(browser, pages, name):
     assert 300 < chart.size["width"] <= 390
 
 
-def test_names_are_text(browser, pages):
+def test_names_of_models_are_not_read_as_markup(browser, pages):
     opened(browser, pages / "report.html")
     assert browser.title.startswith("moebox cost: ")
     heads = browser.find_elements(By.CSS_SELECTOR, "[aria-label='By model'] tbody th")
@@ -225,7 +225,7 @@ def test_a_quarter_is_shown_by_weeks(tmp_path):
     assert len({mark.x for mark in money.chart.marks}) == 15
 
 
-def test_without_prices_there_is_less_to_show(tmp_path):
+def test_without_prices_the_comparisons_are_left_out(tmp_path):
     page = report_page(made_report(tmp_path, days=2, prices=Prices(), api=()))
     ids = [block.id for section in page.sections for block in section.blocks if block.id]
     assert ids == ["tokens-by-day", "money-by-day", "parts", "energy", "places"]
@@ -244,11 +244,11 @@ def test_a_page_that_cannot_be_written(report, tmp_path):
 
 
 def test_requests_that_computed_nothing(tmp_path):
-    cancelled = replace(
-        usage(0, 0, "k2"), prompt_tokens=0, cached_tokens=0, completion_tokens=0, prefill_s=0.0
+    cancelled = changed(
+        record(0, 0, "k2"), prompt_tokens=0, cached_tokens=0, completion_tokens=0, prefill_s=0.0
     )
     with Ledger.open(tmp_path / "l") as ledger:
-        ledger.add(replace(cancelled, decode_s=0.0))
+        ledger.add(changed(cancelled, decode_s=0.0))
         report = make_report(ledger, ReportOptions(Prices(hardware_price=25_000), api=HOSTED))
     assert "Nothing was computed" in render_page(report_page(report))
     render_report(report, Console(file=(shown := io.StringIO()), width=120))

@@ -37,7 +37,7 @@ def own(tmp_path):
     return path
 
 
-def test_hosted_models_are_found_as_people_write_them():
+def test_hosted_models_are_found_by_several_spellings():
     found = api_prices(["kimi-k2-thinking", "GPT-5", "Claude Sonnet 4.5", "grok 4"])
     assert [price.name for price in found] == ["Kimi K2 Thinking", "GPT-5", "Claude Sonnet 4.5", "Grok 4"]
     for price in found:
@@ -46,7 +46,7 @@ def test_hosted_models_are_found_as_people_write_them():
         assert date(2026, 11, 1) <= date.fromisoformat(price.dated) <= datetime.now(UTC).date()
 
 
-def test_who_serves_a_model_can_be_said():
+def test_a_name_may_contain_the_provider():
     (price,) = api_prices(["openrouter/moonshotai/kimi-k2-thinking"])
     assert price.provider == "OpenRouter"
 
@@ -62,7 +62,7 @@ def test_a_provider_without_a_price_for_cached_tokens_takes_the_input_price():
     assert price.cached_per_million == price.input_per_million
 
 
-def test_of_prices_in_steps_the_lowest_counts():
+def test_the_lowest_step_of_a_tiered_price_is_used():
     from genai_prices.types import TieredPrices
 
     name, listed = next(
@@ -80,7 +80,7 @@ def test_dollars_are_converted():
     assert euros.cached_per_million == dollars.cached_per_million / 2
 
 
-def test_ones_own_file_comes_first(own):
+def test_the_users_own_file_comes_first(own):
     house, gpt, grok = api_prices(["House Model", "gpt-5", "grok-4"], own, per_usd=0.5)
     assert house == ApiPrice("house-model", "the other team", 0.4, 1.6, 0.1, "2026-11-01", str(own))
     changed = date.fromtimestamp(1_790_000_000).isoformat()
@@ -112,7 +112,7 @@ def test_an_unknown_name_shows_near_ones(own, name, near):
 
 
 @pytest.mark.parametrize("name", ["", "zzzzzzzz"])
-def test_a_name_like_no_other_says_where_to_write_it(config, name):
+def test_an_unknown_name_without_similar_ones_names_the_users_file(config, name):
     with pytest.raises(PricesError) as caught:
         api_prices([name])
     assert str(config / "api-prices.toml") in caught.value.fix

@@ -37,7 +37,7 @@ def test_without_a_file_the_defaults_hold():
     assert PowerModel(prices.idle_watts, prices.watts_per_core, prices.dram_watts) == PowerModel()
 
 
-def test_the_users_file_is_read_and_options_count_more(config):
+def test_options_override_the_users_file(config):
     written(config / "prices.toml", "electricity_per_kwh = 0.31\nhardware_price = 25_000\nlife_months = 48")
     assert prices_path() == config / "prices.toml"
     prices = load_prices(life_months=24, residual=1000, utilisation=None)
@@ -46,7 +46,7 @@ def test_the_users_file_is_read_and_options_count_more(config):
     assert prices.utilisation is None
 
 
-def test_another_file_counts_instead_of_the_users(config, tmp_path):
+def test_a_named_file_replaces_the_users(config, tmp_path):
     written(config / "prices.toml", "electricity_per_kwh = 0.31")
     assert load_prices(written(tmp_path / "mine.toml", "other_per_month = 50")) == Prices(other_per_month=50)
 
@@ -65,7 +65,7 @@ def test_an_unknown_key_is_named_with_its_file_and_near_ones(tmp_path):
     assert "electricity_per_kwh" in caught.value.fix
 
 
-def test_a_key_like_no_other_shows_all(tmp_path):
+def test_an_unknown_key_without_similar_ones_shows_all_keys(tmp_path):
     with pytest.raises(PricesError) as caught:
         load_prices(written(tmp_path / "p.toml", "xyz = 1"))
     assert all(key in caught.value.fix for key in asdict(Prices()))
@@ -97,7 +97,7 @@ def test_a_bad_value_is_named_with_file_key_and_fix(tmp_path, line, fix):
     assert fix in caught.value.fix
 
 
-def test_a_bad_option_is_named_as_one():
+def test_a_bad_option_is_named_as_an_option():
     with pytest.raises(PricesError, match=r"options: utilisation = 1\.5"):
         load_prices(utilisation=1.5)
 
@@ -130,7 +130,7 @@ def test_a_file_that_is_not_toml_is_named(tmp_path, data):
 
 
 @given(st.sampled_from(sorted(asdict(Prices()))), st.one_of(st.floats(), st.text(max_size=5), st.booleans()))
-def test_what_is_accepted_is_a_number_that_can_be_reckoned_with(key, value):
+def test_accepted_values_are_finite_numbers(key, value):
     base = Prices(hardware_price=1e308)
     try:
         prices = replace(base, **{key: value})

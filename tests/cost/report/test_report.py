@@ -1,7 +1,7 @@
-"""The report's sums beside those of the ledger, and beside sums done by hand."""
+"""The report's figures compared with sums of the ledger, and with sums done by hand."""
 
 import tempfile
-from dataclasses import asdict, replace
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
@@ -9,12 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pytest import approx
 
+from helpers.ledger import changed, make_record
 from moebox.cost.ledger.ledger import Ledger
 from moebox.cost.prices.api_prices import ApiPrice
 from moebox.cost.prices.box_prices import MONTH_S, Prices
-from moebox.cost.report.report import ReportOptions, csv_rows, empty_report, make_report
+from moebox.cost.report.report import ReportOptions, empty_report, make_report
+from moebox.cost.report.rows import csv_rows
 from moebox.cost.report.words import headline, how_to_fill, notes, verdict
-from moebox.cost.usage import IdleSpell, Joules, Traffic, Usage
+from moebox.cost.usage import SECONDS, TOKENS, IdleSpell, Joules, Traffic, Usage
 
 NOON_S = datetime(2026, 11, 9, 12).timestamp()
 DAY_S = 86_400.0
@@ -23,8 +25,8 @@ K2 = ApiPrice("K2", "Moonshot", 0.6, 2.5, 0.15, "2026-11-10", "test")
 DEAR = ApiPrice("Dear", "Elsewhere", 3.0, 15.0, 3.0, "2026-11-10", "test")
 
 
-def usage(number=0, **given):
-    plain = Usage(
+def record(number=0, **given):
+    plain = make_record(
         id=f"request-{number}",
         begun_s=NOON_S,
         model="k2",
@@ -39,12 +41,12 @@ def usage(number=0, **given):
         energy=(Joules("gpu", 9_000.0, "counter"), Joules("cpu", 1_000.0, "estimated")),
         traffic=Traffic(60, 30, 10, 5_000, 3_000, 1_000),
     )
-    return replace(plain, **given)
+    return changed(plain, **given)
 
 
-def report_of(path, usages, spells=(), now_s=None, **asked):
+def report_of(path, records, spells=(), now_s=None, **asked):
     with Ledger.open(path) as ledger:
-        ledger.add(*usages)
+        ledger.add(*records)
         for spell in spells:
             ledger.add_idle(spell)
         return make_report(ledger, ReportOptions(asked.pop("prices", BOX), **asked), now_s)
@@ -53,10 +55,10 @@ def report_of(path, usages, spells=(), now_s=None, **asked):
 def test_what_one_request_costs(tmp_path):
     # One request of 20 s in a range of 200 s, 1,000 computed tokens, 10,000 J.
     report = report_of(
-        tmp_path / "l", [usage()], now_s=NOON_S + 200, since_s=NOON_S, api=(DEAR, K2), subscription=200.0
+        tmp_path / "l", [record()], now_s=NOON_S + 200, since_s=NOON_S, api=(DEAR, K2), subscription=200.0
     )
     total = report.total
-    assert total.totals.computed_tokens == 1000
+    assert total.totals.usage.computed_tokens == 1000
     assert report.utilisation == approx(0.1)
     # 10,000 J = 1 / 360 kWh, x 0.36 = 0.001; a million tokens: x 1,000 = 1.
     assert total.cost.electricity == approx(1.0)
@@ -80,9 +82,9 @@ def test_what_one_request_costs(tmp_path):
     assert report.subscription.developers == 6
 
 
-def test_waiting_is_apart_unless_it_is_shared_out(tmp_path):
+def test_the_energy_of_waiting_is_apart_unless_it_is_shared_out(tmp_path):
     spell = IdleSpell(NOON_S + 20, 180.0, (Joules("gpu", 18_000.0, "counter"),))
-    apart = report_of(tmp_path / "l", [usage()], [spell], NOON_S + 200, since_s=NOON_S)
+    apart = report_of(tmp_path / "l", [record()], [spell], NOON_S + 200, since_s=NOON_S)
     assert apart.idle.joules == 18_000
     assert apart.idle_money == approx(18_000 / 3.6e6 * 0.36)
     assert apart.total.cost.electricity == approx(1.0)
@@ -93,19 +95,20 @@ def test_waiting_is_apart_unless_it_is_shared_out(tmp_path):
     assert not any("Waiting" in note for note in notes(shared))
 
 
-def test_idle_energy_is_as_certain_as_its_least_certain_part(tmp_path):
+def test_the_method_of_idle_energy_is_that_of_its_least_certain_part(tmp_path):
     spells = [
         IdleSpell(NOON_S, 10.0, (Joules("gpu", 5.0, "counter"), Joules("cpu", 1.0, "counter"))),
         IdleSpell(NOON_S + 10, 20.0, (Joules("gpu", 7.0, "power"),)),
     ]
-    report = report_of(tmp_path / "l", [usage()], spells, NOON_S + 200)
+    report = report_of(tmp_path / "l", [record()], spells, NOON_S + 200)
     assert report.idle.energy == (Joules("gpu", 12.0, "power"), Joules("cpu", 1.0, "counter"))
     assert report.idle.seconds == 30
 
 
-def test_one_users_part_is_charged_by_the_whole_boxs_use(tmp_path):
-    usages = [usage(0), usage(1, begun_s=NOON_S + 10, user="ben"), usage(2, begun_s=NOON_S + 100, user="ben")]
-    whole = report_of(tmp_path / "l", usages, now_s=NOON_S + 200, by="user")
+def test_a_users_part_is_charged_at_the_utilisation_by_all_users(tmp_path):
+    bens = [record(1, begun_s=NOON_S + 10, user="ben"), record(2, begun_s=NOON_S + 100, user="ben")]
+    records = [record(0), *bens]
+    whole = report_of(tmp_path / "l", records, now_s=NOON_S + 200, by="user")
     # 30 + 20 s of 200 were busy; each request of 20 s has a third of them.
     assert whole.utilisation == approx(50 / 200)
     assert [(line.key, line.work.busy_s) for line in whole.lines] == [
@@ -117,8 +120,8 @@ def test_one_users_part_is_charged_by_the_whole_boxs_use(tmp_path):
     assert ana.total.money == approx(whole.lines[1].money)
 
 
-def test_the_range_ends_now_and_no_sooner_than_what_ran_in_it(tmp_path):
-    assert report_of(tmp_path / "l", [usage()], now_s=NOON_S + 200).range_s == approx(200)
+def test_the_range_ends_now_but_not_before_its_last_request(tmp_path):
+    assert report_of(tmp_path / "l", [record()], now_s=NOON_S + 200).range_s == approx(200)
     late = report_of(tmp_path / "l", [], now_s=NOON_S + 200, until_s=NOON_S + 5000)
     assert late.until_s == NOON_S + 200
     early = report_of(tmp_path / "l", [], now_s=NOON_S + 200, until_s=NOON_S + 5)
@@ -126,25 +129,25 @@ def test_the_range_ends_now_and_no_sooner_than_what_ran_in_it(tmp_path):
     assert early.utilisation == 1
 
 
-def test_a_stated_utilisation_counts_and_is_said(tmp_path):
+def test_a_stated_utilisation_is_used_and_noted(tmp_path):
     report = report_of(
-        tmp_path / "l", [usage()], now_s=NOON_S + 200, prices=replace(BOX, utilisation=0.5), since_s=NOON_S
+        tmp_path / "l", [record()], now_s=NOON_S + 200, prices=replace(BOX, utilisation=0.5), since_s=NOON_S
     )
     assert report.total.cost.hardware == approx(1000 * 40 / MONTH_S * 1000)
     assert any("stated utilisation of 50 %; measured were 10 %" in note for note in notes(report))
 
 
 def test_days_are_in_order_and_add_up(tmp_path):
-    usages = [usage(number, begun_s=NOON_S + number % 3 * DAY_S) for number in range(7)]
-    report = report_of(tmp_path / "l", usages, now_s=NOON_S + 4 * DAY_S, by="day")
+    records = [record(number, begun_s=NOON_S + number % 3 * DAY_S) for number in range(7)]
+    report = report_of(tmp_path / "l", records, now_s=NOON_S + 4 * DAY_S, by="day")
     assert [line.key for line in report.lines] == ["2026-11-09", "2026-11-10", "2026-11-11"]
     assert report.lines == report.days
     assert sum(line.totals.requests for line in report.lines) == 7
 
 
-def test_words_say_who_is_cheaper(tmp_path):
+def test_headline_and_verdict_say_which_is_cheaper(tmp_path):
     asked = {"now_s": NOON_S + 200, "since_s": NOON_S, "api": (K2, DEAR)}
-    report = report_of(tmp_path / "l", [usage()], **asked)
+    report = report_of(tmp_path / "l", [record()], **asked)
     assert report.total.cost.total > 70
     assert "".join(text for text, _ in headline(report)) == (
         "A million tokens cost $77.10 on this box; the same work at list prices $1.42 (K2) to $9.00 (Dear)."
@@ -162,8 +165,8 @@ def test_words_say_who_is_cheaper(tmp_path):
 
 
 def test_rows_for_a_spreadsheet(tmp_path):
-    usages = [usage(0), usage(1, begun_s=NOON_S + 50, user='=HYPERLINK("http://x")')]
-    report = report_of(tmp_path / "l", usages, now_s=NOON_S + 200, by="user")
+    records = [record(0), record(1, begun_s=NOON_S + 50, user='=HYPERLINK("http://x")')]
+    report = report_of(tmp_path / "l", records, now_s=NOON_S + 200, by="user")
     heading, *rows = csv_rows(report)
     assert all(len(row) == len(heading) for row in rows)
     table = [dict(zip(heading, row, strict=True)) for row in rows]
@@ -181,19 +184,19 @@ def test_nothing_is_charged_where_nothing_was_computed(tmp_path):
         assert report.empty and report.total.cost is None and report.hosted == []
         assert report.to_dict()["total"]["requests"] == 0
         assert "moebox run" in how_to_fill(report)
-    cached = usage(prompt_tokens=10, cached_tokens=10, completion_tokens=0, prefill_s=0.0, decode_s=0.0)
+    cached = record(prompt_tokens=10, cached_tokens=10, completion_tokens=0, prefill_s=0.0, decode_s=0.0)
     report = report_of(tmp_path / "l", [cached], api=(K2,), subscription=200.0)
     assert not report.empty and report.total.cost is None
     assert report.total.money == 0 and report.total.joules_per_token is None
 
 
-def test_the_figures_are_of_one_moment(tmp_path):
+def test_all_figures_are_of_one_moment(tmp_path):
     class Busy(Ledger):
-        """Somebody else writes a request before every sum."""
+        """A ledger to which another connection adds a request before every sum."""
 
         def totals(self, *arguments, **named):
             with Ledger.open(self.path) as other:
-                other.add(usage(next(numbers)))
+                other.add(record(next(numbers)))
             return super().totals(*arguments, **named)
 
     numbers = iter(range(100))
@@ -213,9 +216,9 @@ def _joules(draw_joules):
     return st.tuples(*one).map(lambda parts: tuple(part for part in parts if part))
 
 
-SECONDS = st.floats(0, 5_000, allow_nan=False)
-USAGES = st.builds(
-    lambda cached, fresh, **rest: Usage(
+TIMES = st.floats(0, 5_000, allow_nan=False)
+RECORDS = st.builds(
+    lambda cached, fresh, **rest: make_record(
         id="", prompt_tokens=cached + fresh, cached_tokens=cached, finish_reason="stop", **rest
     ),
     cached=st.integers(0, 10_000),
@@ -224,37 +227,28 @@ USAGES = st.builds(
     begun_s=st.floats(NOON_S, NOON_S + 9 * DAY_S),
     model=st.sampled_from(["k2", "k2.5", "tiny"]),
     user=st.sampled_from(["ana", "ben", "ci"]),
-    queue_s=SECONDS,
-    prefill_s=SECONDS,
-    decode_s=SECONDS,
+    queue_s=TIMES,
+    prefill_s=TIMES,
+    decode_s=TIMES,
     energy=_joules(st.floats(0, 1e7)),
     traffic=st.builds(Traffic, *[st.integers(0, 10**12)] * 6),
-)
-SUMMED = (
-    "requests",
-    "prompt_tokens",
-    "cached_tokens",
-    "completion_tokens",
-    "queue_s",
-    "prefill_s",
-    "decode_s",
 )
 
 
 @settings(max_examples=25, deadline=None)
 @given(
-    st.lists(USAGES, max_size=25),
+    st.lists(RECORDS, max_size=25),
     st.sampled_from(["model", "user", "day"]),
     st.booleans(),
     st.floats(0, 9 * DAY_S),
 )
-def test_the_reports_totals_are_the_ledgers(usages, by, share_idle, since_s):
-    usages = [replace(each, id=str(number)) for number, each in enumerate(usages)]
+def test_totals_of_the_report_equal_those_of_the_ledger(records, by, share_idle, since_s):
+    records = [replace(each, id=str(number)) for number, each in enumerate(records)]
     spell = IdleSpell(NOON_S, 9 * DAY_S, (Joules("gpu", 5e6, "power"),))
     with tempfile.TemporaryDirectory() as folder:
         report = report_of(
             Path(folder) / "l",
-            usages,
+            records,
             [spell],
             NOON_S + 10 * DAY_S,
             since_s=NOON_S + since_s,
@@ -267,30 +261,30 @@ def test_the_reports_totals_are_the_ledgers(usages, by, share_idle, since_s):
             (of_ledger,) = ledger.totals(since_s=NOON_S + since_s)
     assert report.total.totals == of_ledger
     assert report.total.totals.requests == len(rows)
-    assert report.total.totals.joules == approx(sum(row.joules for row in rows))
+    assert report.total.totals.usage.joules == approx(sum(row.usage.joules for row in rows))
     for lines in (report.lines, report.days):
-        for name in SUMMED:
-            assert sum(getattr(line.totals, name) for line in lines) == approx(getattr(of_ledger, name))
-        assert sum(line.totals.joules for line in lines) == approx(of_ledger.joules)
+        assert sum(line.totals.requests for line in lines) == of_ledger.requests
+        used = sum((line.totals.usage for line in lines), Usage())
+        for name in (*TOKENS, *SECONDS, "joules"):
+            assert getattr(used, name) == approx(getattr(of_ledger.usage, name))
+        assert used.traffic == of_ledger.usage.traffic
         assert sum(line.work.busy_s for line in lines) == approx(of_ledger.busy_s)
-        moved = sum((line.totals.traffic for line in lines), Traffic())
-        assert asdict(moved) == asdict(of_ledger.traffic)
-        if of_ledger.computed_tokens:
+        if of_ledger.usage.computed_tokens:
             assert sum(line.work.idle_joules for line in lines) == approx(report.total.work.idle_joules)
         assert_money_adds_up(lines, report.total)
 
 
 def assert_money_adds_up(lines, total):
-    """Of lines that computed nothing no token can be charged; their seconds are nobody's then."""
+    """Lines without computed tokens have no cost, so their seconds are missing from the sum of the lines."""
     if all(line.cost is not None or not line.work.busy_s for line in lines):
         assert sum(line.money for line in lines) == approx(total.money, abs=1e-12)
 
 
-def test_a_filter_and_its_complement_make_the_whole(tmp_path):
-    usages = [
-        usage(number, begun_s=NOON_S + 9 * number, model="k2" if number % 3 else "tiny")
+def test_a_filter_and_its_complement_sum_to_the_whole(tmp_path):
+    records = [
+        record(number, begun_s=NOON_S + 9 * number, model="k2" if number % 3 else "tiny")
         for number in range(9)
     ]
-    whole = report_of(tmp_path / "l", usages, now_s=NOON_S + 900)
+    whole = report_of(tmp_path / "l", records, now_s=NOON_S + 900)
     parts = [report_of(tmp_path / "l", [], now_s=NOON_S + 900, model=name) for name in ("k2", "tiny")]
     assert sum(part.total.money for part in parts) == approx(whole.total.money)

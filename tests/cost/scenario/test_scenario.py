@@ -1,4 +1,4 @@
-"""The scenario's figures beside a hand calculation; rounded figures are as they came off paper."""
+"""The scenario's figures compared with a calculation by hand, whose results are rounded."""
 
 import json
 
@@ -10,14 +10,14 @@ from moebox.errors import PricesError
 
 REPORT = run_scenario(find_scenario("kimi-k2-h100"))
 PENNY = 0.005
-"""Half of the last digit of sums that are written in dollars and cents."""
+"""Half of the last digit of amounts that are written in dollars and cents."""
 
 
 def test_a_month_of_the_box():
-    # Electricity: 0.7 kW x 730 h = 511 kWh; x $0.176 = $89.936: the mission's $90 a month.
+    # Electricity: 0.7 kW x 730 h = 511 kWh; x $0.176 = $89.936, rounded $90 a month.
     assert REPORT.electricity == approx(89.936)
     assert round(REPORT.electricity) == 90
-    # A year: 12 x $89.936 = $1,079.23: the mission's $1,080, which is 12 x $90.
+    # A year: 12 x $89.936 = $1,079.23; with the rounded $90 a month, $1,080.
     assert REPORT.electricity_per_year == approx(1079.232)
     assert round(REPORT.electricity_per_year, -1) == 1080 == 12 * 90
     # Hardware: $25,000 / 36 months = $694.44.
@@ -26,8 +26,8 @@ def test_a_month_of_the_box():
     assert REPORT.owning == approx(784.38, abs=PENNY)
 
 
-def test_a_developers_year_of_subscription():
-    # 12 x $200 = $2,400, against $1,079 of electricity: $1,321 less, as long as nobody asks for the hardware.
+def test_a_developers_subscription_for_a_year():
+    # 12 x $200 = $2,400, against $1,079 of electricity: $1,321 less, without the hardware.
     assert REPORT.subscription_per_year == 2400
     assert 2400 - REPORT.electricity_per_year == approx(1320.77, abs=PENNY)
 
@@ -44,7 +44,7 @@ def test_list_prices():
     }
 
 
-def test_how_much_cheaper_the_open_model_is():
+def test_prices_of_hosted_models_relative_to_the_open_one():
     blended = {row.price.name: row.blended_per_million for row in REPORT.hosted}
     # Three tokens of prompts for one of an answer:
     # K2: (3 x 0.60 + 2.50) / 4 = 4.30 / 4
@@ -100,7 +100,7 @@ def test_one_stream_costs_twelve_to_thirty_dollars():
     assert costs[10] / 2.5 == approx(11.9, abs=0.05)
 
 
-def test_what_owning_is_cheaper_than_at_a_speed():
+def test_hosted_models_that_owning_beats_at_a_speed():
     wins = {row.tokens_per_s: row.cheaper_than for row in REPORT.by_speed}
     # $29.85 and $19.90 are above all of $2.50, $10, $15, $15; $14.92 and $11.94 are below 15; $5.97 and $2.98
     # are below 10 too; only $0.30 is below 2.50.
@@ -123,7 +123,7 @@ WINS = [
 ]
 
 
-def test_from_which_speed_on_owning_wins():
+def test_the_speed_from_which_owning_wins():
     rows = [
         (row.price.name, row.wins_from, row.wins_from_with_prompts, row.wins_from_once_paid)
         for row in REPORT.hosted
@@ -148,7 +148,7 @@ DEVELOPERS = [
 ]
 
 
-def test_for_how_many_developers_owning_wins():
+def test_the_number_of_developers_from_which_owning_wins():
     assert len(REPORT.by_developers) == len(DEVELOPERS)
     for row, line in zip(REPORT.by_developers, DEVELOPERS, strict=True):
         found = (row.developers, row.subscriptions, row.saved, row.payback_months)
@@ -160,12 +160,12 @@ def test_for_how_many_developers_owning_wins():
     assert REPORT.developers_to_win == 4
 
 
-def test_one_developer_waits_longer_than_the_hardware_lives():
+def test_payback_for_one_developer_is_longer_than_the_hardwares_life():
     # 227.14 months are 18.9 years.
     assert REPORT.by_developers[0].payback_months / 12 == approx(18.9, abs=0.05)
 
 
-def test_other_prices_may_be_asked_for():
+def test_other_prices_replace_those_of_the_scenario():
     scenario = find_scenario(
         "kimi-k2-h100", subscription=100, hardware_price=12_500, electricity_per_kwh=None, utilisation=0.5
     )

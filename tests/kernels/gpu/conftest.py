@@ -1,4 +1,4 @@
-"""Where there is no GPU, Triton kernels run in its interpreter: chosen before triton is imported."""
+"""Without a GPU, Triton kernels run in Triton's interpreter, which is chosen before triton is imported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Latent attention against the references and fp64, at odd shapes, K2's, and every fill of the cache."""
+"""Latent attention against the references and fp64, at odd shapes and K2's, with caches more or less full."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def exact_attention(q, cache, count, scale, rank):
 
 
 def check_mla(shape, count, device):
-    """One query over `count` tokens; what lies behind them must not be read into the sum."""
+    """One query over `count` tokens; rows of the cache behind them must not change the result."""
     q = shape.tensor(shape.heads, shape.rank + shape.rope).to(device)
     cache = shape.tensor(shape.capacity, shape.rank + shape.rope).to(device)
     cache[count:] = torch.nan
@@ -109,14 +109,14 @@ def test_mla_decode_over_several_programs(count, device):
 
 @pytest.mark.parametrize(("splits", "count"), [(2, 300), (3, 290), (17, 300)])
 def test_mla_decode_with_long_shares(splits, count, device, monkeypatch):
-    """More tokens than programs: each takes several blocks, the last ones may have none."""
+    """Each program takes several blocks of tokens, and the last programs may have none."""
     monkeypatch.setattr(attention, "PROGRAMS", splits)
     monkeypatch.setattr(attention, "BLOCK_TOKENS", 16)
     check_mla(ODD, count, device)
 
 
 def test_mla_decode_with_a_dominant_token(device):
-    """The softmax's running maximum: one score far above the rest, in any share."""
+    """One score is far above the rest, in any share: the softmax's running maximum must follow it."""
     for place in (0, 140, 299):
         cache = torch.randn(300, 52, device=device).bfloat16()
         q = torch.randn(3, 52, device=device).bfloat16()

@@ -1,4 +1,4 @@
-"""What the interpreter runs, Triton must also compile; and what overlaps must not read too early."""
+"""Triton's compiler must accept what its interpreter runs; overlapping kernels must not read too early."""
 
 from __future__ import annotations
 

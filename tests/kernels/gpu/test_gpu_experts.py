@@ -28,7 +28,7 @@ Arrays = list[list[Tensor]]
 
 @pytest.fixture(params=[experts, experts_reference], ids=["triton", "torch"])
 def module(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, device: torch.device) -> Any:
-    """Both implementations. The interpreter takes 0.2 s a program: there, tiles are few and large."""
+    """Both implementations. The interpreter takes 0.2 s a program, so it gets few and large tiles."""
     if device.type == "cpu":
         monkeypatch.setattr(experts, "GATE_UP_ONE", experts.RowTiles(4, 8))
         monkeypatch.setattr(experts, "DOWN_ONE", experts.RowTiles(4, 8))
@@ -40,7 +40,7 @@ def module(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, devi
 def make_slab(
     shape: tuple[int, int], slots: int, device: torch.device, generator: torch.Generator
 ) -> tuple[Tensor, Arrays]:
-    """Random experts in slots 256 bytes longer than an expert, filled with ones that mean NaN scales."""
+    """Random experts in slots 256 bytes longer than an expert; the bytes behind it would be NaN scales."""
     arrays = [random_arrays(*shape, generator) for _ in range(slots)]
     nbytes = slot_layout(shape).nbytes
     slab = torch.full((slots, nbytes + 256), 255, dtype=torch.uint8)
@@ -108,7 +108,7 @@ def test_one_token_with_more_groups_than_lanes(
 
 
 def test_one_token_and_no_expert(module: Any, device: torch.device, generator: Any) -> None:
-    """Zeros, not what was there."""
+    """`out` is overwritten with zeros."""
     slab, _ = make_slab((64, 32), 1, device, generator)
     assert one(module, slab, (64, 32), [], torch.ones(64).bfloat16()).eq(0).all()
 
@@ -132,7 +132,7 @@ def many(
 def test_many_tokens(
     module: Any, shape: tuple[int, int], counts: list[int], device: torch.device, generator: Any
 ) -> None:
-    """Odd numbers of groups, tiles not filled, an expert without tokens; what is in `out` stays."""
+    """Odd numbers of groups, tiles not filled, an expert without tokens; the kernel adds to `out`."""
     slab, arrays = make_slab(shape, 4, device, generator)
     flip_signs(slab, arrays, shape)
     slots, n_tokens = [3, 0, 2], max(counts) + 2
@@ -212,7 +212,7 @@ def bad_counts(slab: Tensor) -> None:
     ],
 )
 def test_refuses(call: Callable[[Tensor], None], says: str) -> None:
-    """What would read beyond a slot or misread an array is refused before anything is launched."""
+    """A call that would read beyond a slot or misread an array is refused before a kernel is launched."""
     with pytest.raises(ValueError, match=says):
         call(torch.zeros(1, 4096, dtype=torch.uint8))
 
@@ -224,7 +224,7 @@ class TestK2:
 
     @pytest.mark.parametrize("count", [0, 1, 3, 8])
     def test_one_token(self, count: int, device: torch.device, generator: Any) -> None:
-        """The list lies in pinned memory; a captured graph reads it anew each time."""
+        """The list is in pinned memory, and a captured graph reads it at each replay."""
         slab, arrays = make_slab(K2_SHAPE, 8, device, generator)
         hidden = torch.randn(K2_SHAPE[0], generator=generator).bfloat16()
         listed = torch.zeros(9, dtype=torch.int32).pin_memory()

@@ -56,7 +56,7 @@ def randomize(module: torch.nn.Module) -> None:
 @pytest.mark.parametrize("q_lora_rank", [56, None])
 @pytest.mark.parametrize("n_tokens", [1, 9])
 def test_attention(q_lora_rank, n_tokens):
-    """The chain of operations, token by token, is the module's forward."""
+    """The operations, called in order for each token, give the result of the module's forward."""
     model = config(q_lora_rank=q_lora_rank)
     module = Attention(model, 0, torch.float32, CPU)
     randomize(module)
@@ -101,7 +101,7 @@ def test_mlp():
 
 
 def test_gemv_sums_in_fp32():
-    """Also where the blocks that it converts do not divide the rows."""
+    """The number of rows is no multiple of the block that is converted at a time."""
     x, w = torch.randn(5000).bfloat16(), torch.randn(431, 5000).bfloat16()
     expected = w.double() @ x.double()
     out = reference.gemv(x, w, torch.float32)
@@ -123,18 +123,18 @@ def test_route(groups, norm):
 
 
 def test_post_raises_the_flag_last():
-    """A reader that sees the flag sees the whole box."""
+    """A reader that sees the flag sees the whole mailbox."""
     ids, weights = torch.arange(4, dtype=torch.int32), torch.rand(4)
     hidden, flag = torch.randn(96).bfloat16(), torch.zeros(16, dtype=torch.int32)
-    box = torch.zeros(4, dtype=torch.int32), torch.zeros(4), torch.zeros(96).bfloat16()
+    mailbox = torch.zeros(4, dtype=torch.int32), torch.zeros(4), torch.zeros(96).bfloat16()
     seen = []
 
     def read() -> None:
         load_ops(torch.device("cpu")).wait(flag)
-        seen.extend(array.clone() for array in box)
+        seen.extend(array.clone() for array in mailbox)
 
     reader = threading.Thread(target=read)
     reader.start()
-    reference.post(ids, weights, hidden, *box, flag)
+    reference.post(ids, weights, hidden, *mailbox, flag)
     reader.join(30)
     assert [torch.equal(a, b) for a, b in zip(seen, (ids, weights, hidden), strict=True)] == [True] * 3

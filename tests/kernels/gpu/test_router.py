@@ -37,7 +37,7 @@ CASES = {
 
 @pytest.fixture(params=CASES, name="case")
 def _case(request, device):
-    """Experts' number, settings, logits of 5 tokens, and a bias, negative in places."""
+    """Settings, logits of 5 tokens, and a bias that is negative in places."""
     n_experts, spec = CASES[request.param]
     logits = 2 * torch.randn(5, n_experts)
     return spec, logits.to(device), (torch.randn(n_experts) * 0.7).to(device)
@@ -57,14 +57,14 @@ def test_route_no_tokens(device):
 
 
 def test_equal_scores_choose_different_experts(device):
-    """The lower ones first, none twice."""
+    """The lower ids come first, and none twice."""
     logits, bias = torch.zeros(2, 70, device=device), torch.zeros(70, device=device)
     ids, _ = router.route(logits, bias, Spec(8))
     assert ids.tolist() == [list(range(8))] * 2
 
 
 def test_nan_still_chooses_experts_that_there_are(device):
-    """A broken hidden state may give NaN, never an index beyond the experts."""
+    """NaN logits, from a broken hidden state, still give ids of experts that exist."""
     logits = torch.full((1, 15), torch.nan, device=device)
     ids, _ = router.route(logits, torch.zeros(15, device=device), Spec(4))
     assert sorted(ids[0].tolist()) == [0, 1, 2, 3]
@@ -75,28 +75,28 @@ def test_route_and_post(case, width, device):
     spec, logits, bias = case
     hidden = torch.randn(width).bfloat16().to(device)
     k = spec.num_experts_per_tok
-    box = [
+    mailbox = [
         torch.full((2, k), -1, dtype=torch.int32),
         torch.full((2, k), -1.0),
         torch.zeros(2, width).bfloat16(),
     ]
     flags = torch.zeros(2, 16, dtype=torch.int32)
     if device.type == "cuda":
-        box, flags = [array.pin_memory() for array in box], flags.pin_memory()
-    before = [array[1].clone() for array in (*box, flags)]
-    router.route_and_post(logits[0], bias, spec, hidden, *(array[0] for array in box), flags[0])
+        mailbox, flags = [array.pin_memory() for array in mailbox], flags.pin_memory()
+    before = [array[1].clone() for array in (*mailbox, flags)]
+    router.route_and_post(logits[0], bias, spec, hidden, *(array[0] for array in mailbox), flags[0])
     if device.type == "cuda":
         torch.cuda.synchronize()
     ids, weights = router.route(logits[:1], bias, spec)
-    assert torch.equal(box[0][0].long(), ids[0].cpu())
-    assert torch.equal(box[1][0], weights[0].cpu())
-    assert torch.equal(box[2][0], hidden.cpu())
+    assert torch.equal(mailbox[0][0].long(), ids[0].cpu())
+    assert torch.equal(mailbox[1][0], weights[0].cpu())
+    assert torch.equal(mailbox[2][0], hidden.cpu())
     assert flags[0].tolist() == [1] + [0] * 15
-    assert all(torch.equal(array[1], old) for array, old in zip((*box, flags), before, strict=True))
+    assert all(torch.equal(array[1], old) for array, old in zip((*mailbox, flags), before, strict=True))
 
 
-def test_guess(case, device):
-    """The ids that the router would choose, and the flag; nothing beside them."""
+def test_predict(case, device):
+    """It writes the ids that the router would choose, and the flag, and nothing beside them."""
     spec, logits, bias = case
     ids = torch.full((3, spec.num_experts_per_tok), -1, dtype=torch.int32)
     flags = torch.zeros(3, 16, dtype=torch.int32)

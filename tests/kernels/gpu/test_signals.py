@@ -1,4 +1,4 @@
-"""Boxes and flags between the GPU's program and the host."""
+"""The mailbox and the flags between the GPU's program and the host."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from moebox.kernels.gpu.triton import signals
 def test_post(device):
     hidden = torch.randn(300).bfloat16()
     posted = [torch.arange(6, dtype=torch.int32), torch.rand(6), hidden]
-    box = [torch.zeros(6, dtype=torch.int32), torch.zeros(6), torch.zeros(300).bfloat16()]
+    mailbox = [torch.zeros(6, dtype=torch.int32), torch.zeros(6), torch.zeros(300).bfloat16()]
     flag = torch.zeros(16, dtype=torch.int32)
     if device.type == "cuda":
-        box, flag = [array.pin_memory() for array in box], flag.pin_memory()
-    signals.post(*(array.to(device) for array in posted), *box, flag)
+        mailbox, flag = [array.pin_memory() for array in mailbox], flag.pin_memory()
+    signals.post(*(array.to(device) for array in posted), *mailbox, flag)
     if device.type == "cuda":
         torch.cuda.synchronize()
-    assert all(torch.equal(a, b) for a, b in zip(box, posted, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(mailbox, posted, strict=True))
     assert flag.tolist() == [1] + [0] * 15
 
 

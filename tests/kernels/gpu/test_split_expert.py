@@ -1,4 +1,4 @@
-"""A part of an expert in RAM against fp64: Triton's interpreter where there is no GPU, and the reference."""
+"""Split experts against fp64: Triton's kernels, in its interpreter without a GPU, and the torch reference."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ K2_SHAPE = (7168, 2048)
 
 @pytest.fixture(params=[split_expert, experts_reference], ids=["triton", "torch"])
 def module(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, device: torch.device) -> Any:
-    """Both implementations. The interpreter takes 0.2 s a program: there, tiles are few and large."""
+    """Both implementations. The interpreter takes 0.2 s a program, so it gets few and large tiles."""
     if device.type == "cpu":
         monkeypatch.setattr(split_expert, "GATE_UP_SPLIT", RowTiles(4, 8))
         monkeypatch.setattr(split_expert, "DOWN_SPLIT", RowTiles(4, 8))
@@ -42,7 +42,7 @@ def make_ram(
 
 
 def expected_split(arrays: list[Tensor], rows: int, weight: float, hidden: Tensor) -> Tensor:
-    """fp64 of what is added."""
+    """The value that is added to `out`, in fp64."""
     gate, up, down = (dequantize(*arrays[i : i + 2]) for i in (0, 2, 4))
     x = hidden.double()
     inner = torch.nn.functional.silu(gate[:rows] @ x) * (up[:rows] @ x)
@@ -52,7 +52,7 @@ def expected_split(arrays: list[Tensor], rows: int, weight: float, hidden: Tenso
 def run(
     module: Any, ram: Tensor, shape: tuple[int, int], chosen: tuple[int, int], hidden: Tensor, before: Tensor
 ) -> Tensor:
-    """A part with weight 0.7, added to a copy of `before`."""
+    """`split_expert` with weight 0.7, added to a copy of `before`."""
     device = torch.device("cuda") if ram.is_pinned() else ram.device
     listed, weight = torch.tensor([*chosen, -7, -7], dtype=torch.int32), torch.tensor([0.7])
     out = before.to(device, copy=True)
@@ -68,7 +68,7 @@ def run(
 def test_split_expert(
     module: Any, shape: tuple[int, int], rows: int, device: torch.device, generator: Any, monkeypatch: Any
 ) -> None:
-    """Odd numbers of groups, more than a warp has lanes in the last case; what is in `out` stays."""
+    """Odd numbers of groups, in the last case more than a warp has lanes; the kernel adds to `out`."""
     if shape[1] > 1024 and device.type == "cpu":
         monkeypatch.setattr(split_expert, "GATE_UP_SPLIT", RowTiles(1, 32))
     ram, arrays = make_ram(shape, 2, device, generator)
@@ -99,7 +99,7 @@ def test_nothing_to_do(module: Any, chosen: tuple[int, int], device: torch.devic
     ],
 )
 def test_refuses(changed: dict[str, Tensor], says: str) -> None:
-    """What would read beyond a row or misread an array is refused before anything is launched."""
+    """A call that would read beyond a row or misread an array is refused before a kernel is launched."""
     given = {
         "ram": torch.zeros(1, 4096, dtype=torch.uint8),
         "shape": (32, 32),
@@ -115,7 +115,7 @@ def test_refuses(changed: dict[str, Tensor], says: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_k2_in_a_graph(device: torch.device, generator: Any) -> None:
-    """The part lies in pinned memory; a captured graph reads it anew each time."""
+    """The split is in pinned memory, and a captured graph reads it at each replay."""
     ram, arrays = make_ram(K2_SHAPE, 2, device, generator)
     hidden = torch.randn(K2_SHAPE[0], generator=generator).bfloat16()
     listed = torch.tensor([-1, 0, 0, 0], dtype=torch.int32).pin_memory()

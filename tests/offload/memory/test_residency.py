@@ -119,7 +119,7 @@ def test_matches_the_model(n_slots: int, reserve: int, half_life: float, n_exper
 
 
 def test_scores_halve_and_their_order_stays() -> None:
-    """Also after so many ticks that a float score would be 0."""
+    """Also after far more ticks than a float could count down."""
     residency = Residency(3, 2, 1, half_life=8.0)
     residency.use(np.array([0, 1, 1], np.int32))
     residency.tick = 8
@@ -145,8 +145,8 @@ def cycle(residency: Residency, tokens: int) -> None:
             residency.update_values(picks)
 
 
-def test_the_value_model_learns_which_experts_come_next() -> None:
-    """The score alone keeps the experts that were just used."""
+def test_update_values_learns_which_experts_come_next() -> None:
+    """The score alone would keep the experts that were picked last."""
     residency = Residency(KEYS, 11, 1, n_experts=6)
     for key in range(6):
         residency.place(key)
@@ -160,8 +160,8 @@ def test_the_value_model_learns_which_experts_come_next() -> None:
     assert residency.weakest(1) != [now]  # its score counts again
 
 
-def test_the_value_model_needs_tokens_in_a_row() -> None:
-    """After a prompt, the last estimate is not compared with anything, and nothing is learned."""
+def test_update_values_needs_consecutive_tokens() -> None:
+    """After a prompt in between, an estimate has no next token to be compared with, so nothing is learned."""
     residency = Residency(KEYS, 11, 1, n_experts=6)
     for key in range(6):
         residency.place(key)
@@ -173,7 +173,7 @@ def test_the_value_model_needs_tokens_in_a_row() -> None:
 
 
 @pytest.mark.parametrize(("n_slots", "n_experts"), [(4, 0), (0, 6), (12, 6)])
-def test_no_value_model_where_it_is_of_no_use(n_slots: int, n_experts: int) -> None:
+def test_update_values_does_nothing_where_no_value_matters(n_slots: int, n_experts: int) -> None:
     """One layer, no slots, or a slot for every key."""
     residency = Residency(KEYS, n_slots, 0, n_experts=n_experts)
     for key in range(n_slots):

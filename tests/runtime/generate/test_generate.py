@@ -30,9 +30,9 @@ def test_a_chat_streams_text_then_stats(tmp_path):
     stats = pieces[-1].stats
     assert stats.finish_reason == "stop"
     assert stats.prompt_tokens == model.count_tokens(USER)
-    assert stats.completion_tokens == len(model.tokenizer.encode("sunny in Größe 😀"))
-    assert stats.context_used == stats.prompt_tokens + stats.completion_tokens
-    assert stats.ttft_s >= stats.prefill_s > 0
+    assert stats.usage.completion_tokens == len(model.tokenizer.encode("sunny in Größe 😀"))
+    assert stats.context_used == stats.prompt_tokens + stats.usage.completion_tokens
+    assert stats.ttft_s >= stats.usage.prefill_s > 0
     assert json.dumps(stats.to_dict())
 
 
@@ -63,11 +63,11 @@ def test_only_new_tokens_are_prefilled_on_the_next_turn(tmp_path):
     first = list(model.chat(messages))[-1].stats
     messages += [{"role": "assistant", "content": "sunny"}, {"role": "user", "content": "ok"}]
     second = list(model.chat(messages))[-1].stats
-    assert second.cached_tokens == first.prompt_tokens + first.completion_tokens
+    assert second.usage.cached_tokens == first.prompt_tokens + first.usage.completion_tokens
     new = [model.tokenizer.encode(text) for text in ("user", "ok", "assistant")]
     marks = 6  # <|im_end|>, <|im_user|>..<|im_middle|>..<|im_end|>, <|im_assistant|>..<|im_middle|>
-    assert second.prompt_tokens - second.cached_tokens == marks + sum(map(len, new))
-    assert model.engine.prefills[1] == (second.cached_tokens, marks + sum(map(len, new)))
+    assert second.prompt_tokens - second.usage.cached_tokens == marks + sum(map(len, new))
+    assert model.engine.prefills[1] == (second.usage.cached_tokens, marks + sum(map(len, new)))
 
 
 def test_a_model_that_does_not_write_canonical_tokens_keeps_its_prefix(tmp_path):
@@ -76,7 +76,7 @@ def test_a_model_that_does_not_write_canonical_tokens_keeps_its_prefix(tmp_path)
     assert model.tokenizer.encode("sunny") != spelled
     first = list(model.chat(USER))[-1].stats
     messages = [*USER, {"role": "assistant", "content": "sunny"}, {"role": "user", "content": "ok"}]
-    assert list(model.chat(messages))[-1].stats.cached_tokens == first.prompt_tokens + len(spelled)
+    assert list(model.chat(messages))[-1].stats.usage.cached_tokens == first.prompt_tokens + len(spelled)
 
 
 def test_tool_turns_keep_the_prefix_too(tmp_path):
@@ -87,7 +87,7 @@ def test_tool_turns_keep_the_prefix_too(tmp_path):
     result = {"role": "tool", "tool_call_id": first.tool_calls[0].id, "content": "sunny"}
     second = model.generate([*USER, answer, result])
     assert second.text == "It is sunny."
-    assert second.stats.cached_tokens == first.stats.prompt_tokens + first.stats.completion_tokens
+    assert second.stats.usage.cached_tokens == first.stats.prompt_tokens + first.stats.usage.completion_tokens
 
 
 @pytest.mark.parametrize("ending", ["[EOS]", "<|im_end|>", "[EOT]"])
@@ -112,7 +112,7 @@ def test_limits_are_named_as_the_reason(tmp_path):
     full = model.generate(USER)
     assert full.stats.finish_reason == "context"
     assert full.stats.context_used == full.stats.context == 60
-    assert full.stats.prompt_tokens + full.stats.completion_tokens == 61  # the last one needs no place
+    assert full.stats.prompt_tokens + full.stats.usage.completion_tokens == 61  # the last one needs no place
 
 
 def test_a_prompt_that_does_not_fit_is_said_with_both_numbers(tmp_path):
@@ -153,7 +153,7 @@ def test_cancel_during_the_prefill(tmp_path):
     pieces = list(model.chat(USER, cancel=cancel, on_prefill=on_prefill))
     assert [piece.kind for piece in pieces] == ["stats"]
     assert pieces[0].stats.finish_reason == "cancelled"
-    assert pieces[0].stats.completion_tokens == 0
+    assert pieces[0].stats.usage.completion_tokens == 0
     assert len(steps) == 1
 
 
@@ -229,8 +229,8 @@ def test_a_real_engine_answers(tmp_path):
     model = api.load(folder)
     options = {"max_tokens": 8, "seed": 1, "temperature": 1.0}
     first = model.generate(USER, **options)
-    assert first.stats.cached_tokens == 0
-    assert list(model.chat(USER, **options))[-1].stats.cached_tokens == first.stats.prompt_tokens - 1
+    assert first.stats.usage.cached_tokens == 0
+    assert list(model.chat(USER, **options))[-1].stats.usage.cached_tokens == first.stats.prompt_tokens - 1
     assert model.generate(USER, **options).tokens == first.tokens
     assert model.logits(model.template.render(USER)).shape == (first.stats.prompt_tokens, vocabulary)
     greedy = [model.generate("Paris is", max_tokens=6, temperature=0).tokens for _ in range(2)]

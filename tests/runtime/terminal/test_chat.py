@@ -239,15 +239,15 @@ def test_stats_and_help(talk):
 def test_the_session_sums_what_its_answers_used(talk):
     chat, _, err = talk("hi", "more", "/stats", answers=["one", "two and more"])
     totals = chat.totals
-    assert totals.traffic == chat.model.engine.traffic()
+    assert totals.usage.traffic == chat.model.engine.traffic()
     assert "67 % RAM, 33 % disk" in err
     assert "J/token" in err
     assert "electricity only" in err
-    joules = sum(part.joules for part in totals.energy)
-    assert joules > sum(part.joules for part in chat.last.energy) > 0
-    assert totals.computed_tokens > chat.last.computed_tokens > 0
+    joules = totals.usage.joules
+    assert joules > chat.last.usage.joules > 0
+    assert totals.usage.computed_tokens > chat.last.usage.computed_tokens > 0
     cost = totals.cost(chat.model.accounts.prices)
-    assert cost.total == pytest.approx(joules / 3.6e6 * 0.176 / totals.computed_tokens * 1e6)
+    assert cost.total == pytest.approx(joules / 3.6e6 * 0.176 / totals.usage.computed_tokens * 1e6)
 
 
 def test_unknown_commands_are_said_with_a_suggestion(talk):

@@ -69,7 +69,7 @@ def test_a_dialogue_with_tools_reads_only_what_is_new(model):
     else:
         follow_up = {"role": "user", "content": "Moderate, please."}
     second = model.generate([*messages, answer, follow_up], tools=TOOLS, thinking=False, **GREEDY)
-    assert second.stats.cached_tokens == first.stats.prompt_tokens + first.stats.completion_tokens
+    assert second.stats.usage.cached_tokens == first.stats.prompt_tokens + first.stats.usage.completion_tokens
     assert second.text or second.tool_calls
 
 
