@@ -249,10 +249,8 @@ def decoded(replay: Replay, load_s: float) -> Decoded:
     experts = experts_of(replay.engine)
     counts, prefetching = experts.cache.counts, experts.prefetcher
     hit_rate = counts.hits / (counts.hits + counts.prefetched + counts.reads)
-    trial_cost = (
-        prefetching.trial.cost_s / sum(replay.seconds) if isinstance(prefetching, Prefetcher) else 0.0
-    )
-    return Decoded(replay.seconds, replay.identical, hit_rate, load_s, trial_cost)
+    trial_s = prefetching.trial.cost_s if isinstance(prefetching, Prefetcher) else 0.0
+    return Decoded(replay.seconds, replay.identical, hit_rate, load_s, trial_s / sum(replay.seconds))
 
 
 class InTurns(Trial):

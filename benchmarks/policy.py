@@ -145,7 +145,7 @@ def margins(curves: dict[str, dict[str, list[float]]]) -> dict[str, float]:
 
 
 def learning(trace: RoutingTrace) -> dict[str, list[float]]:
-    """Hits at 20 % by thousands of tokens: how good the value model is before it has learned much."""
+    """Hits at 20 %, by thousands of tokens: how good the value model is before it has learned much."""
     slots = round(0.2 * trace.layers * trace.n_experts)
     found = {}
     for policy in ("decayed", "score", "lru", "belady"):
@@ -155,7 +155,7 @@ def learning(trace: RoutingTrace) -> dict[str, list[float]]:
 
 
 def cost_us(layers: int = 60, n_experts: int = 384, top_k: int = 8) -> dict[str, float]:
-    """CPU microseconds per layer, called from Python, 10 % resident: eviction, and what the value model adds."""
+    """CPU microseconds per layer, called from Python, 10 % resident: eviction, and the value model."""
     slots = round(0.1 * layers * n_experts)
     residency = Residency(layers * n_experts, slots + top_k, top_k, HALF_LIFE_TOKENS, n_experts)
     spent = {"evict": 0.0, "foresee": 0.0}
