@@ -62,18 +62,19 @@ class GpuExperts:
     Not thread-safe.
 
     Attributes:
-        config, device, pool, ram, gpu: of the model; where and with what it is computed.
+        config: of the model.
+        device, pool: compute on the GPU and on the CPU.
+        ram, gpu: the slabs.
         rows: of RAM in exclusive mode, where an expert lies in RAM or on the GPU, but not in both; else None.
         cold: reads experts that lie in neither; None where there are none.
-        mailbox, decode_host: of decoding. prefill: computes prompts.
+        mailbox, decode_host: what a token's program shares with the host, and the host's side of it.
+        prefill: computes prompts.
         shape: (H, I).
-        routing: replaces the router's choice where set.
+        routing: replaces the routers' choice, if set.
         predictions: int32 [L, k] of each token that is decoded with `routing`; replaces the routers'
-            predictions where set.
+            predictions, if set.
         ahead: whether uploading ahead pays; None where it is off. See `upload_ahead`.
         nbytes: INT4 bytes of all experts, wherever they lie.
-        exclusive: an expert lies in RAM or on the GPU, not in both.
-        cold: where the two do not hold the model: reads the others from disk.
     """
 
     def __init__(

@@ -200,7 +200,7 @@ class Prefetcher:
     def _prefetch(self, moe: int, experts: list[int], count: int) -> None:
         """Begin to read the first `count` of these experts, the likeliest first.
 
-        Cancels prefetches of the layer's other experts.
+        Cancels prefetches of the layer whose experts are not among these.
         """
         first = moe * self._n_experts
         keys = [first + expert for expert in experts]
