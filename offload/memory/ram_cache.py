@@ -62,6 +62,7 @@ class RamCache:
         self.reserve = reserve if ram.n_rows < ram.n_keys else 0
         self.counts = CacheCounts()
         self._memory = ram.slab.numpy()[:, : ram.layout.nbytes]
+        self._table = memoryview(ram.rows)  # type: ignore[arg-type]  # read faster than an array, key by key
         self._half_life = half_life
         self._tickets: dict[int, int] = {}
         self._held: set[int] = set()
@@ -113,7 +114,7 @@ class RamCache:
 
     def resident(self, key: int) -> bool:
         """Whether the key's bytes are in RAM. Those of a prefetch count once the key was demanded."""
-        return bool(self.ram.rows[key] >= 0)
+        return bool(self._table[key] >= 0)
 
     def ready(self, key: int) -> bool:
         """Whether `wait` will return at once."""
