@@ -68,9 +68,9 @@ class SlotEviction {
   Copier& copier_;
   const Stores stores_;
   RamRows* const rows_;
-  std::vector<std::int32_t> uploaded_;    // in the last step
-  std::vector<std::int32_t> victims_;  // to be downloaded
-  std::vector<Download> downloads_;    // under way; their keys are held in slots and rows
+  std::vector<std::int32_t> uploaded_;  // in the last step
+  std::vector<std::int32_t> victims_;   // to be downloaded
+  std::vector<Download> downloads_;     // under way; their keys are held in slots and rows
 };
 
 }  // namespace moebox
