@@ -27,14 +27,14 @@ PARTS = ("gate_packed", "gate_scale", "up_packed", "up_scale", "down_packed", "d
 
 
 READ_AROUND_BYTES = 512 << 10
-"""What the system may have read on both sides of a page that was touched."""
+"""Bytes that the system may read before and behind a page that is touched."""
 
 
 class PageCache:
-    """Holds the page cache to `limit` experts; a key is `moe * E + expert`.
+    """Keeps at most `limit` experts in the page cache; a key is `moe * E + expert`.
 
     Attributes:
-        seconds: spent on that, which the system would do by itself.
+        seconds: that this took; the system would do it by itself.
     """
 
     def __init__(self, tensors: Sequence[Sequence[TensorInfo]], limit: int) -> None:
@@ -45,13 +45,13 @@ class PageCache:
         self.seconds = 0.0
 
     def drop_all(self) -> None:
-        """Forget every expert."""
+        """Drop every expert from the page cache."""
         for key in range(len(self._tensors)):
             self._drop(key)
         self._recent.clear()
 
     def used(self, keys: Sequence[int]) -> None:
-        """These were read just now, and some of their neighbours in the file perhaps with them."""
+        """These experts were just read, and perhaps some of their neighbours in the file."""
         began_s = time.perf_counter()
         near: set[int] = set()
         for key in keys:
@@ -72,7 +72,7 @@ class PageCache:
 
 
 class Baseline:
-    """Experts whose bytes come through the page cache; see `Experts`."""
+    """Implements `Experts.forward` with bytes that come through the page cache."""
 
     def __init__(self, checkpoint: Checkpoint, pool: cpu.ThreadPool, limit: int) -> None:
         self.config: ModelConfig = checkpoint.config
@@ -90,7 +90,7 @@ class Baseline:
             self.cache.used([key])
 
     def forward(self, layer: int, expert_ids: Tensor, weights: Tensor, hidden: Tensor) -> Tensor:
-        """See `Experts.forward`."""
+        """Sum of the chosen experts' outputs, as `Experts.forward` defines it."""
         chosen, offsets, tokens, order = group_by_expert(expert_ids.numpy())
         first = (layer - self.config.first_k_dense_replace) * self.config.n_routed_experts
         keys = [first + expert for expert in chosen]
@@ -114,7 +114,7 @@ class Baseline:
 
 
 class MappedExperts(Baseline):
-    """The kernel reads mapped shards; the system brings pages in as they are touched."""
+    """The kernel reads mapped shards; the system reads each page when it is touched."""
 
     def __init__(self, checkpoint: Checkpoint, pool: cpu.ThreadPool, limit: int) -> None:
         super().__init__(checkpoint, pool, limit)
@@ -129,13 +129,13 @@ class MappedExperts(Baseline):
         hidden: Tensor,
         out: Tensor,
     ) -> None:
-        """See `Baseline.compute`: one call for all experts, as when they are in RAM."""
+        """Add the experts' outputs in one call of the kernel, as if they were in RAM."""
         experts = [self._experts[key] for key in keys]
         cpu.experts_forward(self.pool, experts, offsets, tokens, weights, hidden, out)
 
 
 class _Expert(nn.Module):
-    """Six weights, on the disk between two calls: accelerate's hooks bring them in and let them go."""
+    """Six weights, which accelerate's hooks load before each call and drop after it."""
 
     def __init__(self, infos: Sequence[TensorInfo]) -> None:
         super().__init__()
@@ -154,7 +154,7 @@ class _Expert(nn.Module):
 
 
 class AcceleratedExperts(Baseline):
-    """Modules with accelerate's hooks, which read the checkpoint's own shards."""
+    """One module per expert, with accelerate's hooks, which read the checkpoint's own shards."""
 
     def __init__(self, checkpoint: Checkpoint, pool: cpu.ThreadPool, limit: int) -> None:
         super().__init__(checkpoint, pool, limit)
@@ -177,7 +177,7 @@ class AcceleratedExperts(Baseline):
         hidden: Tensor,
         out: Tensor,
     ) -> None:
-        """See `Baseline.compute`: an expert at a time, so that one is in memory."""
+        """Add the experts' outputs one by one, so that only one expert is in memory."""
         for position, key in enumerate(keys):
             mine = slice(int(offsets[position]), int(offsets[position + 1]))
             self._experts[key](self.pool, tokens[mine], weights[mine], hidden, out)

@@ -1,4 +1,4 @@
-"""Decoding with half of the experts on a drive: how near to the drive, and beside other ways to do it.
+"""Decoding with half of the experts on a drive: compared with the drive's speed, and with other programs.
 
     python benchmarks/nvme.py --dir /mnt/nvme/bench
     python benchmarks/nvme.py --dir /mnt/nvme/bench --model /mnt/nvme/k2 --json
@@ -6,12 +6,12 @@
 For tiny-k2 and a random K2-shaped model (both made in `--dir`, and removed) or for `--model`s:
 
 - All experts in RAM, then with `--ram` for a share of them: every logit must be the same, bit for bit.
-  Contenders take turns in each round: moebox with and without prefetch, these two token by token,
-  accelerate's disk offload, and shards that are mapped. All decode the same tokens with the same kernels,
-  attention and router, start with the same share of experts in memory, and may keep as many.
-- Prefetching at every other token of one run: what it would change if its trial did not decide.
-- The NVMe road: each token picks only experts that are not in RAM; bytes a second, beside as many reads of
-  one expert's size with O_DIRECT by plain threads, in turns.
+  Contenders take turns in each round: moebox with and without prefetching, which alternate token by token,
+  accelerate's disk offload, and mapped shards. All decode the same tokens with the same kernels, attention
+  and router, start with the same share of experts in memory, and may keep as many.
+- Prefetching at every other token of one run: its effect if no trial switched it off.
+- Reads alone: each token picks only experts that are not in RAM. GB/s, compared with as many O_DIRECT reads
+  of one expert's size by plain threads; the two take turns.
 
 Means over a turn, medians over the rounds; the last line is one JSON object.
 """
@@ -56,7 +56,7 @@ from moebox.runtime.engine.engine import Engine
 
 CONTEXT = 512
 READ_WAYS = tuple(itertools.product((1, 2, 4, 8), (1 << 20, 1 << 30)))
-"""Plain reads: how many are under way, and bytes of each, at most an expert. The best way counts."""
+"""Plain reads: (reads under way, bytes of each, at most an expert). The fastest way counts."""
 SMALL_BACKBONE = {
     "vocab_size": 4096,
     "intermediate_size": 2048,
@@ -64,16 +64,16 @@ SMALL_BACKBONE = {
     "num_key_value_heads": 8,
     "q_lora_rank": 512,
 }
-"""Of the K2-shaped model, whose experts are what is measured: a layer's attention, at its true size,
-takes two cores without bf16 instructions as long as several experts take a drive."""
+"""Sizes of the K2-shaped model, whose experts are what is measured. Attention of the true size would take two
+cores without bf16 instructions as long as a drive takes to read several experts."""
 ROAD_S = 3.0
-"""How long the road and the plain reads are measured in turn."""
+"""Seconds of each turn of moebox's reads and of plain reads."""
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What all contenders must repeat: prompt, the tokens fed after it, and the logits. Seconds of each token
-    with all experts in RAM."""
+    """What all contenders must repeat: a prompt, the tokens after it, and their logits. `seconds` are those
+    of each token with all experts in RAM."""
 
     prompt: list[int]
     tokens: list[int]
@@ -81,14 +81,14 @@ class Reference:
     seconds: list[float]
 
     def first(self, n_tokens: int) -> Reference:
-        """The beginning of it."""
+        """The same with the first tokens only."""
         return Reference(self.prompt, self.tokens[:n_tokens], self.logits[: n_tokens + 1], self.seconds)
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """A contender's turn: seconds of each token, whether all logits were right, what its drive gave, and the
-    share of its time that trials of prefetching have cost."""
+    """A contender's turn: seconds of each token, whether all logits were right, the share of picks found in
+    RAM, seconds of loading, and the share of the time that trials of prefetching have cost."""
 
     seconds: list[float]
     identical: bool
@@ -157,13 +157,13 @@ def measure(path: Path, options: argparse.Namespace) -> dict[str, Any]:
             turns[name].append(decoded)
     figures = compare(turns, options.baseline_tokens)
     figures |= {"share": share, "in_ram_token_ms": 1e3 * statistics.mean(reference.seconds)}
-    figures["guesses"] = measure_guesses(path, reference, share)
+    figures["guesses"] = measure_alternating(path, reference, share)
     figures |= measure_road(path, options.rounds)
     return figures
 
 
 def compare(turns: dict[str, list[Decoded]], n_first: int) -> dict[str, Any]:
-    """Means over a turn, medians over the rounds; the baselines beside the same tokens of moebox."""
+    """Means over a turn, medians over the rounds; baselines are compared with the same tokens of moebox."""
     means_ms = {name: [1e3 * statistics.mean(turn.seconds) for turn in all_] for name, all_ in turns.items()}
     ms = {name: statistics.median(means) for name, means in means_ms.items()}
     first_ms = statistics.median(1e3 * statistics.mean(turn.seconds[:n_first]) for turn in turns["prefetch"])
@@ -182,8 +182,9 @@ def compare(turns: dict[str, list[Decoded]], n_first: int) -> dict[str, Any]:
 
 
 def paired_change(turns: dict[str, list[Decoded]]) -> dict[str, float]:
-    """What prefetch changes of a token's time, its trials included: of all tokens and of each round's later
-    half, means of the logarithms token by token; standard error of the former."""
+    """Relative change of a token's time by prefetching, trials included: of all tokens, with its standard
+    error, and of the later half of each round. It is the mean of the logarithms' differences, token by token.
+    """
     pairs = [
         np.log(np.divide(on.seconds, off.seconds))
         for on, off in zip(turns["prefetch"], turns["no_prefetch"], strict=True)
@@ -197,7 +198,7 @@ def paired_change(turns: dict[str, list[Decoded]]) -> dict[str, float]:
 
 
 def decode_in_ram(path: Path, n_tokens: int) -> Reference:
-    """Sampled tokens after a prompt, with all experts in RAM: greedy ones of random weights go in circles."""
+    """Tokens after a prompt, with all experts in RAM; sampled, since greedy ones of random weights repeat."""
     with opened(path, 1.0, prefetch=False) as engine:
         prompt = np.random.default_rng(0).integers(0, engine.config.vocab_size, 16).tolist()
         session, generator = engine.session(), torch.Generator().manual_seed(0)
@@ -226,12 +227,12 @@ def opened(path: Path, share: float, *, prefetch: bool) -> Iterator[Engine]:
 
 
 def decode_moebox(path: Path, reference: Reference, share: float) -> dict[str, Decoded]:
-    """As `moebox run --ram` does it, with prefetch and without: two engines, in turns token by token, so that
-    both see the same machine."""
+    """Decode as `moebox run --ram` does, with prefetching and without: two engines alternate token by token,
+    so that both have the same conditions."""
     began_s = time.perf_counter()
-    with opened(path, share, prefetch=True) as guessing, opened(path, share, prefetch=False) as plain:
+    with opened(path, share, prefetch=True) as prefetching, opened(path, share, prefetch=False) as plain:
         load_s = (time.perf_counter() - began_s) / 2
-        both = [Replay(engine, reference) for engine in (guessing, plain)]
+        both = [Replay(engine, reference) for engine in (prefetching, plain)]
         for token in reference.tokens:
             for one in both:
                 one.step(token)
@@ -239,21 +240,21 @@ def decode_moebox(path: Path, reference: Reference, share: float) -> dict[str, D
         replays = {one.engine: one for one in both}
         return {
             name: decoded(replays[engine], load_s)
-            for name, engine in (("prefetch", guessing), ("no_prefetch", plain))
+            for name, engine in (("prefetch", prefetching), ("no_prefetch", plain))
         }
 
 
 def decoded(replay: Replay, load_s: float) -> Decoded:
-    """What a replay of moebox's gave."""
+    """The figures of a replay by moebox."""
     experts = experts_of(replay.engine)
-    counts, guesses = experts.cache.counts, experts.prefetcher
-    hit_rate = counts.hits / (counts.hits + counts.foreseen + counts.reads)
-    trial_cost = guesses.trial.cost_s / sum(replay.seconds) if isinstance(guesses, Prefetcher) else 0.0
-    return Decoded(replay.seconds, replay.identical, hit_rate, load_s, trial_cost)
+    counts, prefetching = experts.cache.counts, experts.prefetcher
+    hit_rate = counts.hits / (counts.hits + counts.prefetched + counts.reads)
+    trial_s = prefetching.trial.cost_s if isinstance(prefetching, Prefetcher) else 0.0
+    return Decoded(replay.seconds, replay.identical, hit_rate, load_s, trial_s / sum(replay.seconds))
 
 
 class InTurns(Trial):
-    """On, off, off, on: what prefetching changes if nobody decides whether it pays."""
+    """Prefetching is on, off, off, on, and so forth; nothing is decided."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -261,14 +262,14 @@ class InTurns(Trial):
         self.tokens: list[tuple[float, int, bool]] = []
 
     def observe(self, seconds: float, to_read: int) -> bool:
-        """See `Trial`."""
+        """Keep the token; returns False."""
         self.tokens.append((math.log(seconds), to_read, self.on))
         self.on = not (len(self.tokens) ^ len(self.tokens) >> 1) & 1
         return False
 
 
-def measure_guesses(path: Path, reference: Reference, share: float) -> dict[str, Any]:
-    """Prefetching at every other token of one run: what it changes of a token's time, and what it reads."""
+def measure_alternating(path: Path, reference: Reference, share: float) -> dict[str, Any]:
+    """Prefetch at every other token of one run: the change of a token's time, and the reads."""
     with opened(path, share, prefetch=True) as engine:
         prefetcher = experts_of(engine).prefetcher
         assert isinstance(prefetcher, Prefetcher)
@@ -286,7 +287,7 @@ def measure_guesses(path: Path, reference: Reference, share: float) -> dict[str,
 
 
 def decode_baseline(path: Path, reference: Reference, share: float, kind: type[Baseline]) -> Decoded:
-    """The same model, its experts exchanged."""
+    """Decode with the same model, but a baseline's experts."""
     began_s = time.perf_counter()
     with opened(path, 0.0, prefetch=False) as engine:
         checkpoint = Checkpoint.open(path)
@@ -338,7 +339,7 @@ class Replay:
 
 
 def measure_road(path: Path, rounds: int) -> dict[str, Any]:
-    """GB/s of experts that are all missed, beside plain O_DIRECT reads of the same experts, in turns."""
+    """GB/s where no expert is in RAM, and GB/s of plain O_DIRECT reads of the same experts, in turns."""
     checkpoint = Checkpoint.open(path)
     config = checkpoint.config
     with ExpertStore.open(checkpoint) as store:
@@ -364,7 +365,7 @@ def measure_road(path: Path, rounds: int) -> dict[str, Any]:
 
 
 def road_gbps(experts: CpuExperts, seconds: float) -> float:
-    """Tokens one after the other, each layer's picks all on the drive."""
+    """Decode tokens whose picks are all on the drive."""
     config, rng = experts.config, np.random.default_rng(int(time.time()))
     k, n_experts = config.num_experts_per_tok, config.n_routed_experts
     hidden = torch.randn(1, config.hidden_size).bfloat16()
@@ -382,7 +383,7 @@ def road_gbps(experts: CpuExperts, seconds: float) -> float:
 
 
 class PlainReads:
-    """Reads of whole experts with O_DIRECT by threads of Python's, each reading one after the other."""
+    """O_DIRECT reads of whole experts by Python threads, each of which reads one after the other."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._nbytes = -(-checkpoint.config.expert_bytes // 4096) * 4096
@@ -392,7 +393,7 @@ class PlainReads:
         self._random = random.Random(0)
 
     def gbps(self, way: tuple[int, int], seconds: float) -> float:
-        """With so many reads under way, of so many bytes."""
+        """GB/s with so many reads under way, of so many bytes each."""
         depth, nbytes = way
         end_s = time.perf_counter() + seconds
         began_s = time.perf_counter()
@@ -413,7 +414,7 @@ class PlainReads:
 
 
 def describe(name: str, figures: dict[str, Any]) -> None:
-    """A few lines for people."""
+    """Print the figures for people."""
     ms = figures["token_ms"]
     share, same = figures["share"], figures["identical"]
     print(f"{name}: {share:.0%} of the experts in RAM; logits as with all of them: {same}")
@@ -421,10 +422,10 @@ def describe(name: str, figures: dict[str, Any]) -> None:
         f"  ms a token: all in RAM {figures['in_ram_token_ms']:.1f}, "
         + ", ".join(f"{contender} {value:.1f}" for contender, value in ms.items())
     )
-    guesses, change = figures["guesses"], figures["prefetch_change"]
+    prefetching, change = figures["guesses"], figures["prefetch_change"]
     print(
-        f"  guessing at every other token: {guesses['change']:+.1%} of a token's time (standard error "
-        f"{guesses['error']:.1%}), {guesses['needed']:.0%} of {guesses['issued']} reads needed"
+        f"  prefetching at every other token: {prefetching['change']:+.1%} of a token's time (standard error "
+        f"{prefetching['error']:.1%}), {prefetching['needed']:.0%} of {prefetching['issued']} reads needed"
     )
     print(
         f"  prefetch: {change['all']:+.1%} of a token's time (standard error {change['error']:.1%}), "

@@ -42,7 +42,7 @@ from moebox.instruments.plan.box import Box, BoxOptions, find_box
 from moebox.instruments.plan.hits import HitPredictor, find_hit_predictor, published_hit_predictor
 from moebox.instruments.plan.report import Plan, PlannedModel, plan_on
 from moebox.offload.device.registry import open_device
-from moebox.offload.memory.ram_slab import RamTier
+from moebox.offload.memory.ram_slab import RamSlab
 from moebox.quantize.convert import quantize
 from moebox.quantize.synth.write import synth
 from moebox.runtime.engine.cpu_plan import budget_for_share
@@ -147,9 +147,9 @@ def checkpoint(folder: str, options: argparse.Namespace) -> PlannedModel:
     return PlannedModel(path.name, load_config(path), path)
 
 
-def random_shape(options: argparse.Namespace) -> tuple[PlannedModel, RamTier]:
+def random_shape(options: argparse.Namespace) -> tuple[PlannedModel, RamSlab]:
     """The whole shape, and RAM that holds all experts of the layers that run."""
-    ram = RamTier(shape_config(options.shape, options.layers), device=open_device(options.device))
+    ram = RamSlab(shape_config(options.shape, options.layers), device=open_device(options.device))
     ram.fill_synthetic()
     return PlannedModel(options.shape, shape_config(options.shape)), ram
 
@@ -162,7 +162,7 @@ def hit_predictor(model: PlannedModel, options: argparse.Namespace) -> HitPredic
 
 
 def compare(
-    model: PlannedModel, predictor: HitPredictor, filled: RamTier | None, options: argparse.Namespace
+    model: PlannedModel, predictor: HitPredictor, filled: RamSlab | None, options: argparse.Namespace
 ) -> tuple[list[Row], Box]:
     """Measure the box, plan all budgets, then run each; returns the rows and the box."""
     folders = [] if model.folder is None else [model.folder]
@@ -191,7 +191,7 @@ def gpu_budgets(box: Box, config: ModelConfig, options: argparse.Namespace) -> l
     ]
 
 
-def row(plan: Plan, filled: RamTier | None, options: argparse.Namespace) -> Row:
+def row(plan: Plan, filled: RamSlab | None, options: argparse.Namespace) -> Row:
     """Run what was planned."""
     gc.collect()  # frees the memory of the budget before
     report = bench(bench_options(plan, options), filled=filled)

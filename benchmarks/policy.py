@@ -46,9 +46,9 @@ SERVICES = {
         ("SearchOnewayFlight", "SearchRoundtripFlights"),
     ),
 }
-"""By the tools that their dialogues declare."""
+"""Services by group; a service is given by the tools that its dialogues declare, sorted."""
 FIRST_OF_ANY = {"tuning": 400, "held out": 412}
-"""Where in the shuffled dialogues those of any service begin."""
+"""Index, in the shuffled dialogues, of the first dialogue of `any service`."""
 DIALOGUES = 12
 TURN_TOKENS = 250
 ABOVE_LRU, BELOW_BELADY = 0.05, 0.17
@@ -58,7 +58,7 @@ Traces = list[RoutingTrace]
 
 
 def select(path: Path, group: str) -> list[list[Dialogue]]:
-    """The dialogues of the group's three services, then some of any."""
+    """Dialogues of each of the group's three services, then of any service."""
     with lzma.open(path, "rt") as lines:
         dialogues = [json.loads(line) for line in lines]
     random.Random(1).shuffle(dialogues)
@@ -76,7 +76,7 @@ def declared(dialogue: Dialogue) -> tuple[str, ...]:
 
 
 def record(folder: Path, dialogues: list[Dialogue], path: Path) -> Traces:
-    """What the router picks in each dialogue; `path` gets it as one trace, with the lengths beside it."""
+    """A trace of each dialogue. `path` gets all as one trace, and a JSON file beside it their lengths."""
     lengths = path.with_suffix(".json")
     if not path.is_file():
         model = moebox.load(folder, device="cpu", statistics=False, record_trace=path)
@@ -94,24 +94,24 @@ def record(folder: Path, dialogues: list[Dialogue], path: Path) -> Traces:
 
 
 def joined(traces: Sequence[RoutingTrace]) -> RoutingTrace:
-    """One after the other."""
+    """The traces one after the other."""
     return RoutingTrace(np.concatenate([trace.ids for trace in traces]), traces[0].n_experts)
 
 
 def in_turns(services: Sequence[Traces]) -> Traces:
-    """A trace of each, then the next of each."""
+    """The first trace of each service, then the second of each, and so forth."""
     return [trace for turn in zip_longest(*services) for trace in turn if trace is not None]
 
 
 def pieces(traces: Traces) -> Traces:
-    """Turns of `TURN_TOKENS`."""
+    """Services in turns of `TURN_TOKENS` tokens."""
     whole = joined(traces)
     cuts = range(TURN_TOKENS, whole.tokens, TURN_TOKENS)
     return [RoutingTrace(ids, whole.n_experts) for ids in np.split(whole.ids, cuts)]
 
 
 def replay_orders(recorded: list[Traces]) -> dict[str, list[RoutingTrace]]:
-    """The traces of each order; their mean is its figure."""
+    """The traces of each order; an order's figure is the mean over its traces."""
     *services, of_any = recorded
     return {
         "one service": [joined(traces) for traces in services],
@@ -122,13 +122,13 @@ def replay_orders(recorded: list[Traces]) -> dict[str, list[RoutingTrace]]:
 
 
 def mean_curve(traces: Sequence[RoutingTrace]) -> dict[str, list[float]]:
-    """Hits by policy and budget."""
+    """Hit rates by policy and budget."""
     curves = [hit_curve(trace, BUDGETS, SHOWN) for trace in traces]
     return {policy: np.mean([curve[policy] for curve in curves], 0).round(4).tolist() for policy in SHOWN}
 
 
 def show(name: str, curve: dict[str, list[float]]) -> None:
-    """One order's rows."""
+    """Print the rows of one order."""
     print(name)
     for policy in SHOWN:
         print(f"  {policy:10}" + "".join(f"{hits:8.3f}" for hits in curve[policy]))
@@ -138,14 +138,14 @@ def show(name: str, curve: dict[str, list[float]]) -> None:
 
 
 def margins(curves: dict[str, dict[str, list[float]]]) -> dict[str, float]:
-    """The worst of all orders and budgets."""
+    """The worst figures over all orders and budgets."""
     above = [np.subtract(curve["decayed"], curve["lru"]).min() for curve in curves.values()]
     below = [np.subtract(curve["belady"], curve["decayed"]).max() for curve in curves.values()]
     return {"least_above_lru": round(float(min(above)), 4), "most_below_belady": round(float(max(below)), 4)}
 
 
 def learning(trace: RoutingTrace) -> dict[str, list[float]]:
-    """Hits at 20 % by thousands of tokens: what the guesses are worth before they have learned much."""
+    """Hits at 20 %, by thousands of tokens: how good the value model is before it has learned much."""
     slots = round(0.2 * trace.layers * trace.n_experts)
     found = {}
     for policy in ("decayed", "score", "lru", "belady"):
@@ -155,7 +155,7 @@ def learning(trace: RoutingTrace) -> dict[str, list[float]]:
 
 
 def cost_us(layers: int = 60, n_experts: int = 384, top_k: int = 8) -> dict[str, float]:
-    """CPU microseconds per layer, called from Python, 10 % resident: eviction, and what foreseeing adds."""
+    """CPU microseconds per layer, called from Python, 10 % resident: eviction, and the value model."""
     slots = round(0.1 * layers * n_experts)
     residency = Residency(layers * n_experts, slots + top_k, top_k, HALF_LIFE_TOKENS, n_experts)
     spent = {"evict": 0.0, "foresee": 0.0}
@@ -169,7 +169,7 @@ def cost_us(layers: int = 60, n_experts: int = 384, top_k: int = 8) -> dict[str,
                 if residency.slot(key) < 0:
                     residency.place(key)
             middle = time.thread_time()
-            residency.foresee(keys)
+            residency.update_values(keys)
             if warm >= 20:
                 spent["evict"] += middle - start
                 spent["foresee"] += time.thread_time() - middle

@@ -1,12 +1,12 @@
-"""What recording the router's picks costs, beside the token that it records.
+"""What it costs to record the router's picks, compared with the time of a token.
 
     python benchmarks/recording.py out/tiny-k2 --tokens 300
 
-First by itself, in CPU time per decoded token and per token of a prompt, for tiny-k2's and K2's shapes, with
-statistics that are warm: `layer` as the CPU calls it, `token` as the GPU does; what saving and loading them
-takes. Then inside a loaded model's decoding, with statistics and a trace: the recorder's share of the time of
-all tokens, bar: under 1 %; on a machine with other work to do its CPU time says more than its wall time. The
-last line is one JSON object.
+First the recorder alone: CPU time per decoded token and per token of a prompt, for tiny-k2's and K2's shapes,
+with statistics that are loaded. `layer` is called on a box without a GPU, `token` on one with a GPU. Saving
+and loading of statistics is timed, too. Then the recorder inside a loaded model's decoding, with statistics
+and a trace: its share of the time of all tokens; bar: under 1 %. On a machine with other work, CPU time says
+more than wall time. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ TOKENS, PROMPT_TOKENS, ROUNDS = 256, 1024, 5
 
 
 def cpu_us(call: Callable[[], object], count: int) -> float:
-    """CPU time of a call over `count`, in microseconds: the median of some."""
+    """CPU time of a call, divided by `count`, in microseconds: the median of `ROUNDS`."""
     times = []
     for _ in range(ROUNDS):
         start = time.process_time()
@@ -42,7 +42,7 @@ def cpu_us(call: Callable[[], object], count: int) -> float:
 
 
 def alone(name: str, folder: Path) -> dict[str, float]:
-    """Recording by itself, with statistics of this shape."""
+    """The recorder's cost alone, with statistics of this shape."""
     layers, n_experts, top_k = SHAPES[name]
     known = RouterStatistics.open(ModelIdentity(name, name, layers, n_experts, top_k), folder / name)
     recorder = RoutingRecorder(layers, n_experts, top_k, [known])
@@ -81,14 +81,14 @@ def alone(name: str, folder: Path) -> dict[str, float]:
 
 
 class Timed:
-    """A recorder whose calls are timed, less what reading the clocks takes."""
+    """A recorder whose calls are timed; the time of reading the clocks is subtracted."""
 
     def __init__(self, recorder: RoutingRecorder) -> None:
         self.wall_s = self.cpu_s = 0.0
         self._recorder = recorder
 
     def layer(self, moe: int, ids: np.ndarray) -> None:
-        """See `RoutingRecorder.layer`."""
+        """Record a layer, and add to the time."""
         first, cpu_first = time.perf_counter(), time.thread_time()
         second, cpu_second = time.perf_counter(), time.thread_time()
         self._recorder.layer(moe, ids)
@@ -97,7 +97,7 @@ class Timed:
 
 
 def inside(model: Path, tokens: int, folder: Path) -> dict[str, float]:
-    """The recorder's share of decoding with the model's weights on the CPU."""
+    """The recorder's share of the time in which a model decodes on the CPU."""
     with moebox.load(model, device="cpu", statistics=False) as loaded:
         identity = ModelIdentity.of(model)
         sinks = [

@@ -1,17 +1,18 @@
-"""A decode step's two roads beside what the machine can do.
+"""Speed of a decode step's two roads, PCIe and CPU, compared with what the machine can do.
 
     python benchmarks/roads.py --threads 13,14,15,16
 
-K2's shape (H 7168, I 2048, top 8), a token of several MoE layers whose picks are never resident: 198 MB a
-layer. The GPU runs one graph per token that posts, waits, computes what was uploaded and adds the CPU's sum;
-the host runs `DecodeRoads.run_token`. Modes: `cpu` (no slots: the CPU road alone), `both` (the split from
-live averages, one expert divided), and with `--uploads 2,3,4` a fixed number of whole uploads.
+K2's shape (H 7168, I 2048, top 8); each token has several MoE layers whose picks are never resident: 198 MB a
+layer. The GPU runs one graph per token, which routes, waits for the host, computes the uploaded experts and
+adds the CPU's sum; the host runs `DecodeHost.serve_token`. Modes: `cpu` (no slots, so the CPU computes all),
+`both` (misses are split by the live averages of both speeds, one expert between GPU and CPU), and with
+`--uploads 2,3,4` a fixed number of whole uploads.
 
 Printed per mode and number of threads: ms a layer (a token's wall time over its layers, median), the GB/s of
-each road while it worked, uploads a layer, and what the host adds to a layer: until the GPU may go on with
-resident experts (listed), and until all uploads are queued and the CPU runs (schedule). Ceilings, in the same
-run and with the same threads: a bare read, bare uploads, and both at once. Sums are compared with the CPU
-kernel's. The last line is one JSON object.
+each road while it worked, uploads a layer, and the time that the host adds to a layer: until the GPU can go
+on with resident experts (listed), and until all uploads are queued and the CPU computes (schedule). The
+ceilings are measured in the same run with the same threads: a read of RAM alone, uploads alone, and both at
+once. Sums are compared with the CPU kernel's. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -32,17 +33,17 @@ from torch import Tensor
 from moebox import _kernels
 from moebox.config import ModelConfig, parse_config
 from moebox.kernels import cpu
-from moebox.offload.decode.host_step import FIELDS, DecodeRoads
+from moebox.offload.decode.host_step import FIELDS, DecodeHost
 from moebox.offload.decode.mailbox import Mailbox
 from moebox.offload.device.base import Device
 from moebox.offload.device.registry import open_device
-from moebox.offload.memory.ram_slab import RamTier
+from moebox.offload.memory.ram_slab import RamSlab
 from moebox.offload.residency import Residency
 from moebox.quantize.synth.shapes import synth_config
 
 ERROR_BAR = 5e-3
 GROUPS = 4
-"""Tokens take turns with this many disjoint groups of experts, so that nothing is met again soon."""
+"""Tokens take turns with this many disjoint groups of experts, so that no pick is resident."""
 
 
 def model(options: argparse.Namespace) -> ModelConfig:
@@ -53,7 +54,7 @@ def model(options: argparse.Namespace) -> ModelConfig:
 
 
 class Program:
-    """What the GPU does in a token, and the buffers it uses."""
+    """The GPU's side of a token, and its buffers."""
 
     def __init__(self, config: ModelConfig, device: Device, slots: int, ram: Tensor) -> None:
         layers, self.k = len(config.moe_layers), config.num_experts_per_tok
@@ -65,15 +66,15 @@ class Program:
         self.ids = device.empty((self.k,), torch.int32).zero_()
         self.weights = torch.rand(self.k).to(device.torch_device)
         self.sums = device.empty((layers, config.hidden_size), torch.float32).zero_()
-        self.parts = device.empty((2, config.hidden_size), torch.float32).zero_()
+        self.terms = device.empty((2, config.hidden_size), torch.float32).zero_()
         self.norm = device.empty((config.hidden_size,), torch.float32).fill_(1)
         self.box.raise_flags()
-        gc.collect()  # a graph that is destroyed while another is captured spoils it
+        gc.collect()  # an older graph that is freed during the capture would break it
         self.launch = device.compile(self.run)
         device.synchronize()
 
     def run(self) -> None:
-        """All layers."""
+        """Issue the operations of all layers."""
         box, ops, slab, x = self.box, self.ops, self.slab, self.hidden
         shape = (self.config.hidden_size, self.config.moe_intermediate_size)
         self.sums.zero_()
@@ -82,29 +83,29 @@ class Program:
                 self.ids, self.weights, self.hidden, box.ids[i], box.weights[i], box.hidden[i], box.routed[i]
             )
             ops.wait(box.listed[i])
-            ops.experts_one(slab, shape, box.hits[i], box.hit_weights[i], x, self.parts[0])
-            ops.split_expert(self.ram, shape, box.part[i], box.part_weight[i], x, self.parts[0])
+            ops.experts_one(slab, shape, box.resident_slots[i], box.resident_weights[i], x, self.terms[0])
+            ops.split_expert(self.ram, shape, box.split_expert[i], box.split_weight[i], x, self.terms[0])
             ops.wait(box.uploaded[i])
-            ops.experts_one(
-                self.slab, shape, box.uploads[i], box.upload_weights[i], self.hidden, self.parts[1]
-            )
+            ops.experts_one(slab, shape, box.upload_slots[i], box.upload_weights[i], x, self.terms[1])
             ops.wait(box.summed[i])
-            ops.combine_norm(self.sums[i], [*self.parts, box.sums[i]], self.norm, 1e-6)
+            ops.combine_norm(self.sums[i], [*self.terms, box.cpu_sums[i]], self.norm, 1e-6)
 
 
 @dataclass
 class Bench:
-    """One number of threads: memory, pool and device."""
+    """Measures with one number of threads."""
 
     config: ModelConfig
     device: Device
-    ram: RamTier
+    ram: RamSlab
     pool: cpu.ThreadPool
     options: argparse.Namespace
     seed: int = 0
 
     def ids(self, token: int) -> npt.NDArray[np.int32]:
-        """int32 [L, k]: the token's group of experts, shuffled anew each time the groups were used up."""
+        """int32 [L, k]: the token's group of experts; experts are shuffled into new groups every GROUPS
+        tokens.
+        """
         layers, k = len(self.config.moe_layers), self.config.num_experts_per_tok
         rows = []
         for layer in range(layers):
@@ -112,52 +113,46 @@ class Bench:
             rows.append(order[token % GROUPS * k :][:k])
         return np.array(rows, np.int32)
 
-    def roads(self, uploads: int | None) -> tuple[Program, DecodeRoads]:
-        """A program and its host side; `uploads`: None for the split, else how many a layer."""
+    def program_and_host(self, uploads: int | None) -> tuple[Program, DecodeHost]:
+        """Both sides of a decode step. `uploads`: a fixed number a layer; None: by live averages."""
         k = self.config.num_experts_per_tok
         reserve = k if uploads is None else uploads
         slots = reserve + 1 if reserve else 0
         program = Program(self.config, self.device, slots, self.ram.slab)
         residency = Residency(self.ram.n_keys, slots, reserve)
-        box = program.box
-        names = "routed listed summed ids weights hits hit_weights uploads upload_weights hidden sums part"
-        roads = DecodeRoads(
+        host = DecodeHost(
             self.pool,
             residency,
             self.device.copier(),
             shape=(self.config.hidden_size, self.config.moe_intermediate_size),
+            mailbox=program.box,
             ram=self.ram.slab,
             ram_rows=self.ram.rows,
             slab_address=program.slab.data_ptr(),
             slab_stride=program.slab.stride(0),
-            **{name: getattr(box, name) for name in names.split()},
-            part_weight=box.part_weight,
-            uploaded_address=box.uploaded.data_ptr(),
-            uploaded_stride_bytes=box.uploaded.stride(0) * 4,
-            one_address=box.one.data_ptr(),
             n_experts=self.config.n_routed_experts,
             top_k=k,
             pcie_gbps=45.0,
             cpu_gbps=75.0,
         )
-        return program, roads
+        return program, host
 
     def measure(self, uploads: int | None) -> dict[str, float]:
-        """Tokens with the same placement."""
-        program, roads = self.roads(uploads)
+        """Serve tokens, and return their figures and the largest error."""
+        program, host = self.program_and_host(uploads)
         walls, stats = [], []
         for token in range(self.options.tokens + 2):
             if uploads:
-                roads.pcie_gbps = 1e6
+                host.pcie_gbps = 1e6  # so that all slots are used
             ids = self.ids(token)
-            roads.clear()
+            host.clear_flags()
             start = time.perf_counter()
             program.launch.start()
-            roads.run_token(ids, 20.0)
+            host.serve_token(ids, 20.0)
             program.launch.finish()
             walls.append(time.perf_counter() - start)
-            roads.settle()
-            stats.append(roads.stats)
+            host.wait_for_copies()
+            stats.append(host.stats)
         error = self.error(program, ids)
         return summary(walls[2:], np.concatenate(stats[2:]), self.config.expert_bytes) | {"error": error}
 
@@ -182,7 +177,7 @@ class Bench:
         return max(errors)
 
     def ceilings(self) -> dict[str, float]:
-        """Bare read, bare upload, both at once; GB/s."""
+        """GB/s of a read of RAM alone, of uploads alone, and of each with both at once."""
         rows = np.random.default_rng(self.seed).permutation(self.ram.n_rows)
         chosen = [self.ram.slab[row, : self.config.expert_bytes] for row in rows[: max(8, len(rows) // 2)]]
         slab = self.device.empty((8, self.ram.stride), torch.uint8)
@@ -201,7 +196,7 @@ class Bench:
             copier.synchronize()
             uploads.append(48 * nbytes / (time.perf_counter() - start) / 1e9)
         upload = statistics.median(uploads)
-        # uploads that outlast the read: their rate beside it follows from the time they take in all
+        # enough uploads to outlast the read: their rate during it follows from the total time
         copies = max(8, int(2 * len(chosen) * upload / read))
         reads, besides = [], []
         for _ in range(5):
@@ -255,7 +250,7 @@ def summary(walls: list[float], stats: npt.NDArray[np.float64], nbytes: int) -> 
 
 
 def show(threads: int, mode: str, row: dict[str, float]) -> None:
-    """One line, for people."""
+    """Print one line for people."""
     print(
         f"{threads:3} threads, {mode:8} {row['layer_ms']:.3f} ms a layer (best {row['layer_ms_best']:.3f}), "
         f"CPU {row['cpu_gbps']:.1f}, PCIe {row['pcie_gbps']:.1f}, together {row['total_gbps']:.1f} GB/s, "
@@ -292,7 +287,7 @@ def main() -> int:
     torch.manual_seed(0)
     config = model(options)
     device = open_device(options.device)
-    ram = RamTier(config, device=device)
+    ram = RamSlab(config, device=device)
     ram.fill_synthetic()
     modes: list[tuple[str, int | None]] = [("cpu", 0), ("both", None)]
     modes += [(f"{n} up", n) for n in options.uploads]

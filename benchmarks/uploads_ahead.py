@@ -1,16 +1,16 @@
-"""Do uploads on a guess pay? Tokens with and without them, in one process, in turns.
+"""Does uploading ahead pay? Tokens with it and without it take turns in one process.
 
     python benchmarks/uploads_ahead.py --layers 9 --vram 80GB --recall 0.46,0.7,0.89
 
-A random model of K2's shape, routed by a synthetic trace, decodes token by token; every few tokens the decode
-program that guesses takes turns with the one that does not (on, off, off, on). What the guesses are right
-about is set by `--recall`: so many of a layer's picks are named one layer ahead, in random order, and for the
-others experts that it does not pick. Real routers name likely ones first, which is better.
+A random model of K2's shape, routed by a synthetic trace, decodes token by token. Every few tokens the decode
+program that predicts takes turns with the one that does not (on, off, off, on). `--recall` sets the share of
+a layer's picks that are predicted, in random order; the other predictions are experts that it does not pick.
+Real routers predict the likeliest experts first, which is better.
 
-Printed per recall: ms a token of both kinds (mean), the change with its standard error over pairs of turns,
-uploads begun on a guess and how many were used, late and wrong, the share of uploaded bytes that was early,
-the bytes for nothing, and the host's cost on the critical path. Last what the live trial makes of it: on or
-off, and what it has cost. The last line is one JSON object.
+Printed per recall: ms a token of both kinds (mean); the change, with its standard error over pairs of turns;
+experts whose upload began ahead, and how many of them were used, late and wrong; the share of uploaded bytes
+that was uploaded ahead; the bytes of wrong ones; the host's cost on the critical path; and at the end whether
+a live trial turned uploading ahead on or off, and what the trial cost. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from moebox.instruments.bench.target import BenchOptions, BenchTarget, make_pool
 from moebox.instruments.measure.random_model import shape_config
 from moebox.offload.decode.host_step import FIELDS
 from moebox.offload.device.registry import open_device
-from moebox.offload.gpu_experts import TieredExperts
+from moebox.offload.gpu_experts import GpuExperts
 from moebox.offload.prefetch.ab_trial import Trial
 from moebox.offload.routing.trace import RoutingTrace, TraceRouting, synthetic_trace
 from moebox.runtime.engine.gpu_runner import GpuRunner
@@ -43,7 +43,7 @@ WARMUP_TOKENS = 48
 
 @dataclass
 class Turns:
-    """In the place of a trial: tokens with and without it, whatever comes of it."""
+    """Takes the place of a `Trial`: `compare` sets `on`."""
 
     on: bool = False
     trying: bool = True
@@ -51,7 +51,7 @@ class Turns:
     why_off: str = ""
 
     def observe(self, _seconds: float, _to_read: int) -> bool:
-        """Nothing is decided."""
+        """Decide nothing."""
         return False
 
 
@@ -63,7 +63,7 @@ class Arm:
     stats: list[npt.NDArray[np.float64]] = field(default_factory=list)
 
     def mean(self, name: str) -> float:
-        """A figure per layer."""
+        """Mean of a figure of `FIELDS` over layers and tokens."""
         return float(np.nanmean(np.stack(self.stats)[:, :, FIELDS.index(name)]))
 
     def turns(self) -> list[float]:
@@ -71,8 +71,8 @@ class Arm:
         return np.array(self.seconds).reshape(-1, TURN_TOKENS).mean(axis=1).tolist()
 
 
-def guess(trace: RoutingTrace, n_experts: int, recall: float) -> Tensor:
-    """int32 [tokens, L, k]: see the module."""
+def predict(trace: RoutingTrace, n_experts: int, recall: float) -> Tensor:
+    """Predictions with the given recall: int32 [tokens, L, k]; -1 is none."""
     generator = np.random.default_rng(11)
     out = np.empty_like(trace.ids)
     for index in np.ndindex(trace.ids.shape[:2]):
@@ -85,22 +85,22 @@ def guess(trace: RoutingTrace, n_experts: int, recall: float) -> Tensor:
 
 
 class Decoding:
-    """The target's tokens, one after the other, beside guesses of the trace."""
+    """Decodes the target's tokens, one after the other, with predictions of the trace."""
 
     def __init__(self, target: BenchTarget, routing: TraceRouting) -> None:
         assert isinstance(target.runner, GpuRunner)
         self.runner, self.routing = target.runner, routing
-        self.experts: TieredExperts = target.runner.experts
+        self.experts: GpuExperts = target.runner.experts
         self.cache = target.runner.new_cache(min(target.context, 2 * WARMUP_TOKENS))
         self.runner.forward([1, 2, 3, 4], self.cache, last_only=True)
 
-    def begin(self, guesses: Tensor) -> None:
-        """From the trace's beginning."""
+    def begin(self, predictions: Tensor) -> None:
+        """Start again at the beginning of the trace."""
         self.routing.rewind()
-        self.experts.guesses = lambda: guesses[(self.routing.position - 1) % len(guesses)]
+        self.experts.predictions = lambda: predictions[(self.routing.position - 1) % len(predictions)]
 
     def token(self) -> float:
-        """Seconds."""
+        """Decode one token; returns its seconds."""
         if len(self.cache) + 1 >= 2 * WARMUP_TOKENS:
             self.cache.truncate(4)
         begun_s = time.perf_counter()
@@ -109,7 +109,7 @@ class Decoding:
 
 
 def compare(decoding: Decoding, turns: int) -> dict[str, Any]:
-    """Both kinds in turns."""
+    """Decode with and without uploading ahead in turns."""
     experts, trial = decoding.experts, Turns()
     experts.upload_ahead(trial)
     if experts.ahead is None:
@@ -117,19 +117,19 @@ def compare(decoding: Decoding, turns: int) -> dict[str, Any]:
     for token in range(WARMUP_TOKENS):
         trial.on = token % 2 == 1
         decoding.token()
-    arms, before = {False: Arm(), True: Arm()}, experts.roads.ahead
+    arms, before = {False: Arm(), True: Arm()}, experts.decode_host.ahead_counts
     for turn in range(2 * turns):
         trial.on = bool((turn ^ turn >> 1) & 1)
         for _ in range(TURN_TOKENS):
             arm = arms[trial.on]
             arm.seconds.append(decoding.token())
-            experts.settle()
-            arm.stats.append(experts.roads.stats)
-    return figures(arms, experts.roads.ahead - before)
+            experts.synchronize()
+            arm.stats.append(experts.decode_host.stats)
+    return figures(arms, experts.decode_host.ahead_counts - before)
 
 
 def figures(arms: dict[bool, Arm], counted: npt.NDArray[np.int64]) -> dict[str, Any]:
-    """What the module says."""
+    """The figures that the module's docstring lists."""
     off, on = arms[False], arms[True]
     changes = [with_s / without_s - 1 for with_s, without_s in zip(on.turns(), off.turns(), strict=True)]
     issued, used, late, wrong, wasted, found, picked = counted.tolist()
@@ -150,7 +150,7 @@ def figures(arms: dict[bool, Arm], counted: npt.NDArray[np.int64]) -> dict[str, 
 
 
 def live(decoding: Decoding, tokens: int) -> dict[str, Any]:
-    """What the trial finds, and what finding it has cost."""
+    """Decode with a live trial: what it finds, and the mean time of a token."""
     trial = Trial()
     decoding.experts.upload_ahead(trial)
     seconds = [decoding.token() for _ in range(tokens)]
@@ -163,7 +163,7 @@ def live(decoding: Decoding, tokens: int) -> dict[str, Any]:
 
 
 def show(result: dict[str, Any]) -> None:
-    """For people."""
+    """Print the result for people."""
     rate, with_, without = result["a_layer"], result["with"], result["without"]
     print(
         f"recall {result['recall'] or 0:.2f}: {result['without_ms']:.3f} ms without, "
@@ -191,7 +191,7 @@ def size(text: str) -> int:
 
 
 def parse() -> argparse.Namespace:
-    """The options."""
+    """Command-line options."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--shape", default="kimi-k2", choices=("kimi-k2", "tiny"))
@@ -205,7 +205,7 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Fill once; compare for each recall."""
+    """Fill the tiers once, and compare for each recall."""
     options = parse()
     device = open_device(options.device)
     config = shape_config(options.shape, options.layers)
@@ -221,11 +221,11 @@ def main() -> None:
     target = shape_target(configs, bench, device, make_pool(bench, device), routing, None)
     with torch.inference_mode():
         decoding = Decoding(target, routing)
-        decoding.experts.roads.piece_bytes = options.piece
+        decoding.experts.decode_host.piece_bytes = options.piece
         for recall in map(float, options.recall.split(",")):
-            decoding.begin(guess(trace, experts, recall))
+            decoding.begin(predict(trace, experts, recall))
             result = compare(decoding, options.turns)
-            decoding.begin(guess(trace, experts, recall))
+            decoding.begin(predict(trace, experts, recall))
             results.append(result | {"live": live(decoding, tokens)})
             show(results[-1])
     print(json.dumps(results))

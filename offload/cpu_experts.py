@@ -1,7 +1,7 @@
-"""The routed experts of a box without a GPU: computed by the CPU, from rows in RAM, misses read from disk.
+"""The routed experts of a box without a GPU: computed by the CPU from rows in RAM, misses read from disk.
 
-Where an expert lies changes when it is computed, and no bit of the result. The kernel adds experts to a
-token's sum in ascending order; so does this module, whatever the order in which reads end.
+Where an expert lies changes when it is computed, but no bit of the result. The kernel adds the outputs of a
+token's experts in ascending order of their ids, and so does this module, in whatever order reads end.
 
 Shapes: T tokens, H hidden_size, E n_routed_experts, k num_experts_per_tok.
 """
@@ -12,7 +12,6 @@ import time
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -21,10 +20,12 @@ from torch import Tensor
 
 from moebox.config import ModelConfig
 from moebox.kernels import cpu
+from moebox.offload.disk.base import Store
 from moebox.offload.experts import TIERS, Progress, group_by_expert
 from moebox.offload.memory.gpu_slab import spread_keys
-from moebox.offload.memory.ram_cache import RamCache, Store
-from moebox.offload.memory.ram_slab import RamTier
+from moebox.offload.memory.ram_cache import RamCache
+from moebox.offload.memory.ram_slab import RamSlab
+from moebox.offload.prefetch.base import TokenPrefetcher
 from moebox.offload.prefill.token_expert_pairs import recent_use
 from moebox.offload.routing.recorder import RoutingRecorder
 from moebox.offload.routing.statistics import RouterStatistics
@@ -33,30 +34,16 @@ from moebox.offload.traffic import Traffic
 Floats = npt.NDArray[np.float32]
 
 
-class Foresight(Protocol):
-    """Guesses what decoding will need, and has it read: see `Prefetcher`."""
-
-    def begin_layer(self, moe: int, picks: Sequence[int]) -> None:
-        """These experts were routed; nothing was demanded yet."""
-        ...
-
-    def submitted(self, moe: int, hidden: Tensor, picks: Sequence[int]) -> None:
-        """Their reads are queued; `hidden` [1, H] is what the layer's router saw."""
-        ...
-
-    def end_layer(self, moe: int) -> None:
-        """It is computed; rows are free again."""
-        ...
-
-    def end_token(self) -> None:
-        """The last layer is computed."""
-        ...
-
-
 @dataclass
 class LayerCounts:
-    """One call of `forward`: experts that were in RAM and that were read, bytes of the latter, and seconds
-    that the computation waited for them."""
+    """What one call of `forward` did.
+
+    Attributes:
+        hits: experts that were in RAM.
+        cold: experts that were read from disk, or were being prefetched.
+        cold_bytes: of the latter.
+        wait_s: seconds that the computation waited for reads.
+    """
 
     hits: int = 0
     cold: int = 0
@@ -65,24 +52,25 @@ class LayerCounts:
 
 
 class CpuExperts:
-    """Implements `Experts`; see the module. Not thread-safe.
+    """Implements `Experts`. Not thread-safe.
 
     Attributes:
         config: of the model.
-        cache: rows, and reads into them.
+        cache: the rows, and reads into them.
         pool: computes.
         nbytes: INT4 bytes of all experts, wherever they lie.
-        recorder: told what was routed, where set.
-        prefetcher: guesses what the next layers will need, where set; decoding only.
-        part_tokens: tokens that the kernel gets at once; more are computed as several calls, bit for bit.
-        last: what the last layer did.
+        recorder: is told what was routed, where set.
+        prefetcher: prefetches experts of the next layers while a token is decoded, where set.
+        part_tokens: tokens of one kernel call. A prompt of more gives the same bits as parts of so many
+            tokens, given one after the other.
+        last: what the last call of `forward` did.
     """
 
     def __init__(self, config: ModelConfig, cache: RamCache, pool: cpu.ThreadPool) -> None:
         self.config, self.cache, self.pool = config, cache, pool
         self.nbytes = config.experts_bytes
         self.recorder: RoutingRecorder | None = None
-        self.prefetcher: Foresight | None = None
+        self.prefetcher: TokenPrefetcher | None = None
         self.part_tokens = cpu.PART_TOKENS
         self.last = LayerCounts()
         self._hits = self._cold = 0
@@ -101,15 +89,15 @@ class CpuExperts:
 
         Args:
             store: has all experts.
-            rows: experts that RAM holds; where they are fewer than there are, at least 2 k.
-            statistics: say which experts are read first, and what they score.
+            rows: of RAM; at least 2 k, if RAM does not hold all experts.
+            statistics: give the order in which experts are read, and their first scores.
             progress: called with ("memory" | "experts", bytes done, bytes in all).
 
         Raises:
             PlanError: the system does not give so much memory.
             CheckpointError: an expert could not be read.
         """
-        ram = RamTier(config, rows, progress=progress)
+        ram = RamSlab(config, rows, progress=progress)
         top_k = config.num_experts_per_tok
         cache = RamCache(ram, store, min(top_k, rows - top_k))
         known = statistics is not None and statistics.tokens > 0
@@ -124,11 +112,11 @@ class CpuExperts:
 
     @property
     def read_s(self) -> float:
-        """Seconds in which the drive that was busy longest had something to read, since loading began."""
+        """Seconds in which the busiest drive had something to read, since loading began."""
         return self.cache.store.traffic().busy_s if self.cache.store is not None else 0.0
 
     def traffic(self) -> Traffic:
-        """See `Experts.traffic`."""
+        """Where experts were found and what moved since loading began."""
         store, n = self.cache.store, self._hits + self._cold
         return Traffic(
             ram_hits=self._hits,
@@ -138,13 +126,15 @@ class CpuExperts:
         )
 
     def placement(self) -> npt.NDArray[np.uint8]:
-        """Where each expert lies: uint8 [L, E] of `counts.TIERS`."""
+        """Where each expert lies: uint8 [L, E] of indices into `TIERS`."""
         in_ram = [self.cache.resident(key) for key in range(self.cache.ram.n_keys)]
         tiers = np.where(in_ram, TIERS.index("RAM"), TIERS.index("drive")).astype(np.uint8)
         return tiers.reshape(-1, self.config.n_routed_experts)
 
     def forward(self, layer: int, expert_ids: Tensor, weights: Tensor, hidden: Tensor) -> Tensor:
-        """See `Experts.forward`. Layers come in order, the first one starting a chunk or a token.
+        """Sum of the chosen experts' outputs, as `Experts.forward` defines it.
+
+        Call it layer by layer, in order; the first layer begins a prompt or a token.
 
         Raises:
             CheckpointError: an expert could not be read.
@@ -168,7 +158,12 @@ class CpuExperts:
 
 
 class _Part:
-    """Some tokens of a chunk, whose experts go through the kernel together, or in ascending order."""
+    """Some tokens of a prompt, grouped by expert. Experts must be added in ascending order.
+
+    Attributes:
+        chosen: ids of the experts with tokens, ascending.
+        hidden, out: [T, H] of the part's tokens; `add` adds to `out`, fp32.
+    """
 
     def __init__(
         self, ids: npt.NDArray[np.int64], weights: Floats, hidden: Tensor, out: Tensor, pool: cpu.ThreadPool
@@ -178,7 +173,7 @@ class _Part:
         self.hidden, self.out, self.pool = hidden, out, pool
 
     def add(self, first: int, last: int, experts: Sequence[cpu.Expert]) -> None:
-        """Add what the `chosen` from `first` to before `last`, which are `experts`, make of these tokens."""
+        """Add the outputs of `chosen[first:last]`, whose weights are `experts`, to `out`."""
         if first == last:
             return
         begin, end = int(self.offsets[first]), int(self.offsets[last])
@@ -194,7 +189,13 @@ class _Part:
 
 
 class _Work:
-    """One layer's experts for one chunk or token."""
+    """One layer's experts for one prompt or token.
+
+    Attributes:
+        keys: of the chosen experts, ascending.
+        out: fp32 [T, H], the sum.
+        counts: what was done so far.
+    """
 
     def __init__(
         self, experts: CpuExperts, moe: int, ids: npt.NDArray[np.int64], weights: Floats, hidden: Tensor
@@ -220,17 +221,20 @@ class _Work:
         self.counts = LayerCounts()
 
     def decode(self) -> Tensor:
-        """One token: hits are computed while misses are read, each miss when it is there. fp32 [1, H]."""
+        """One token: experts in RAM are computed while others are read, and those as they arrive.
+
+        Returns fp32 [1, H].
+        """
         cache, keys, hidden = self.cache, self.keys, self.parts[0].hidden
         if self.prefetcher is not None:
             self.prefetcher.begin_layer(self.moe, self.chosen)
         cold = [i for i, key in enumerate(keys) if not cache.resident(key)]
         self._demand(keys, len(cold))
         if not cache.complete:  # while the drive reads
-            cache.foresee(keys)
+            cache.update_values(keys)
             cache.trim()
         if self.prefetcher is not None:
-            self.prefetcher.submitted(self.moe, hidden, self.chosen)
+            self.prefetcher.prefetch_next(self.moe, hidden, self.chosen)
         if cold:
             self._sum_in_order(cold)
         else:
@@ -244,7 +248,8 @@ class _Work:
         return self.out
 
     def _sum_in_order(self, cold: list[int]) -> None:
-        """Each pick's output goes to a row of its own, and the rows are added as the kernel would."""
+        """Compute each expert's output in a row of its own, in the order of arrival, and add the rows in
+        ascending order of the experts, as the kernel does."""
         n, part = len(self.keys), self.parts[0]
         hidden = part.hidden.expand(n, -1).contiguous()
         rows = torch.zeros(hidden.shape)
@@ -262,14 +267,17 @@ class _Work:
             self.out += row
 
     def _arrived(self, cold: list[int]) -> list[int]:
-        """Wait for the read that was begun first; it, and whatever has ended besides."""
+        """Wait for the read that began first; returns it, and all others that have ended."""
         self._wait(self.keys[cold[0]])
         return [cold[0], *(i for i in cold[1:] if self.cache.ready(self.keys[i]))]
 
     def prefill(self) -> Tensor:
-        """Many tokens: experts in ascending order, those that are there together, reads running ahead."""
+        """Many tokens: experts in ascending order, as many in one call as are in RAM, while reads run ahead.
+
+        Returns fp32 [T, H].
+        """
         cache, keys, n = self.cache, self.keys, len(self.keys)
-        cache.drop_all()
+        cache.cancel_prefetches()
         ahead = first = 0
         while first < n:
             ahead = self._read_ahead(first, ahead)
@@ -284,8 +292,10 @@ class _Work:
         return self.out
 
     def _read_ahead(self, first: int, ahead: int) -> int:
-        """Demand keys from `ahead` on, until as many misses behind `first` as rows are kept free are on their
-        way; returns where the next call goes on. More would push out those that were just used."""
+        """Demand keys from index `ahead` on, until `reserve` misses from index `first` on are being read.
+
+        More reads would evict experts that were just used. Returns the `ahead` of the next call.
+        """
         cold = [not self.cache.resident(key) for key in self.keys[first:]]
         under_way = np.cumsum(cold)
         end = first + int(np.searchsorted(under_way, self.cache.reserve, side="right"))
@@ -294,16 +304,16 @@ class _Work:
         return end
 
     def _add(self, first: int, last: int) -> None:
-        """Add the experts `first` to before `last`, which are there, part by part."""
+        """Add the experts from index `first` to before `last`, which are in RAM, part by part."""
         experts = [self.cache.wait(key) for key in self.keys[first:last]]
         if len(self.parts) == 1:
             self.parts[0].add(first, last, experts)
             return
         chosen = self.chosen[first:last]
-        there = dict(zip(chosen, experts, strict=True))
+        by_id = dict(zip(chosen, experts, strict=True))
         for part in self.parts:
             begin, end = bisect_left(part.chosen, chosen[0]), bisect_right(part.chosen, chosen[-1])
-            part.add(begin, end, [there[expert] for expert in part.chosen[begin:end]])
+            part.add(begin, end, [by_id[expert] for expert in part.chosen[begin:end]])
 
     def _demand(self, keys: Sequence[int], n_cold: int) -> None:
         self.cache.demand(*keys)

@@ -1,7 +1,7 @@
 """The interface between the model and its routed experts.
 
-The model knows layers, expert ids, weights and hidden states. `cpu_experts.py` (a box without a GPU) and
-`gpu_experts.py` (a box with one) know where each expert lies.
+The model knows layers, expert ids, weights and hidden states. Where each expert lies is known to
+`cpu_experts.py`, on a box without a GPU, or to `gpu_experts.py`, on a box with one.
 
 Shapes: T tokens, H hidden_size, E n_routed_experts, k num_experts_per_tok.
 """
@@ -18,14 +18,18 @@ from torch import Tensor
 from moebox.offload.traffic import Traffic
 
 Progress = Callable[[str, int, int], None]
-"""Called with a stage's name, what is done and what there is to do, in bytes."""
+"""Called with a stage's name, bytes done, and bytes in all."""
 Int32s = npt.NDArray[np.int32]
 TIERS = ("drive", "RAM", "GPU")
-"""Where an expert can lie; the index is its code in a placement."""
+"""Where an expert can lie. A placement, uint8 [L, E], has an index into this for each expert."""
 
 
 class Experts(Protocol):
-    """The routed experts of all layers, wherever they live."""
+    """The routed experts of all layers, wherever they lie.
+
+    Attributes:
+        nbytes: INT4 bytes of all experts.
+    """
 
     nbytes: int
 
@@ -44,7 +48,7 @@ class Experts(Protocol):
         ...
 
     def traffic(self) -> Traffic:
-        """Where experts were found and what moved since loading began; differences count."""
+        """Where experts were found and what moved since loading began. Subtract two for a request's."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""The routed experts of all layers, shared between a GPU, the CPU and the road between them.
+"""The routed experts of a box with a GPU: shared between the GPU, the CPU, and PCIe between the two.
 
 Shapes: T tokens, H hidden_size, I moe_intermediate_size, E n_routed_experts, k num_experts_per_tok, L MoE
 layers. A key is `moe_index * E + expert`, where moe_index counts MoE layers from 0.
@@ -15,19 +15,21 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from moebox.config import ModelConfig
 from moebox.errors import PlanError
 from moebox.kernels import cpu
-from moebox.offload.decode.host_step import FIELDS, DecodeRoads
+from moebox.offload.decode.host_step import FIELDS, DecodeHost
 from moebox.offload.decode.mailbox import Mailbox
-from moebox.offload.decode.upload_ahead import Decides, UploadsAhead
+from moebox.offload.decode.upload_ahead import OnOffTrial, UploadAheadTrial
 from moebox.offload.device.base import Device
+from moebox.offload.disk.base import Source
 from moebox.offload.disk.store import ExpertStore
+from moebox.offload.disk.synthetic import SyntheticSource
 from moebox.offload.experts import TIERS, Progress
-from moebox.offload.memory.cold_rows import ColdTier, least_rows
-from moebox.offload.memory.gpu_slab import GpuTier, spread_keys
-from moebox.offload.memory.ram_slab import RamTier, Source, SyntheticSource
-from moebox.offload.prefill.layer import PrefillRoads
+from moebox.offload.memory.cold_reader import ColdReader, least_rows, spare_rows
+from moebox.offload.memory.gpu_slab import GpuSlab, spread_keys
+from moebox.offload.memory.ram_slab import RamSlab
+from moebox.offload.memory.rows import RamRows
+from moebox.offload.prefill.layer import PrefillExperts
 from moebox.offload.residency import Residency
 from moebox.offload.routing.recorder import RoutingRecorder
 from moebox.offload.self_check import check_expert_kernels
@@ -42,86 +44,97 @@ _COLUMNS = [FIELDS.index(name) for name in _DECODED]
 
 
 class Routing(Protocol):
-    """Expert ids that are used instead of the router's: an injected trace. `layer` is an MoE index."""
+    """An injected trace: expert ids that are used instead of the routers' choice."""
 
     def prefill(self, layer: int, tokens: int) -> Tensor:
-        """int64 [tokens, k] on the CPU, distinct within a row."""
+        """A prompt's ids in an MoE layer, from 0: int64 [tokens, k] on the CPU, distinct within a row."""
         ...
 
     def decode(self) -> Tensor:
-        """int32 [L, k] on the CPU, distinct within a row: the next token's."""
+        """The next token's ids in all layers: int32 [L, k] on the CPU, distinct within a row."""
         ...
 
 
-class TieredExperts:
-    """Implements `Experts` for prefill; for decode it holds what the token program and its host side share.
+class GpuExperts:
+    """Implements `Experts` for prompts. A token's experts are computed by the GPU's token program together
+    with `serve_token`; the two share the slabs and the mailbox.
 
     Not thread-safe.
 
     Attributes:
-        device, pool, ram, gpu: what it was built from.
-        mailbox, roads, prefill: see those modules.
+        config: of the model.
+        device, pool: compute on the GPU and on the CPU.
+        ram, gpu: the slabs.
+        rows: of RAM in exclusive mode, where an expert lies in RAM or on the GPU, but not in both; else None.
+        cold: reads experts that lie in neither; None where there are none.
+        mailbox, decode_host: what a token's program shares with the host, and the host's side of it.
+        prefill: computes prompts.
         shape: (H, I).
-        routing: replaces the router's choice where set.
-        guesses: int32 [L, k] of each token, decoded with `routing`: replaces the routers' guesses where set.
-        ahead: uploads on a guess, where they may be; see `upload_ahead`.
+        routing: replaces the routers' choice, if set.
+        predictions: int32 [L, k] of each token that is decoded with `routing`; replaces the routers'
+            predictions, if set.
+        ahead: whether uploading ahead pays; None where it is off. See `upload_ahead`.
         nbytes: INT4 bytes of all experts, wherever they lie.
-        exclusive: an expert lies in RAM or on the GPU, not in both.
-        cold: where the two do not hold the model: reads the others from disk.
     """
 
     def __init__(
         self,
-        config: ModelConfig,
-        device: Device,
         pool: cpu.ThreadPool,
-        ram: RamTier,
-        gpu: GpuTier,
-        exclusive: bool,
-        cold: ColdTier | None = None,
+        ram: RamSlab,
+        gpu: GpuSlab,
+        rows: RamRows | None = None,
+        cold: ColdReader | None = None,
     ) -> None:
         """Use `build`."""
+        config, device = ram.config, gpu.device
         self.config, self.device, self.pool, self.ram, self.gpu = config, device, pool, ram, gpu
-        self.exclusive, self.cold = exclusive, cold
-        self.shape = (config.hidden_size, config.moe_intermediate_size)
+        self.rows, self.cold = rows, cold
+        self.shape = gpu.shape
         self.routing: Routing | None = None
-        self.guesses: Callable[[], Tensor] | None = None
-        self.ahead: UploadsAhead | None = None
+        self.predictions: Callable[[], Tensor] | None = None
+        self.ahead: UploadAheadTrial | None = None
         self.nbytes = config.experts_bytes
-        self.prefill = PrefillRoads(device, pool, ram, gpu, exclusive, cold)
+        self.prefill = PrefillExperts(pool, ram, gpu, rows, cold)
         self.mailbox = Mailbox.allocate(
             device, len(config.moe_layers), config.num_experts_per_tok, config.hidden_size
         )
-        self.roads = self._decode_roads()
+        self.decode_host = self._build_decode_host()
         self._decoded = np.zeros(len(_DECODED))
 
     @classmethod
     def build(
         cls,
-        config: ModelConfig,
         device: Device,
         pool: cpu.ThreadPool,
-        ram: RamTier,
+        ram: RamSlab,
         slots: int,
         exclusive: bool = False,
         store: ExpertStore | None = None,
-    ) -> TieredExperts:
-        """Allocate the GPU's slab and the mailbox; where RAM is filled already, warm the slots from it.
+    ) -> GpuExperts:
+        """Allocate the GPU's slab and the mailbox. If RAM holds all experts already, fill the slots from it.
 
-        `slots` is of cache; `gpu.STAGING_SLOTS` come on top for prefill. Fewer are taken, and said, where
-        the device has less memory than was planned. In exclusive mode experts that find no room are left in
-        the `store`, if there is one, which must then stay open.
+        Args:
+            pool: computes the CPU's experts.
+            ram: rows of experts, pinned for the device.
+            slots: of the GPU's cache; the ring comes on top. Where the device has less memory than was
+                planned, there are fewer, and a warning says so.
+            exclusive: an expert lies in RAM or on the GPU, not in both.
+            store: in exclusive mode, experts beyond RAM and slots are read from it; it must stay open. None:
+                RAM and slots must hold all experts.
 
         Raises:
             PlanError: RAM, or in exclusive mode RAM and slots together, is too small; no memory for the ring.
         """
-        gpu = GpuTier(config, device, slots)
-        cold = None
+        gpu = GpuSlab(ram.config, device, slots)
+        rows = cold = None
         if store is not None and exclusive and ram.n_rows + gpu.n_cached < ram.n_keys:
-            cold = _cold_tier(ram, store)
+            _check_rows(ram)
+            rows = RamRows(ram, spare_rows(ram.n_rows, ram.config.num_experts_per_tok))
+            cold = ColdReader(rows, store)
         else:
             _check_room(ram, gpu, exclusive)
-        experts = cls(config, device, pool, ram, gpu, exclusive, cold)
+            rows = RamRows(ram) if exclusive else None
+        experts = cls(pool, ram, gpu, rows, cold)
         if (ram.rows >= 0).all():
             experts._warm(experts._spread_keys())
         return experts
@@ -132,8 +145,9 @@ class TieredExperts:
         """Read experts from disk onto the GPU and into RAM, as far as there are slots and rows.
 
         Args:
-            statistics: say who is hot, and so who lies where at first, and what the first scores are.
-            progress: see `fill`.
+            store: has all experts.
+            statistics: give the order in which experts are placed, the most used first, and the first scores.
+            progress: called with ("experts", bytes done, bytes in all).
 
         Raises:
             CheckpointError: an expert could not be read.
@@ -146,55 +160,56 @@ class TieredExperts:
                 residency.seed(keys, scores)
 
     def fill_synthetic(self, seed: int = 0) -> None:
-        """Random experts in the same places, without a checkpoint; see `RamTier.fill_synthetic`."""
+        """Fill with random experts, without a checkpoint; see `SyntheticSource`."""
         self.fill(SyntheticSource(self.config, seed))
 
     def fill(
         self, source: Source, progress: Progress | None = None, order: Sequence[int] | None = None
     ) -> None:
-        """Take experts from `source`; what lay in RAM and in the cache is forgotten.
+        """Fill the cache and RAM with experts from `source`, and forget what they held.
 
         Args:
             progress: called with ("experts", bytes done, bytes in all).
-            order: all keys; the first ones go to the GPU, the last ones stay on disk where not all find room.
+            order: all keys. The first ones go to the GPU; the last ones stay on disk if there is no room.
+                None: an order that is even over the layers.
         """
-        self.settle()
+        self.synchronize()
         self.gpu.clear()
         keys, n_cache = self._spread_keys() if order is None else order, self.gpu.n_cached
-        if not self.exclusive:
+        if self.rows is None:
             self.ram.fill(source, progress=progress)
             self._warm(keys)
             return
-        in_memory = keys if self.cold is None else keys[: n_cache + self.cold.capacity]
+        in_memory = keys if self.cold is None else keys[: n_cache + self.rows.capacity]
         n, nbytes = len(in_memory), self.config.expert_bytes
-        for first in range(0, n_cache, self.ram.n_rows):  # through rows that are not in use yet
+        for first in range(0, n_cache, self.ram.n_rows):  # through RAM's rows, which are filled last
             batch = in_memory[first : min(first + self.ram.n_rows, n_cache)]
-            self.ram.fill(source, batch, _part(progress, first, n, nbytes))
+            self.ram.fill(source, batch, _part_of(progress, first, n, nbytes))
             self.gpu.fill(self.ram, batch)
-        self.ram.fill(source, in_memory[n_cache:], _part(progress, n_cache, n, nbytes))
-        if self.cold is not None:
-            self.cold.take_over()
+        self.ram.fill(source, in_memory[n_cache:], _part_of(progress, n_cache, n, nbytes))
+        self.rows.take_over()
         self._get_ready()
 
     def placement(self) -> npt.NDArray[np.uint8]:
-        """Where each expert lies, or goes: uint8 [L, E] of `counts.TIERS`. Waits for nothing."""
+        """Where each expert lies: uint8 [L, E] of indices into `TIERS`; copies under way count as done."""
         tiers = np.full(self.ram.n_keys, TIERS.index("drive"), np.uint8)
         tiers[self.ram.rows >= 0] = TIERS.index("RAM")
         tiers[self.gpu.residency.table() >= 0] = TIERS.index("GPU")
         return tiers.reshape(-1, self.config.n_routed_experts)
 
     def forward(self, layer: int, expert_ids: Tensor, weights: Tensor, hidden: Tensor) -> Tensor:
-        """See `Experts.forward`: tensors on the device, bf16 `hidden`; `layer` as the model counts.
+        """Sum of the chosen experts' outputs, as `Experts.forward` defines it; tensors are on the device, and
+        `hidden` is bf16.
 
-        Returns when all of the GPU's work is queued, on the compute stream, and the CPU's is done. Layers
-        come in order, the first one starting a chunk.
+        Call it layer by layer, in order; the first layer begins a prompt. It returns when all of the GPU's
+        work is queued on the compute stream, and the CPU's is done.
 
         Raises:
             DeviceError: a copy failed.
             CheckpointError: an expert could not be read.
         """
         moe = layer - self.config.first_k_dense_replace
-        self.roads.settle()
+        self.decode_host.wait_for_copies()
         if moe == 0:
             for residency in self._residencies():
                 residency.tick += len(hidden)
@@ -202,46 +217,47 @@ class TieredExperts:
             expert_ids = self.routing.prefill(moe, len(hidden))
         return self.prefill.run(moe, expert_ids, weights, hidden)
 
-    def upload_ahead(self, trial: Decides | None = None) -> None:
-        """Let guesses fill PCIe's idle time while tokens are decoded, while `trial` finds that this pays.
+    def upload_ahead(self, trial: OnOffTrial | None = None) -> None:
+        """Upload predicted experts while PCIe is idle during decoding, as long as `trial` finds that this
+        pays.
 
         Does nothing where no expert is ever uploaded.
         """
         if 0 < self.gpu.n_cached < self.ram.n_keys:
-            self.ahead = UploadsAhead(self.roads, trial)
+            self.ahead = UploadAheadTrial(self.decode_host, trial)
 
     @property
-    def guessing(self) -> bool:
-        """Whether the coming token's program has to guess: an injected trace no router here foresees."""
-        known = self.routing is None or self.guesses is not None
+    def predicting(self) -> bool:
+        """Whether the coming token's program predicts. The routers cannot predict an injected trace."""
+        known = self.routing is None or self.predictions is not None
         return self.ahead is not None and self.ahead.on and known
 
     def begin_token(self) -> None:
-        """Take all flags down: before the token program is launched, when the last one is over."""
-        self.prefill.settle()
-        self.roads.clear()
+        """Take all flags down. Call it before the token program is launched, after the last one has ended."""
+        self.prefill.synchronize()
+        self.decode_host.clear_flags()
 
-    def run_token(self, timeout_s: float = 30.0) -> None:
-        """The host's side of one token, while the program runs: see `DecodeRoads.run_token`.
+    def serve_token(self, timeout_s: float = 30.0) -> None:
+        """Do the host's part of one token, while the token program runs; see `DecodeHost.serve_token`.
 
         Raises:
-            CheckpointError: an expert could not be read; the token is lost, nothing else.
+            CheckpointError: an expert could not be read. The token's result is worthless; all else is right.
         """
         ids = None if self.routing is None else self.routing.decode()
-        guesses = None if ids is None or self.guesses is None else self.guesses()
+        predictions = None if ids is None or self.predictions is None else self.predictions()
         begun_s = time.perf_counter()
         with nullcontext() if self.cold is None else self.cold.reads():
-            self.roads.run_token(ids, timeout_s, guesses)
+            self.decode_host.serve_token(ids, timeout_s, predictions)
         seconds = time.perf_counter() - begun_s
-        moved = self.roads.stats[:, _COLUMNS].sum(axis=0)
+        moved = self.decode_host.stats[:, _COLUMNS].sum(axis=0)
         self._decoded += moved
-        if self.ahead is not None and (ids is None or guesses is not None):
+        if self.ahead is not None and (ids is None or predictions is not None):
             self.ahead.observe(seconds, round(float(moved[1:5].sum())))
         if self.recorder is not None:
             self.recorder.token((self.mailbox.ids if ids is None else ids).numpy())
 
     def traffic(self) -> Traffic:
-        """See `Experts.traffic`. A token that failed is not counted."""
+        """Where experts were found and what moved since loading began, without tokens that failed."""
         hits, uploads, part, cpu, cold, wasted = self._decoded.tolist()
         nbytes = self.config.expert_bytes
         decoded = Traffic(
@@ -256,50 +272,32 @@ class TieredExperts:
 
     @property
     def recorder(self) -> RoutingRecorder | None:
-        """Is told what was routed, where set."""
+        """Is told what was routed, if it is set."""
         return self.prefill.recorder
 
     @recorder.setter
     def recorder(self, recorder: RoutingRecorder | None) -> None:
         self.prefill.recorder = recorder
 
-    def settle(self) -> None:
-        """Wait for what is under way: before others look at RAM, slots or records."""
-        self.prefill.settle()
-        self.roads.settle()
+    def synchronize(self) -> None:
+        """Wait for all queued work. Call it before anything else uses RAM, slots or records."""
+        self.prefill.synchronize()
+        self.decode_host.wait_for_copies()
 
-    def _decode_roads(self) -> DecodeRoads:
-        box = self.mailbox
-        return DecodeRoads(
+    def _build_decode_host(self) -> DecodeHost:
+        return DecodeHost(
             self.pool,
             self.gpu.residency,
             self.device.copier(),
             shape=self.shape,
+            mailbox=self.mailbox,
             ram=self.ram.slab,
             ram_rows=self.ram.rows,
             slab_address=self.gpu.address,
             slab_stride=self.gpu.stride,
-            routed=box.routed,
-            listed=box.listed,
-            summed=box.summed,
-            ids=box.ids,
-            weights=box.weights,
-            hits=box.hits,
-            hit_weights=box.hit_weights,
-            uploads=box.uploads,
-            upload_weights=box.upload_weights,
-            part=box.part,
-            part_weight=box.part_weight,
-            hidden=box.hidden,
-            sums=box.sums,
-            guessed=box.guessed,
-            guesses=box.guesses,
-            uploaded_address=box.uploaded.data_ptr(),
-            uploaded_stride_bytes=box.uploaded.stride(0) * box.uploaded.itemsize,
-            one_address=box.one.data_ptr(),
             n_experts=self.config.n_routed_experts,
             top_k=self.config.num_experts_per_tok,
-            exclusive=self.exclusive,
+            rows=self.rows,
             cold=self.cold,
             pcie_gbps=self.prefill.costs.pcie_gbps,
             cpu_gbps=self.prefill.costs.cpu_gbps,
@@ -313,15 +311,15 @@ class TieredExperts:
         self._get_ready()
 
     def _get_ready(self) -> None:
-        """What loading ends with: kernels that are right, and the uploads' speed."""
+        """End loading: check the kernels, and measure the speed of uploads."""
         check_expert_kernels(self.device, self.ram, self.gpu, self.shape, self.config.num_experts_per_tok)
-        self.prefill.costs.pcie_gbps = self.roads.pcie_gbps = self.gpu.measure_gbps(self.ram)
+        self.prefill.costs.pcie_gbps = self.decode_host.pcie_gbps = self.gpu.measure_gbps(self.ram)
 
     def _spread_keys(self) -> list[int]:
         return spread_keys(len(self.config.moe_layers), self.config.n_routed_experts)
 
 
-def _check_room(ram: RamTier, gpu: GpuTier, exclusive: bool) -> None:
+def _check_room(ram: RamSlab, gpu: GpuSlab, exclusive: bool) -> None:
     room = ram.n_rows + (gpu.n_cached if exclusive else 0)
     if room < ram.n_keys:
         missing_bytes = (ram.n_keys - room) * ram.stride
@@ -333,7 +331,7 @@ def _check_room(ram: RamTier, gpu: GpuTier, exclusive: bool) -> None:
         )
 
 
-def _cold_tier(ram: RamTier, store: ExpertStore) -> ColdTier:
+def _check_rows(ram: RamSlab) -> None:
     least = least_rows(ram.config.num_experts_per_tok)
     if ram.n_rows < least:
         raise PlanError(
@@ -341,11 +339,10 @@ def _cold_tier(ram: RamTier, store: ExpertStore) -> ColdTier:
             f"{(least - ram.n_rows) * ram.stride} bytes more",
             "Give more --ram.",
         )
-    return ColdTier(ram, store)
 
 
-def _part(progress: Progress | None, first: int, n: int, nbytes: int) -> Progress | None:
-    """`progress` of a part of n experts of `nbytes`, the one that begins with the `first`."""
+def _part_of(progress: Progress | None, first: int, n: int, nbytes: int) -> Progress | None:
+    """A progress for a part of n experts of `nbytes` each, which begins with expert `first` of all."""
     if progress is None:
         return None
 

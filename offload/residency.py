@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from moebox._kernels import Residency
+from moebox._kernels import HALF_LIFE_TOKENS, Residency
 
 __all__ = ["HALF_LIFE_TOKENS", "Residency"]
-
-HALF_LIFE_TOKENS = 16.0
-"""Half-life of an expert's score. On traces of a small model of the family 8 to 32 were best."""

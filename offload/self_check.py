@@ -1,8 +1,8 @@
-"""Do this machine's GPU kernels compute what they should?
+"""Checks that this machine's GPU kernels compute what they should.
 
-They are compiled here, by whatever Triton and driver there are; one release of Triton that was tried turned a
-correct kernel into a wrong one. So before a model answers anything, one of its experts is computed by each
-kernel and in plain torch, and a difference is an error.
+The kernels are compiled on the user's machine, by the Triton release and driver that it has. One release of
+Triton miscompiled a correct kernel. So before a model answers anything, each kernel computes one of its
+experts, and the result is compared with plain torch.
 """
 
 from __future__ import annotations
@@ -13,26 +13,30 @@ from torch import Tensor
 from moebox.errors import DeviceError
 from moebox.kernels.gpu.reference import ops as torch_ops
 from moebox.offload.device.base import Device
-from moebox.offload.memory.gpu_slab import GpuTier
-from moebox.offload.memory.ram_slab import RamTier
+from moebox.offload.memory.gpu_slab import GpuSlab
+from moebox.offload.memory.ram_slab import RamSlab
 
 LARGEST_ERROR = 0.02
-"""Relative L2. Kernels for many tokens round to bf16 and stay below 0.005."""
+"""Relative L2 error. Kernels for many tokens round to bf16, and their error is below 0.005."""
 TINY = 1e-6
-"""Of an expert of zeros nothing but zeros may come."""
+"""Least norm to which an error is relative, for an expert whose weights are all zero."""
 TOKENS = 40
-"""Two tiles of tokens, the second one not full."""
+"""Two tiles of the kernel for many tokens, of which the second is not full."""
 
 
 def check_expert_kernels(
-    device: Device, ram: RamTier, gpu: GpuTier, shape: tuple[int, int], top_k: int
+    device: Device, ram: RamSlab, gpu: GpuSlab, shape: tuple[int, int], top_k: int
 ) -> None:
     """Compare `experts_one`, `experts_many` and `split_expert` with plain torch, on RAM's first expert.
 
-    Uses the first slot of the ring, which nothing else may be using.
+    Overwrites the first slot of the ring, which nothing else may use meanwhile.
+
+    Args:
+        shape: of an expert, (H, I).
+        top_k: k, the length of the lists that `experts_one` reads.
 
     Raises:
-        DeviceError: a kernel is wrong; it names the kernel and the error.
+        DeviceError: a kernel is wrong; the message has its name and the error.
     """
     slot = gpu.staging(0)
     device.uploads.copy(gpu.slab[slot], ram.slab[0])

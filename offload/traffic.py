@@ -1,4 +1,4 @@
-"""What moved for the experts of a request: counted by the tiers, kept by `cost`."""
+"""Where a request's experts were found, and the bytes that moved for them."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Traffic:
-    """Where a request's experts were found, and what moved for them.
+    """Counts of one request, or of all requests so far.
 
-    An expert that was read from disk and then uploaded or computed by the CPU counts on both roads.
+    The bytes of an expert that was read from a drive, and then uploaded, count in both ways.
 
     Attributes:
-        gpu_hits, ram_hits, disk_hits: experts used, each counted once per layer and pass, by where they lay.
+        gpu_hits, ram_hits, disk_hits: experts used, by the tier where they were found. An expert counts once
+            for each layer of a token or of a prompt's chunk.
         pcie_bytes: weights uploaded, or read by the GPU straight from RAM.
         cpu_bytes: weights that the CPU read from RAM to compute with.
-        disk_bytes: weights read from drives, those read ahead for nothing included.
+        disk_bytes: weights read from drives, wrong prefetches included.
     """
 
     gpu_hits: int = 0
@@ -27,11 +28,11 @@ class Traffic:
 
     @property
     def hits(self) -> int:
-        """Experts used, wherever they lay."""
+        """Experts used, wherever they were found."""
         return self.gpu_hits + self.ram_hits + self.disk_hits
 
     def __sub__(self, before: Traffic) -> Traffic:
-        """What came since `before`, where both are running totals."""
+        """What was added since `before`; both are running totals."""
         return Traffic(*(getattr(self, name) - getattr(before, name) for name in TRAFFIC_FIELDS))
 
     def __add__(self, other: Traffic) -> Traffic:

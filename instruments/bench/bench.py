@@ -38,7 +38,7 @@ from moebox.offload.device.registry import open_device
 from moebox.offload.experts import Progress
 from moebox.offload.machine.floor import Ceilings
 from moebox.offload.machine.hardware import cpu_name
-from moebox.offload.memory.ram_slab import RamTier
+from moebox.offload.memory.ram_slab import RamSlab
 from moebox.offload.routing.trace import RoutingTrace, TraceRouting, synthetic_trace
 from moebox.runtime.model.kv_cache import KVCache
 from moebox.version import __version__
@@ -56,7 +56,7 @@ CPU_WARMUP_TOKENS = 2
 
 
 def bench(
-    options: BenchOptions, progress: Progress | None = None, filled: RamTier | None = None
+    options: BenchOptions, progress: Progress | None = None, filled: RamSlab | None = None
 ) -> BenchReport:
     """Measure a checkpoint or a random model: the box's ceilings, then prompts, then decoding.
 

@@ -22,7 +22,7 @@ from moebox.offload.cpu_experts import CpuExperts
 from moebox.offload.decode.host_step import FIELDS
 from moebox.offload.device.base import Device, Event
 from moebox.offload.experts import Experts
-from moebox.offload.gpu_experts import TieredExperts
+from moebox.offload.gpu_experts import GpuExperts
 from moebox.offload.machine.floor import Ceilings, PrefillFloor, expert_flops, layer_flops, prefill_floor
 from moebox.offload.prefetch.prefetch import Prefetcher, PrefetchReport
 from moebox.offload.routing.trace import TraceRouting
@@ -138,7 +138,7 @@ class InstrumentedCpuExperts:
 class InstrumentedGpuExperts:
     """`InstrumentedExperts` with a GPU: marks on the compute stream are read when the pass is over."""
 
-    def __init__(self, experts: TieredExperts, config: ModelConfig, routing: TraceRouting | None) -> None:
+    def __init__(self, experts: GpuExperts, config: ModelConfig, routing: TraceRouting | None) -> None:
         self.nbytes = experts.nbytes
         self._experts, self._config = experts, config
         self._device: Device = experts.device
@@ -164,12 +164,12 @@ class InstrumentedGpuExperts:
         return self._experts.traffic()
 
     def decode_layers(self) -> Samples:
-        self._experts.settle()
-        return self._experts.roads.stats[:, self._columns]
+        self._experts.synchronize()
+        return self._experts.decode_host.stats[:, self._columns]
 
     def prefill_layers(self, ceilings: Ceilings) -> list[LayerWork]:
         self._device.synchronize()
-        self._experts.settle()
+        self._experts.synchronize()
         records = list(self._experts.prefill.records)[-len(self._layers) :]
         for i, (measured, record) in enumerate(zip(self._layers, records, strict=True)):
             measured.seconds = self._marks[i + 1].seconds_since(self._marks[i])
@@ -180,7 +180,7 @@ class InstrumentedGpuExperts:
 
     def prefetch(self) -> PrefetchReport | None:
         experts = self._experts
-        if experts.ahead is None or (self.routing is not None and experts.guesses is None):
+        if experts.ahead is None or (self.routing is not None and experts.predictions is None):
             return None
         return experts.ahead.report()
 

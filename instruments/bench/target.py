@@ -19,12 +19,12 @@ from moebox.instruments.measure.random_model import Shape, experts_in_ram, synth
 from moebox.kernels import cpu
 from moebox.offload.cpu_experts import CpuExperts
 from moebox.offload.device.base import Device
+from moebox.offload.disk.base import Store
 from moebox.offload.disk.store import ExpertStore
 from moebox.offload.experts import Progress
-from moebox.offload.gpu_experts import TieredExperts
+from moebox.offload.gpu_experts import GpuExperts
 from moebox.offload.machine.hardware import available_ram_bytes
-from moebox.offload.memory.ram_cache import Store
-from moebox.offload.memory.ram_slab import RamTier, row_stride
+from moebox.offload.memory.ram_slab import RamSlab, row_stride
 from moebox.offload.routing.trace import TraceRouting
 from moebox.runtime.engine.base import Runner
 from moebox.runtime.engine.cpu_plan import describe, usable_ram
@@ -175,7 +175,7 @@ def shape_target(
     pool: cpu.ThreadPool,
     routing: TraceRouting | None,
     progress: Progress | None,
-    filled: RamTier | None = None,
+    filled: RamSlab | None = None,
 ) -> BenchTarget:
     """Make a model of random weights.
 
@@ -202,8 +202,8 @@ def shape_target(
         raise PlanError("a RAM budget below all experts, but RAM holds them all", "Leave the RAM budget out.")
     backbone = synthetic_model(config, torch.bfloat16, GpuProcessor(device.torch_device, device.ops))
     memory = CacheMemory(backbone, device, budgets.context)
-    ram = RamTier(config, budgets.rows, device, progress) if filled is None else filled
-    experts = TieredExperts.build(config, device, pool, ram, budgets.slots, budgets.exclusive)
+    ram = RamSlab(config, budgets.rows, device, progress) if filled is None else filled
+    experts = GpuExperts.build(device, pool, ram, budgets.slots, budgets.exclusive)
     if filled is None:
         experts.fill_synthetic()
     if options.prefetch:
@@ -240,7 +240,7 @@ def _cpu_target(
             f"Measure the disk with a checkpoint: {MAKE_CHECKPOINT}.",
         )
     _check_ram(config, keys, available_ram_bytes())
-    ram = RamTier(config, progress=progress)
+    ram = RamSlab(config, progress=progress)
     ram.fill_synthetic()
     backbone = synthetic_model(config, torch.bfloat16)
     experts = InstrumentedCpuExperts(experts_in_ram(ram, pool), config, routing)

@@ -19,7 +19,7 @@ from moebox.kernels import cpu
 from moebox.offload.device.base import Device, Event
 from moebox.offload.machine.floor import Ceilings, expert_flops
 from moebox.offload.machine.hardware import available_ram_bytes
-from moebox.offload.memory.ram_slab import RamTier, row_stride
+from moebox.offload.memory.ram_slab import RamSlab, row_stride
 from moebox.units import GIGA, TERA
 
 READ_BYTES = 1 << 30
@@ -61,20 +61,20 @@ def cpu_figures(config: ModelConfig, pool: cpu.ThreadPool) -> dict[str, float]:
 
 
 @contextmanager
-def _rows(config: ModelConfig, device: Device | None) -> Iterator[RamTier]:
+def _rows(config: ModelConfig, device: Device | None) -> Iterator[RamSlab]:
     room = min(READ_BYTES, available_ram_bytes() // 8)
-    ram = RamTier(config, max(1, min(room // row_stride(config), config.n_keys)), device)
+    ram = RamSlab(config, max(1, min(room // row_stride(config), config.n_keys)), device)
     try:
         yield ram
     finally:
         ram.close()
 
 
-def _read_gbps(pool: cpu.ThreadPool, ram: RamTier) -> float:
+def _read_gbps(pool: cpu.ThreadPool, ram: RamSlab) -> float:
     return _kernels.read_bandwidth(pool, [row[: ram.layout.nbytes] for row in ram.slab])
 
 
-def _cpu_tflops(config: ModelConfig, pool: cpu.ThreadPool, ram: RamTier) -> float:
+def _cpu_tflops(config: ModelConfig, pool: cpu.ThreadPool, ram: RamSlab) -> float:
     """Rate of the expert kernel with so many tokens that arithmetic, not memory, limits it."""
     n = min(CPU_EXPERTS, ram.n_rows)
     hidden = torch.randn(CPU_TOKENS, config.hidden_size).bfloat16()
@@ -110,13 +110,13 @@ def gpu_figures(config: ModelConfig, pool: cpu.ThreadPool, device: Device) -> di
     }
 
 
-def _upload_gbps(device: Device, slots: Tensor, ram: RamTier) -> float:
+def _upload_gbps(device: Device, slots: Tensor, ram: RamSlab) -> float:
     begin, end = _queue_uploads(device, slots, ram, UPLOAD_SLOTS)
     end.synchronize()
     return UPLOAD_SLOTS * ram.stride / end.seconds_since(begin) / GIGA
 
 
-def _queue_uploads(device: Device, slots: Tensor, ram: RamTier, count: int) -> tuple[Event, Event]:
+def _queue_uploads(device: Device, slots: Tensor, ram: RamSlab, count: int) -> tuple[Event, Event]:
     """Start `count` uploads, and return the marks before and after them."""
     begin = device.uploads.record()
     for i in range(count):
@@ -124,7 +124,7 @@ def _queue_uploads(device: Device, slots: Tensor, ram: RamTier, count: int) -> t
     return begin, device.uploads.record()
 
 
-def _download_gbps(device: Device, slots: Tensor, ram: RamTier) -> float:
+def _download_gbps(device: Device, slots: Tensor, ram: RamSlab) -> float:
     begin = device.downloads.record()
     for i in range(UPLOAD_SLOTS):
         device.downloads.copy(ram.slab[i % ram.n_rows], slots[i])
@@ -134,7 +134,7 @@ def _download_gbps(device: Device, slots: Tensor, ram: RamTier) -> float:
 
 
 def _both_gbps(
-    device: Device, slots: Tensor, ram: RamTier, pool: cpu.ThreadPool, pcie_gbps: float
+    device: Device, slots: Tensor, ram: RamSlab, pool: cpu.ThreadPool, pcie_gbps: float
 ) -> tuple[float, float]:
     """GB/s of uploads and of the CPU's reads of RAM while both run at the same time."""
     count = max(UPLOAD_SLOTS, min(int(BESIDE_S * pcie_gbps * GIGA / ram.stride), 1024))

@@ -19,7 +19,7 @@ from moebox.kernels import cpu
 from moebox.offload.cpu_experts import CpuExperts
 from moebox.offload.experts import Experts
 from moebox.offload.memory.ram_cache import RamCache
-from moebox.offload.memory.ram_slab import RamTier
+from moebox.offload.memory.ram_slab import RamSlab
 from moebox.quantize.synth.shapes import synth_config
 from moebox.runtime.model.base import Processor
 from moebox.runtime.model.compute import CPU
@@ -79,6 +79,6 @@ def _random_matrix(shape: torch.Size, dtype: torch.dtype, block: Tensor) -> Tens
     return weight.mul_(1 / math.sqrt(shape[-1]))
 
 
-def experts_in_ram(ram: RamTier, pool: cpu.ThreadPool) -> CpuExperts:
+def experts_in_ram(ram: RamSlab, pool: cpu.ThreadPool) -> CpuExperts:
     """Experts that the CPU computes, all of them in the rows of `ram`."""
     return CpuExperts(ram.config, RamCache(ram), pool)

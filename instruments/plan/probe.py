@@ -26,7 +26,7 @@ from moebox.offload.checkpoint.safetensors import Checkpoint
 from moebox.offload.cpu_experts import CpuExperts
 from moebox.offload.disk.store import ExpertStore
 from moebox.offload.machine.floor import Ceilings, backbone_bytes
-from moebox.offload.memory.ram_slab import RamTier
+from moebox.offload.memory.ram_slab import RamSlab
 from moebox.offload.routing.trace import TraceRouting, synthetic_trace
 from moebox.runtime.engine.cpu_plan import least_rows
 from moebox.runtime.engine.cpu_runner import CpuRunner, default_dtype
@@ -173,7 +173,7 @@ class CpuProbe:
     def __init__(self, config: ModelConfig, ceilings: Ceilings, threads: int | None) -> None:
         self.config, self.ceilings = config, ceilings
         pool = cpu.ThreadPool(threads)
-        ram = RamTier(config)
+        ram = RamSlab(config)
         ram.fill_synthetic()
         dtype = default_dtype(config, "bf16")
         routing = TraceRouting(synthetic_trace(PROMPT_TOKENS, *config.routing_shape))

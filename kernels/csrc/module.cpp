@@ -17,5 +17,10 @@ NB_MODULE(_kernels, m) {
   moebox::register_quantize(m);
   moebox::register_reader(m);
   moebox::register_replay(m);
-  moebox::register_roads(m);
+  moebox::register_residency(m);
+  moebox::register_copiers(m);
+  moebox::register_ram_rows(m);
+  moebox::register_cold_reader(m);
+  moebox::register_mailbox(m);
+  moebox::register_host_step(m);
 }

@@ -5,11 +5,16 @@
 
 namespace moebox {
 
+void register_cold_reader(nanobind::module_& m);
+void register_copiers(nanobind::module_& m);
 void register_experts(nanobind::module_& m);
+void register_host_step(nanobind::module_& m);
+void register_mailbox(nanobind::module_& m);
 void register_probes(nanobind::module_& m);
 void register_quantize(nanobind::module_& m);
+void register_ram_rows(nanobind::module_& m);
 void register_reader(nanobind::module_& m);
 void register_replay(nanobind::module_& m);
-void register_roads(nanobind::module_& m);
+void register_residency(nanobind::module_& m);
 
 }  // namespace moebox

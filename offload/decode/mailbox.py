@@ -1,101 +1,95 @@
-"""Where the GPU's decode program and the host's side of it (`roads.DecodeRoads`) leave things for each other.
+"""The mailbox: tensors through which the GPU's decode program and its host side exchange one token's data.
 
-L MoE layers, k num_experts_per_tok, H hidden_size. Rows belong to layers, so nothing is written twice in a
-token. A flag is element 0 of a cache line of its own.
+`csrc/decode/mailbox.h` has the only list of them, which is `MAILBOX_FIELDS` here: `Mailbox.allocate` makes
+each tensor of the list, and `DecodeHost` checks each against it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
+from moebox import _kernels
 from moebox.offload.device.base import Device
 
-FLAG_WORDS = 16
-"""int32 words of a cache line."""
-PART_WORDS = 4
 
-
-@dataclass(frozen=True)
-class Mailbox:
-    """Tensors in pinned RAM, read and written by both sides; only `uploaded` lies on the device.
+class MailboxField(NamedTuple):
+    """A tensor of the mailbox.
 
     Attributes:
-        routed: int32 [L, 16], raised by the GPU behind `ids`, `weights` and `hidden`.
-        listed: int32 [L, 16], raised by the host behind `hits`, `uploads` and their weights.
-        uploaded: int32 [L, 16] in device memory, raised by the copy stream behind the uploads.
-        summed: int32 [L, 16], raised by the host behind `sums`.
-        ids, weights: int32 and fp32 [L, k], what the router chose.
-        hidden: bf16 [L, H], the experts' input.
-        hits, hit_weights: int32 [L, 1 + k], how many experts are in slots and which; fp32 [L, k].
-        uploads, upload_weights: the same for experts whose upload `uploaded` announces.
-        part, part_weight: int32 [L, 4] and fp32 [L, 1], an expert that both compute: its row in RAM, or -1,
-            and how many of its inner rows the GPU reads from there; published with `hits`.
-        sums: fp32 [L, H], the CPU's share.
-        guessed: int32 [L, 16], raised by the GPU behind `guesses`, while it computes the layer before.
-        guesses: int32 [L, k], what the layer will probably pick, the likeliest first; row 0 is not used.
-        one: int32 [16], holds 1: what is copied to `uploaded`.
+        dtype: torch's name of it.
+        symbols: its shape: L MoE layers, k experts per token, H hidden_size, n predicted experts,
+            F FLAG_WORDS, S SPLIT_WORDS, 1+k, 1.
+        writer: "gpu", "host", or "copies" for the stream of uploads.
+        memory: "pinned" RAM or "device".
     """
 
-    routed: Tensor
-    listed: Tensor
-    uploaded: Tensor
-    summed: Tensor
-    ids: Tensor
-    weights: Tensor
-    hidden: Tensor
-    hits: Tensor
-    hit_weights: Tensor
-    uploads: Tensor
-    upload_weights: Tensor
-    part: Tensor
-    part_weight: Tensor
-    sums: Tensor
-    guessed: Tensor
-    guesses: Tensor
-    one: Tensor
+    name: str
+    dtype: str
+    symbols: tuple[str, ...]
+    writer: str
+    memory: str
+    meaning: str
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype
+
+
+MAILBOX_FIELDS: tuple[MailboxField, ...] = tuple(MailboxField(*row) for row in _kernels.MAILBOX_FIELDS)
+
+
+class Mailbox:
+    """One tensor for each field of `MAILBOX_FIELDS`, by name: `box.ids` is int32 [L, k].
+
+    Attributes:
+        tensors: all of them, by name.
+    """
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Tensor: ...
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        self.tensors = tensors
+        vars(self).update(tensors)
 
     @classmethod
     def allocate(cls, device: Device, layers: int, top_k: int, hidden_size: int) -> Mailbox:
-        """Zeros everywhere, but for `one` and the rows of `part`."""
-        flags = (layers, FLAG_WORDS)
-        box = cls(
-            routed=device.pinned(flags, torch.int32),
-            listed=device.pinned(flags, torch.int32),
-            uploaded=device.empty(flags, torch.int32).zero_(),
-            summed=device.pinned(flags, torch.int32),
-            ids=device.pinned((layers, top_k), torch.int32),
-            weights=device.pinned((layers, top_k), torch.float32),
-            hidden=device.pinned((layers, hidden_size), torch.bfloat16),
-            hits=device.pinned((layers, 1 + top_k), torch.int32),
-            hit_weights=device.pinned((layers, top_k), torch.float32),
-            uploads=device.pinned((layers, 1 + top_k), torch.int32),
-            upload_weights=device.pinned((layers, top_k), torch.float32),
-            part=device.pinned((layers, PART_WORDS), torch.int32),
-            part_weight=device.pinned((layers, 1), torch.float32),
-            sums=device.pinned((layers, hidden_size), torch.float32),
-            guessed=device.pinned(flags, torch.int32),
-            guesses=device.pinned((layers, top_k), torch.int32),
-            one=device.pinned((FLAG_WORDS,), torch.int32),
-        )
+        """Zeros in pinned RAM and on the device; `one` holds 1, and no expert is split.
+
+        Args:
+            layers: MoE layers.
+            top_k: experts chosen per token; as many are predicted.
+        """
+        shapes = _kernels.mailbox_shapes(layers, top_k, hidden_size, top_k)
+        box = cls({field.name: _zeros(device, field, shapes[field.name]) for field in MAILBOX_FIELDS})
         box.one.fill_(1)
-        box.part[:, 0] = -1
+        box.split_expert[:, 0] = -1
         return box
 
     def raise_flags(self) -> None:
         """Let a program run without a host, as if no expert had been chosen: before it is compiled.
 
-        `DecodeRoads.clear` takes the flags down again.
+        `DecodeHost.clear_flags` takes the flags down again.
         """
         self.raise_host_flags()
         self.uploaded.fill_(1)
 
     def raise_host_flags(self) -> None:
-        """The flags in RAM alone, and nothing chosen: all that the host can do while a program is waiting."""
-        for tensor in (self.hits, self.uploads, self.sums):
+        """The same for the flags in RAM alone, which is all that the host can do while a program waits."""
+        for tensor in (self.resident_slots, self.upload_slots, self.cpu_sums):
             tensor.zero_()
-        self.part[:, 0] = -1
+        self.split_expert[:, 0] = -1
         for flags in (self.listed, self.summed):
             flags.fill_(1)
+
+
+def _zeros(device: Device, field: MailboxField, shape: Sequence[int]) -> Tensor:
+    if field.memory == "device":
+        return device.empty(shape, field.torch_dtype).zero_()
+    return device.pinned(shape, field.torch_dtype)

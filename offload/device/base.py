@@ -1,8 +1,8 @@
 """The interface of a GPU: memory, copy streams, events and compiled programs.
 
-Work goes to three places that run beside each other: the compute stream (torch's current one), `uploads`
-(RAM to device) and `downloads` (device to RAM). Nothing here waits for the whole device but `synchronize`;
-order across streams is made with events.
+A device has three streams that run at the same time: the compute stream (torch's current one), `uploads` (RAM
+to device) and `downloads` (device to RAM). Work on one stream is done in order; events order work on
+different streams. Only `Device.synchronize` waits for the whole device.
 """
 
 from __future__ import annotations
@@ -23,42 +23,42 @@ class Event(Protocol):
     """A point in a stream."""
 
     def done(self) -> bool:
-        """Whether all work before it has ended; `DeviceError` if a copy failed."""
+        """Whether all work before the event has ended; `DeviceError` if a copy failed."""
         ...
 
     def synchronize(self) -> None:
-        """Wait for it on the host; `DeviceError` if a copy failed."""
+        """Let the host wait for the event; `DeviceError` if a copy failed."""
 
     def seconds_since(self, earlier: Event) -> float:
-        """Time between two events that are done, on the device's clock."""
+        """Time between two events of one device that are done, on the device's clock."""
         ...
 
 
 class CopyStream(Protocol):
-    """Copies between pinned RAM and the device, in order, beside everything else."""
+    """Copies between pinned RAM and the device, in order, while other streams work."""
 
     def copy(self, target: Tensor, source: Tensor) -> None:
-        """Queue a copy; both tensors are of one size and contiguous, and live until it is done."""
+        """Queue a copy. Both tensors are contiguous, of one size, and live until the copy is done."""
 
     def copy_all(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Queue copies of (target, source)."""
 
     def record(self) -> Event:
-        """An event behind all that was queued so far."""
+        """An event behind everything that was queued so far."""
         ...
 
     def wait(self, event: Event) -> None:
-        """Let what is queued from here on wait for `event`, of another stream."""
+        """Let everything queued from now on wait for `event`, which is of another stream."""
 
 
 class Launch(Protocol):
-    """A compiled program that can be run again and again."""
+    """A compiled program, which can be run many times."""
 
     def start(self) -> None:
         """Start a run and return at once."""
 
     def finish(self) -> None:
-        """Wait for the run's end; raises what went wrong in it."""
+        """Wait for the end of the run, and raise the error that it ended with, if any."""
 
 
 class Device(Protocol):
@@ -67,7 +67,7 @@ class Device(Protocol):
     Attributes:
         torch_device: where `empty` puts tensors.
         ops: the operations for tensors there.
-        uploads, downloads: the two directions of PCIe.
+        uploads, downloads: streams of copies, one for each direction of PCIe.
     """
 
     @property
@@ -80,15 +80,15 @@ class Device(Protocol):
     def downloads(self) -> CopyStream: ...
 
     def pinned(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Zeros in RAM that the device reads, writes and copies without a detour."""
+        """Zeros in pinned RAM, which the device can read and write itself."""
         ...
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Device memory, not initialised; `torch.OutOfMemoryError` where there is none."""
+        """Device memory that is not initialised; `torch.OutOfMemoryError` if too little is free."""
         ...
 
     def pin(self, memory: Tensor) -> Callable[[], None]:
-        """Pin memory that exists already, page-aligned; returns what unpins it.
+        """Pin memory that exists already and is page-aligned. Returns a function that unpins it.
 
         Raises:
             PlanError: the system allows no more pinned memory.
@@ -96,34 +96,34 @@ class Device(Protocol):
         ...
 
     def copier(self) -> Copier:
-        """What the decode step's C++ side uploads and downloads with, on this device's copy streams."""
+        """A copier for C++, which uses this device's copy streams."""
         ...
 
     def compile(self, program: Program) -> Launch:
         """Make a program of device operations cheap to run: a CUDA graph.
 
-        On CUDA the program is run once before it is captured, so that its kernels are compiled: raise the
-        flags that it waits for first (`Mailbox.raise_flags`). Tensors that it makes stay with the graph.
+        On CUDA the program runs once before the capture, so that its kernels are compiled. Flags that it
+        waits for must be raised before (`Mailbox.raise_flags`). Tensors that it makes belong to the graph.
         """
         ...
 
     def mark(self) -> Event:
-        """An event on the compute stream, behind all that was queued so far."""
+        """An event on the compute stream, behind everything that was queued so far."""
         ...
 
     def compute_waits(self, event: Event) -> None:
-        """Let the compute stream wait for an event of a copy stream, from here on."""
+        """Let everything queued on the compute stream from now on wait for an event of a copy stream."""
 
     def send(self, source: Tensor) -> Tensor:
         """A copy of pinned memory on the device, queued on the compute stream."""
         ...
 
     def fetch(self, target: Tensor, source: Tensor) -> None:
-        """Queue a copy to memory that is pinned or the device's, on the compute stream; `source` likewise."""
+        """Queue a copy on the compute stream. Both tensors are pinned or on the device."""
 
     def free_vram_bytes(self) -> int:
         """Bytes that `empty` can still give."""
         ...
 
     def synchronize(self) -> None:
-        """Wait until the device has nothing left to do; raises what went wrong on it."""
+        """Wait until the device has no work left, and raise the error that occurred on it, if any."""

@@ -17,7 +17,7 @@ from moebox.offload.device.base import Event, Launch, Program
 
 
 class CudaDevice:
-    """One NVIDIA GPU. See `Device`."""
+    """A `Device`: one NVIDIA GPU."""
 
     def __init__(self, index: int = 0) -> None:
         torch.cuda.set_device(index)
@@ -27,15 +27,12 @@ class CudaDevice:
         self.downloads = CudaCopyStream(self.torch_device)
 
     def pinned(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """See `Device`."""
         return torch.zeros(tuple(shape), dtype=dtype, pin_memory=True)
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """See `Device`."""
         return torch.empty(tuple(shape), dtype=dtype, device=self.torch_device)
 
     def pin(self, memory: Tensor) -> Callable[[], None]:
-        """See `Device`."""
         runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
         address = memory.data_ptr()
         error = int(runtime.cudaHostRegister(address, memory.nbytes, 0))
@@ -47,11 +44,9 @@ class CudaDevice:
         return lambda: runtime.cudaHostUnregister(address)
 
     def copier(self) -> CudaCopier:
-        """See `Device`."""
         return CudaCopier(self.uploads.stream.cuda_stream, self.downloads.stream.cuda_stream)
 
     def compile(self, program: Program) -> Launch:
-        """See `Device`."""
         stream = torch.cuda.Stream(self.torch_device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(self.torch_device))
         with torch.cuda.stream(stream):
@@ -63,24 +58,18 @@ class CudaDevice:
         return _Graph(graph, program)
 
     def mark(self) -> Event:
-        """See `Device`."""
         return _recorded(torch.cuda.current_stream(self.torch_device))
 
     def compute_waits(self, event: Event) -> None:
-        """See `Device`."""
-        assert isinstance(event, _CudaEvent)
-        torch.cuda.current_stream(self.torch_device).wait_event(event.event)
+        torch.cuda.current_stream(self.torch_device).wait_event(_cuda_event(event))
 
     def send(self, source: Tensor) -> Tensor:
-        """See `Device`."""
         return source.to(self.torch_device, non_blocking=True)
 
     def fetch(self, target: Tensor, source: Tensor) -> None:
-        """See `Device`."""
         target.copy_(source, non_blocking=True)
 
     def free_vram_bytes(self) -> int:
-        """See `Device`."""
         free, _ = torch.cuda.mem_get_info(self.torch_device)
         cached = torch.cuda.memory_reserved(self.torch_device) - torch.cuda.memory_allocated(
             self.torch_device
@@ -88,34 +77,28 @@ class CudaDevice:
         return free + cached
 
     def synchronize(self) -> None:
-        """See `Device`."""
         torch.cuda.synchronize(self.torch_device)
 
 
 class CudaCopyStream:
-    """A CUDA stream for copies. See `CopyStream`."""
+    """A `CopyStream`: a CUDA stream."""
 
     def __init__(self, device: torch.device) -> None:
         self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def copy(self, target: Tensor, source: Tensor) -> None:
-        """See `CopyStream`."""
         self.copy_all([(target, source)])
 
     def copy_all(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """See `CopyStream`."""
         with torch.cuda.stream(self.stream):
             for target, source in pairs:
                 target.copy_(source, non_blocking=True)
 
     def record(self) -> Event:
-        """See `CopyStream`."""
         return _recorded(self.stream)
 
     def wait(self, event: Event) -> None:
-        """See `CopyStream`."""
-        assert isinstance(event, _CudaEvent)
-        self.stream.wait_event(event.event)
+        self.stream.wait_event(_cuda_event(event))
 
 
 class _CudaEvent:
@@ -129,8 +112,13 @@ class _CudaEvent:
         self.event.synchronize()
 
     def seconds_since(self, earlier: Event) -> float:
-        assert isinstance(earlier, _CudaEvent)
-        return float(earlier.event.elapsed_time(self.event)) / 1e3
+        return float(_cuda_event(earlier).elapsed_time(self.event)) / 1e3
+
+
+def _cuda_event(event: Event) -> torch.cuda.Event:
+    if not isinstance(event, _CudaEvent):
+        raise TypeError(f"event: {type(event).__name__} given, an event of a CUDA device needed")
+    return event.event
 
 
 def _recorded(stream: torch.cuda.Stream) -> _CudaEvent:
@@ -150,12 +138,12 @@ class _Graph:
         self._end.record()
 
     def finish(self) -> None:
-        self._end.synchronize()  # spins: the host has just handed over the last layer
+        self._end.synchronize()  # spins: the last layer is all that is left to compute
 
 
 @contextlib.contextmanager
 def _no_collection() -> Iterator[None]:
-    """An older graph that the garbage collector frees during a capture would break it."""
+    """Keep the garbage collector from freeing an older graph during a capture, which would break it."""
     gc.collect()
     enabled = gc.isenabled()
     gc.disable()

@@ -1,4 +1,4 @@
-"""Devices by name."""
+"""Opens devices by name."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from moebox.offload.device.stand_in import StandInDevice
 
 
 def open_device(name: str) -> Device:
-    """The device called "cuda", "cuda:0" and so on, or "stand-in" (CPU memory; for tests).
+    """The device named "cuda", "cuda:0" and so on, or "stand-in" (CPU memory, for tests).
 
     Raises:
         PlanError: there is no such device.

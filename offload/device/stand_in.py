@@ -1,6 +1,6 @@
-"""A device made of CPU memory, for tests: it computes at once, and copies in threads after random delays.
+"""A device made of CPU memory, for tests. It computes at once; threads copy, after random delays.
 
-The code that schedules work is the same as for a GPU, so its races show here too.
+The code that schedules work is the same as for a GPU, so tests find its races here, too.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from moebox.offload.machine.hardware import available_ram_bytes
 
 
 class StandInDevice:
-    """CPU memory that plays a GPU's, for tests. See `Device`.
+    """A `Device` whose memory is the CPU's, for tests.
 
     Args:
-        seed: of the copies' delays.
+        seed: of the random delays of copies.
         max_delay_us: longest delay before a copy.
-        vram_bytes: what `empty` gives at most; None: as much as there is RAM.
+        vram_bytes: memory that `empty` gives at most; None: as much as there is RAM.
     """
 
     def __init__(self, seed: int = 0, max_delay_us: float = 200, vram_bytes: int | None = None) -> None:
@@ -43,11 +43,10 @@ class StandInDevice:
         self._used = [0]
 
     def pinned(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """See `Device`."""
         return torch.zeros(tuple(shape), dtype=dtype)
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """See `Device`. Filled with 0x7f bytes, so that a read of what was never written shows."""
+        """Fill the memory with 0x7f bytes, so that tests notice a read of memory that was never written."""
         nbytes = int(torch.Size(shape).numel()) * dtype.itemsize
         if nbytes > self.free_vram_bytes():
             raise torch.OutOfMemoryError(f"{nbytes} bytes of {self.free_vram_bytes()}")
@@ -57,39 +56,30 @@ class StandInDevice:
         return memory.view(dtype).view(tuple(shape))
 
     def pin(self, memory: Tensor) -> Callable[[], None]:
-        """See `Device`."""
         return lambda: None
 
     def copier(self) -> HostCopier:
-        """See `Device`."""
         return HostCopier(self._seed, self._max_delay_us)
 
     def compile(self, program: Program) -> Launch:
-        """See `Device`."""
         return _Thread(program)
 
     def mark(self) -> Event:
-        """See `Device`: what was computed is done."""
         return _HostEvent().happen()
 
     def compute_waits(self, event: Event) -> None:
-        """See `Device`."""
         event.synchronize()
 
     def send(self, source: Tensor) -> Tensor:
-        """See `Device`."""
         return source.clone()
 
     def fetch(self, target: Tensor, source: Tensor) -> None:
-        """See `Device`."""
         target.copy_(source)
 
     def free_vram_bytes(self) -> int:
-        """See `Device`."""
         return self._vram_bytes - self._used[0]
 
     def synchronize(self) -> None:
-        """See `Device`."""
         self.uploads.record().synchronize()
         self.downloads.record().synchronize()
 
@@ -99,7 +89,7 @@ def _give_back(used: list[int], nbytes: int) -> None:
 
 
 class HostCopyStream:
-    """A thread that copies in order, each time after a random delay. See `CopyStream`."""
+    """A `CopyStream`: a thread that copies in order, each time after a random delay."""
 
     def __init__(self, seed: int, max_delay_us: float) -> None:
         self._work: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
@@ -112,7 +102,6 @@ class HostCopyStream:
         weakref.finalize(self, self._work.put, None)
 
     def copy(self, target: Tensor, source: Tensor) -> None:
-        """See `CopyStream`."""
         delay_s = self._random.uniform(0, self._max_delay_s)
 
         def copy() -> None:
@@ -122,18 +111,15 @@ class HostCopyStream:
         self._work.put(copy)
 
     def copy_all(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """See `CopyStream`."""
         for target, source in pairs:
             self.copy(target, source)
 
     def record(self) -> Event:
-        """See `CopyStream`."""
         event = _HostEvent(self._failure)
         self._work.put(event.happen)
         return event
 
     def wait(self, event: Event) -> None:
-        """See `CopyStream`."""
         self._work.put(event.synchronize)
 
 
@@ -142,7 +128,7 @@ def _work_off(work: queue.SimpleQueue[Callable[[], object] | None], failure: lis
     while (step := work.get()) is not None:
         try:
             step()
-        except Exception as error:  # noqa: BLE001  # raised again where somebody waits
+        except Exception as error:  # noqa: BLE001  # raised again where the host waits
             failure.append(error)
 
 
@@ -169,12 +155,13 @@ class _HostEvent:
             raise DeviceError(f"a copy failed: {self._failure[0]}") from self._failure[0]
 
     def seconds_since(self, earlier: Event) -> float:
-        assert isinstance(earlier, _HostEvent)
+        if not isinstance(earlier, _HostEvent):
+            raise TypeError(f"event: {type(earlier).__name__} given, an event of a stand-in device needed")
         return self._time_s - earlier._time_s
 
 
 class _Thread:
-    """Runs a program in a thread, with the caller's autograd mode."""
+    """Runs a program in a thread, in the caller's autograd mode."""
 
     def __init__(self, program: Program) -> None:
         self._program = program
@@ -195,7 +182,8 @@ class _Thread:
             self._failure = error
 
     def finish(self) -> None:
-        assert self._thread is not None
+        if self._thread is None:
+            raise RuntimeError("finish() before start()")
         self._thread.join()
         if self._failure is not None:
             raise self._failure

@@ -1,1 +1,1 @@
-"""offload/disk"""
+"""Experts on drives: where their bytes are read from."""

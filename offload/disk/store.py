@@ -1,40 +1,36 @@
-"""Experts on drives: one aligned O_DIRECT read each, by native threads, from one drive or from several.
+"""Reads experts from drives: with O_DIRECT, in aligned pieces, by native threads, from one drive or several.
 
-A shard may lie in the model's folder, in other folders (`stores`), or in several of them; its copies are read
-side by side, and where one fails the others go on. A key is `moe_index * E + expert`, E n_routed_experts.
+A shard may lie in the model's folder, in other folders (`stores`), or in several of them. All its copies are
+read, and if one fails the others are read instead. A key is `moe_index * E + expert`, E n_routed_experts.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-
-import numpy as np
-import numpy.typing as npt
 
 from moebox import _kernels
 from moebox.errors import CheckpointError
 from moebox.offload.checkpoint.layout import Manifest, load_manifest
 from moebox.offload.checkpoint.locate import find_experts
 from moebox.offload.checkpoint.safetensors import Checkpoint, TensorInfo, find_shards
+from moebox.offload.disk.base import Bytes, DriveTraffic, StoreTraffic
 from moebox.offload.machine.drive_speed import DriveSpeed, measure_drive
 from moebox.offload.machine.drives import drive_at
 from moebox.offload.machine.profile import MachineProfile
 
 log = logging.getLogger("moebox")
 
-Bytes = npt.NDArray[np.uint8]
 Run = tuple[int, int, int]
-"""The reader's number of a file, offset and length in bytes."""
+"""Bytes that lie one behind the other: the reader's number of the file, offset, length."""
 
 PIECE_BYTES = 1 << 20
-"""What is read at once. An expert of 24.8 MB is 24 of them, so that one read alone keeps a drive busy."""
+"""Bytes of one read of the drive. An expert of 24.8 MB is 24 pieces, which keep a drive busy alone."""
 
 DEFAULT_DEPTH = 8
-"""Reads under way on a drive that was not measured."""
+"""Pieces under way at once on a drive that was not measured."""
 
 _FIXES = {
     "io": "Check the drive; restore the shard, or name a folder with a copy of it by --store.",
@@ -44,43 +40,16 @@ _FIXES = {
 }
 
 
-@dataclass(frozen=True)
-class DriveTraffic:
-    """What was read from one drive: `busy_s` are seconds in which at least one read was under way."""
-
-    folder: str
-    depth: int
-    nbytes: int
-    busy_s: float
-
-
-@dataclass(frozen=True)
-class StoreTraffic:
-    """What was read from all drives since the store was opened."""
-
-    drives: tuple[DriveTraffic, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of experts."""
-        return sum(drive.nbytes for drive in self.drives)
-
-    @property
-    def busy_s(self) -> float:
-        """Of the drive that was busy longest."""
-        return max((drive.busy_s for drive in self.drives), default=0.0)
-
-
 class ExpertStore:
-    """Reads experts of a quantized checkpoint; thread-safe, with one thread at a time per ticket.
+    """Implements `Store` for a quantized checkpoint.
 
-    Also a `Source` of `RamTier.fill`. Every ticket is ended by `wait` or `cancel`; until then its row must
-    stay as it is.
+    Thread-safe, except that a ticket belongs to one thread at a time. Until `wait` or `cancel` has ended a
+    ticket, nothing else may use its row.
 
     Attributes:
-        reader: the native side, which other native code may share.
+        reader: the native reader, which other native code may share.
         n_keys: L * E.
-        expert_bytes: of each read.
+        expert_bytes: of one expert.
         drives: identity of a drive (`drives.drive_at`) -> the shards on it.
     """
 
@@ -115,10 +84,10 @@ class ExpertStore:
 
         Args:
             folders: more folders with copies of shards than the checkpoint was opened with.
-            depth: reads under way at once on each drive. By default what the machine's profile says; a drive
-                that it does not know is measured now, and the profile kept.
+            depth: pieces under way at once on each drive. By default what the machine's profile says; a drive
+                that it does not know is measured now, and the profile saved.
             verify: compare every expert with its checksum.
-            direct: read with O_DIRECT, past the page cache, where the file system lets it.
+            direct: read with O_DIRECT, past the page cache, where the file system supports it.
 
         Raises:
             CheckpointError: a tensor is missing, of a wrong shape or type, or not where `moebox.json` says;
@@ -134,7 +103,7 @@ class ExpertStore:
         reader = _kernels.Reader(depth or DEFAULT_DEPTH, PIECE_BYTES)
         files = {name: _add_file(reader, shards[name], direct) for name in names}
         if direct:
-            _say_buffered({name: shards[name] for name in names if not reader.direct(files[name])})
+            _warn_buffered({name: shards[name] for name in names if not reader.direct(files[name])})
         drives = _drives(path for name in names for path in shards[name])
         store = cls(checkpoint, reader, [_runs(infos, files) for infos in tensors], checksums, drives)
         if depth is None:
@@ -150,31 +119,31 @@ class ExpertStore:
         self.close()
 
     def runs(self, key: int) -> list[Run]:
-        """Where the expert's bytes lie: runs of the reader's files, one behind the other in a row."""
+        """Where the expert's bytes lie on drives, in the order in which they lie in a row."""
         return self._runs[key]
 
     def checksum(self, key: int) -> int | None:
-        """XXH3-64 of the expert, where the store verifies."""
+        """XXH3-64 of the expert; None if the store was opened without `verify`."""
         return None if self._checksums is None else self._checksums[key]
 
     def submit(self, key: int, row: Bytes, *, prefetch: bool = False) -> int:
         """Begin to read an expert into `row`, uint8 [expert_bytes]; never blocks.
 
-        With `prefetch` the read stands back behind those without.
+        A `prefetch` is read when no other read is queued. Returns a ticket.
         """
         ticket = self.reader.submit(self._runs[key], row, prefetch, self.checksum(key))
         self._rows[ticket] = key, row
         return ticket
 
     def ready(self, ticket: int) -> bool:
-        """Whether the read is over, well or not."""
+        """Whether the read has ended, successfully or not."""
         return self.reader.ready(ticket)
 
     def wait(self, ticket: int) -> None:
         """Wait until the row holds the expert. The ticket ends, unless Ctrl-C comes first.
 
         Raises:
-            CheckpointError: it could not be read, or its bytes are not those that were written.
+            CheckpointError: the expert could not be read, or its checksum is wrong.
         """
         try:
             self.reader.wait(ticket)
@@ -182,41 +151,46 @@ class ExpertStore:
             key, _ = self._rows.pop(ticket)
             raise self.error(failure, key) from None
         finally:
-            self._say_given_up()
+            self._log_given_up()
         del self._rows[ticket]
 
     def promote(self, ticket: int) -> None:
-        """What was prefetched is needed now."""
+        """Give a prefetch the priority of other reads."""
         self.reader.promote(ticket)
 
     def cancel(self, ticket: int) -> int:
-        """Give a read up; returns the bytes read for nothing. The row is free on return; the ticket ends."""
+        """Stop a read and end its ticket; returns the bytes read for nothing. The row is free on return."""
         nbytes = self.reader.cancel(ticket)
         del self._rows[ticket]
         return nbytes
 
     def in_order(self, keys: Sequence[int]) -> list[int]:
-        """See `Source`: shard by shard."""
+        """`keys` shard by shard, in the order of their offsets."""
         return sorted(keys, key=lambda key: self._runs[key][0])
 
     def read(self, key: int, row: Bytes) -> None:
-        """See `Source`."""
+        """Read an expert into `row`, uint8 [expert_bytes], and wait for it.
+
+        Raises:
+            CheckpointError: as `wait`.
+        """
         self.wait(self.submit(key, row))
 
     def error(self, failure: _kernels.ReadFailure, key: int) -> CheckpointError:
-        """What a failed read of an expert is to its user."""
+        """The error that tells a user of an expert's failed read."""
         _, kind, path, offset, _ = failure.args
-        name = self._config.expert_name(*self._place(key))
+        moe, expert = divmod(key, self._config.n_routed_experts)
+        name = self._config.expert_name(self._config.moe_layers[moe], expert)
         what = str(failure.args[0]).removeprefix(f"{path}: byte {offset}: ")
         return CheckpointError(f"{path}: {name}: byte {offset}: {what}", _FIXES[kind])
 
     def traffic(self) -> StoreTraffic:
         """What was read so far."""
-        self._say_given_up()
+        self._log_given_up()
         return StoreTraffic(tuple(DriveTraffic(*drive) for drive in self.reader.traffic()))
 
     def measure_depth(self) -> dict[str, DriveSpeed]:
-        """Measure each drive that holds enough of the model, and keep that in the machine's profile.
+        """Measure each drive that holds enough of the model, and save the result in the machine's profile.
 
         Returns:
             Identity of a drive -> GB/s by queue depth, read with O_DIRECT.
@@ -229,7 +203,7 @@ class ExpertStore:
             speed = measure_drive(paths, PIECE_BYTES)
             if speed is not None and speed.direct:
                 speeds[drive] = speed
-        _keep(speeds)
+        _save(speeds)
         return speeds
 
     def _set_depths(self) -> None:
@@ -240,21 +214,17 @@ class ExpertStore:
                 speed = measure_drive(paths, PIECE_BYTES)
                 if speed is None or not speed.direct:
                     continue
-                _keep({drive: speed})
+                _save({drive: speed})
                 depth = speed.depth
             for path in paths:
                 self.reader.set_depth(str(path), depth)
 
     def close(self) -> None:
-        """Give up what is still being read."""
+        """Cancel all reads."""
         for ticket in list(self._rows):
             self.cancel(ticket)
 
-    def _place(self, key: int) -> tuple[int, int]:
-        moe, expert = divmod(key, self._config.n_routed_experts)
-        return self._config.moe_layers[moe], expert
-
-    def _say_given_up(self) -> None:
+    def _log_given_up(self) -> None:
         for message, *_ in self.reader.take_given_up():
             log.warning("%s: this copy is not used any more; the others are read instead", message)
 
@@ -266,7 +236,7 @@ def _drives(paths: Iterable[Path]) -> dict[str, list[Path]]:
     return drives
 
 
-def _keep(speeds: Mapping[str, DriveSpeed]) -> None:
+def _save(speeds: Mapping[str, DriveSpeed]) -> None:
     profile = MachineProfile.load()
     for drive, speed in speeds.items():
         profile.put("drive", drive, speed.figures())
@@ -275,7 +245,7 @@ def _keep(speeds: Mapping[str, DriveSpeed]) -> None:
         profile.save()
 
 
-def _say_buffered(shards: Mapping[str, Sequence[Path]]) -> None:
+def _warn_buffered(shards: Mapping[str, Sequence[Path]]) -> None:
     if shards:
         log.warning(
             "%s and %d more shards: O_DIRECT is refused here; they are read through the page cache, "
@@ -295,7 +265,7 @@ def _add_file(reader: _kernels.Reader, copies: Sequence[Path], direct: bool) -> 
 
 
 def _runs(infos: Sequence[TensorInfo], files: dict[str, int]) -> list[Run]:
-    """Tensors that lie one behind the other are one run."""
+    """The runs of some tensors: those that lie one behind the other are one run."""
     runs: list[Run] = []
     for info in infos:
         file, offset, nbytes = runs[-1] if runs else (-1, 0, 0)

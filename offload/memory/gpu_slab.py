@@ -1,7 +1,7 @@
-"""Experts in GPU memory: one slab of slots in the on-disk layout.
+"""Experts in GPU memory: one slab of slots.
 
-The first slots are a cache that `roads.Residency` keeps track of; the last `STAGING_SLOTS` are a ring that
-prefill passes experts through. A slot holds one expert's extent, as a row in RAM does.
+A slot holds one expert's bytes, as a row in RAM does. The first slots are a cache, whose `Residency` says
+which expert has which slot. The last `STAGING_SLOTS` are the ring that a prompt's uploads pass through.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from moebox.config import ModelConfig
 from moebox.errors import PlanError
 from moebox.offload.device.base import Device
-from moebox.offload.memory.ram_slab import RamTier, row_stride
+from moebox.offload.memory.ram_slab import RamSlab, row_stride
 from moebox.offload.residency import HALF_LIFE_TOKENS, Residency
 
 log = logging.getLogger("moebox")
@@ -24,14 +24,17 @@ log = logging.getLogger("moebox")
 UPLOAD_GROUP = 8
 """Experts that a prompt's layer uploads and computes together."""
 STAGING_SLOTS = 2 * UPLOAD_GROUP
-"""Slots beside the cache: the ring of two groups that a prompt's experts pass through."""
+"""Slots beside the cache: a ring of two groups."""
 SHRINK = 0.9
+"""Where memory does not suffice, so many times the slots are tried next."""
 
 
-class GpuTier:
-    """A slab of slots, and who is in them.
+class GpuSlab:
+    """A slab of slots, and the table of the experts in the cache.
 
     Attributes:
+        device: that has the slab.
+        shape: of an expert, (H, I).
         slab: uint8 [n_slots + STAGING_SLOTS, stride] on the device.
         stride: bytes from slot to slot.
         n_slots: slots of the cache.
@@ -44,13 +47,14 @@ class GpuTier:
         Raises:
             PlanError: not even the ring fits.
         """
+        self.device = device
+        self.shape = (config.hidden_size, config.moe_intermediate_size)
         self.stride = row_stride(config)
         n_keys = config.n_keys
         self.slab = _allocate(device, n_slots, self.stride)
         self.n_slots = len(self.slab) - STAGING_SLOTS
         reserve = min(config.num_experts_per_tok, self.n_slots // 2)
         self.residency = Residency(n_keys, self.n_slots, reserve, HALF_LIFE_TOKENS, config.n_routed_experts)
-        self._device = device
 
     @property
     def address(self) -> int:
@@ -59,29 +63,29 @@ class GpuTier:
 
     @property
     def n_cached(self) -> int:
-        """Experts that the cache holds between layers, with the reserve free."""
+        """Experts that the cache holds between layers, while the reserve is free."""
         return self.n_slots - self.residency.reserve
 
     def clear(self) -> None:
-        """Forget who is in the cache; scores stay."""
+        """Empty the cache; scores stay."""
         for key in self.residency.slots():
             if key >= 0:
                 self.residency.release(int(key))
 
     def staging(self, place: int) -> int:
-        """Slot number of a place in the ring."""
+        """The slot at a place in the ring; places go round."""
         return self.n_slots + place % STAGING_SLOTS
 
-    def fill(self, ram: RamTier, keys: Iterable[int]) -> None:
-        """Upload experts, which have a row each, into free slots of the cache, and wait for them."""
+    def fill(self, ram: RamSlab, keys: Iterable[int]) -> None:
+        """Upload experts from their rows in RAM into free slots of the cache, and wait for them."""
         for key in keys:
             slot = self.residency.place(key)
-            self._device.uploads.copy(self.slab[slot], ram.slab[int(ram.rows[key])])
-        self._device.uploads.record().synchronize()
+            self.device.uploads.copy(self.slab[slot], ram.slab[int(ram.rows[key])])
+        self.device.uploads.record().synchronize()
 
-    def measure_gbps(self, ram: RamTier) -> float:
-        """GB/s of uploads from RAM, measured over the ring."""
-        uploads = self._device.uploads
+    def measure_gbps(self, ram: RamSlab) -> float:
+        """GB/s of uploads from RAM, measured with one upload to each slot of the ring."""
+        uploads = self.device.uploads
         begin = uploads.record()
         for place in range(STAGING_SLOTS):
             uploads.copy(self.slab[self.staging(place)], ram.slab[place % ram.n_rows])
@@ -91,7 +95,7 @@ class GpuTier:
 
 
 def spread_keys(layers: int, n_experts: int) -> list[int]:
-    """All keys, such that the first n are shared out evenly over the layers."""
+    """All keys, in an order in which the first n are spread evenly over the layers."""
     keys = np.arange(layers * n_experts).reshape(layers, n_experts)
     return [int(key) for key in keys.T.reshape(-1)]
 

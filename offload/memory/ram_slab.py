@@ -1,7 +1,8 @@
-"""Experts in RAM: one slab of rows in the on-disk layout, pinned where there is a GPU.
+"""Experts in RAM: one slab of rows, pinned where there is a GPU.
 
-A row holds one expert's extent (`layout.py`) and starts on a page; the CPU computes from it and PCIe copies
-from it. L MoE layers, E experts each; a key is `moe_index * E + expert`.
+A row holds one expert's bytes as they lie on disk (`checkpoint/layout.py`) and starts on a page. The CPU
+computes from rows, and uploads copy from them. L MoE layers, E experts each; a key is
+`moe_index * E + expert`.
 """
 
 from __future__ import annotations
@@ -9,44 +10,33 @@ from __future__ import annotations
 import contextlib
 import mmap
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from moebox.config import GROUP_SIZE, ModelConfig
+from moebox.config import ModelConfig
 from moebox.errors import PlanError
 from moebox.kernels import cpu
 from moebox.offload.checkpoint.layout import ExpertLayout
 from moebox.offload.device.base import Device
+from moebox.offload.disk.base import Source
+from moebox.offload.disk.synthetic import SyntheticSource
 from moebox.offload.experts import Progress
 from moebox.units import PAGE_BYTES, ceil_div
 
-Bytes = npt.NDArray[np.uint8]
-
 PIN_BYTES = 4 << 30
-"""Bytes that are pinned at once; whole rows, since a copy may not cross from one piece to the next."""
+"""Bytes that are pinned at once, rounded down to whole rows: a copy may not cross two pinned pieces."""
 FAULT_BYTES = 256 << 20
+"""Bytes whose pages one task faults in."""
 READERS = 8
-"""Threads that fault memory in and fill it."""
+"""Threads that fault memory in, and threads that fill it."""
 
 
-class Source(Protocol):
-    """Where experts' bytes come from."""
-
-    def in_order(self, keys: Sequence[int]) -> list[int]:
-        """`keys` in the order that is best to read."""
-        ...
-
-    def read(self, key: int, row: Bytes) -> None:
-        """Write an expert's extent to `row` [nbytes]; called from several threads."""
-
-
-class RamTier:
+class RamSlab:
     """Rows of experts in RAM.
 
     Attributes:
@@ -87,12 +77,12 @@ class RamTier:
 
     @property
     def n_rows(self) -> int:
-        """Experts that fit."""
+        """Rows of the slab."""
         return len(self.slab)
 
     @property
     def n_keys(self) -> int:
-        """Experts there are."""
+        """Experts of the model, L * E."""
         return len(self.rows)
 
     def close(self) -> None:
@@ -100,13 +90,13 @@ class RamTier:
         self._unpin.close()
 
     def expert(self, row: int) -> cpu.Expert:
-        """What the CPU kernel takes: views of whatever the row holds when it is computed."""
+        """The row's expert for the CPU kernels: views, so that they see what the row holds when they run."""
         if row not in self._experts:
             self._experts[row] = cpu.Expert(*row_tensors(self.slab[row], self.layout))
         return self._experts[row]
 
     def fill_synthetic(self, seed: int = 0, keys: Iterable[int] | None = None) -> None:
-        """Random experts whose outputs are near their inputs in size; a key's bytes depend on `seed` only."""
+        """Fill with random experts, see `SyntheticSource`."""
         self.fill(SyntheticSource(self.config, seed), keys)
 
     def fill(
@@ -115,6 +105,7 @@ class RamTier:
         """Forget what the rows hold, and read `keys`, all by default, into the first rows, in their order.
 
         Args:
+            source: of the experts' bytes.
             progress: called with ("experts", bytes done, bytes in all).
 
         Raises:
@@ -141,7 +132,7 @@ class RamTier:
 
 
 def row_stride(config: ModelConfig) -> int:
-    """Bytes from one expert to the next, in RAM and in the GPU's slab: whole pages."""
+    """Bytes from one row or slot to the next: an expert's, rounded up to whole pages."""
     return ceil_div(config.expert_bytes, PAGE_BYTES) * PAGE_BYTES
 
 
@@ -155,7 +146,7 @@ def row_tensors(row: Tensor, layout: ExpertLayout) -> list[Tensor]:
 
 
 def _map_anonymous(n_rows: int, stride: int) -> Tensor:
-    """Private memory in huge pages where the system has them: fewer faults, and pinning is faster."""
+    """Private memory, in huge pages where the system has them: fewer page faults, and faster pinning."""
     nbytes = n_rows * stride
     if not nbytes:
         return torch.empty(0, stride, dtype=torch.uint8)
@@ -182,7 +173,7 @@ def _fault_in(slab: Tensor, progress: Progress | None) -> None:
 def _in_threads(
     task: Callable[[int], None], items: list[int], nbytes: int, stage: str, progress: Progress | None
 ) -> None:
-    """Run `task` for each item, of `nbytes` each; the first failure ends it and is raised."""
+    """Run `task` for each item, of `nbytes` each, in threads; the first failure is raised."""
     with ThreadPoolExecutor(READERS) as executor:
         try:
             for done, _ in enumerate(executor.map(task, items), 1):
@@ -191,38 +182,3 @@ def _in_threads(
         except BaseException:
             executor.shutdown(wait=True, cancel_futures=True)
             raise
-
-
-class SyntheticSource:
-    """Random experts, cut from a few random megabytes at random places."""
-
-    STEP_BYTES = 64
-    PLACES = 1 << 14
-
-    def __init__(self, config: ModelConfig, seed: int) -> None:
-        self._layout = ExpertLayout(config)
-        self._seed = seed
-        generator = np.random.default_rng(seed)
-        self._parts = [self._random_part(i, generator) for i in range(len(self._layout.sizes))]
-
-    def _random_part(self, tensor: int, generator: np.random.Generator) -> Bytes:
-        nbytes = self._layout.sizes[tensor] + self.STEP_BYTES * self.PLACES
-        if self._layout.dtypes[tensor] == "I32":
-            return generator.integers(0, 256, nbytes, np.uint8)
-        columns = self._layout.shapes[tensor][1] * GROUP_SIZE
-        scales = (0.05 + 0.35 * generator.random(nbytes // 2, np.float32)) / columns**0.5
-        bits = (scales.view(np.uint32) + 0x8000) >> 16  # to bf16; the sum cannot overflow below 1
-        return np.ascontiguousarray(bits.astype(np.uint16).view(np.uint8))
-
-    def in_order(self, keys: Sequence[int]) -> list[int]:
-        """See `Source`."""
-        return list(keys)
-
-    def read(self, key: int, row: Bytes) -> None:
-        """See `Source`."""
-        places = np.random.default_rng([self._seed, key]).integers(0, self.PLACES, len(self._parts))
-        for part, place, offset, size in zip(
-            self._parts, places, self._layout.offsets, self._layout.sizes, strict=True
-        ):
-            first = int(place) * self.STEP_BYTES
-            row[offset : offset + size] = part[first : first + size]

@@ -1,1 +1,1 @@
-"""offload/prefetch"""
+"""Experts are read from the drive before their layers are routed, if that makes tokens faster."""

@@ -1,9 +1,16 @@
-"""Whether something pays, found out live and at a limited price: tokens go the way that is known to be good,
-a few of them the other way, and these may cost no more than a share of the time that has passed.
+"""An A/B trial while tokens are decoded: does a feature, such as prefetching, make tokens faster or slower?
 
-A token's time depends mostly on how many of its experts must be read, and is noisy besides. So the logarithm
-of the time is fitted, by least squares, as a constant, a part that grows with the number of experts to be
-read, one that grows with time, and the change that is asked for, which is then a share of the time.
+Tokens with the feature are compared with tokens without it. A token's time depends mostly on how many of its
+experts must be read, and is noisy besides, so its logarithm is fitted by least squares:
+
+    log(seconds) = a * on + b + c * to_read + d * number + noise
+
+where `on` is 1 for tokens with the feature and 0 for others, `to_read` is the number of experts that had to
+be read, and `number` counts the tokens. The feature changes a token's time by the factor exp(a).
+
+While it is not known to pay, tokens with the feature may cost no more than a budget, a share of the time that
+has passed (`budget_s`). The feature is switched on by a trial that finds it clearly faster, and off by one
+that does not; after that it is tried again from time to time.
 """
 
 from __future__ import annotations
@@ -14,51 +21,55 @@ from collections.abc import Sequence
 
 import numpy as np
 
-FIRST_SHARE = 0.02
-"""Of the time, what trials may cost in the first minute; what they have cost by its end is `SHARE` of it."""
 SHARE = 0.01
-"""Of the time, what trials may cost."""
+"""Share of the time that trials may cost."""
+FIRST_SHARE = 0.02
+"""The same in the first minute. What this allows in total does not exceed `SHARE` of the first minute."""
 FIRST_MINUTE_S = 60.0
 WORST = 1.0
-"""Change that is feared of the first token with the thing."""
+"""Relative change of a token's time that is assumed of the first token with the feature."""
 LEAST_ON = 4
-"""Tokens with it before it is judged."""
+"""Tokens with the feature before a trial is decided."""
 CLEAR_ERRORS = 2.5
-"""A change is clear from so many standard errors on."""
+"""A change is clear if it is at least so many standard errors from 0."""
 FIT_TOKENS = 96
-"""Tokens that the fit knows, the last ones."""
+"""The fit uses so many tokens, the latest ones."""
 LEAST_FIT = 12
-"""Tokens that it needs."""
+"""The fit needs so many tokens."""
 LAST_TOKENS = 192
-"""Tokens of a trial after which the fit decides, however unclear it is."""
+"""A trial is decided after so many tokens, even if the change is not clear."""
 REST_TOKENS = 256
-"""Tokens without it after the first trial that was lost; twice as many after each further one."""
+"""Tokens without the feature after a trial that it lost. Each further loss in a row doubles them."""
 LONGEST_REST = 8192
 CONTROL_EVERY = 8
-"""While it is on, one token in so many goes without it, or fewer: what they lose keeps `SHARE` too."""
+"""While the feature is on, at most one token in so many goes without it, to compare. It is fewer where these
+tokens would cost more than `SHARE`."""
 CHECK_EVERY = 8
-"""Tokens from one fit to the next, once the first few with it are judged one by one."""
+"""Tokens between two fits. The first `LEAST_ON` tokens with the feature are followed by a fit each."""
 OUTLIERS = 3.0
-"""Standard deviations from the fit beyond which a time counts as no longer or shorter."""
+"""Standard deviations from the fit to which a token's residual is clipped."""
 CLIPS = 4
-"""Times that outliers are looked for: the first guess lies between them and the others."""
+"""Times that the fit is repeated with clipped residuals."""
 DEVIATION = 1.4826
-"""A normal distribution's standard deviation over its median absolute one."""
+"""Standard deviation of a normal distribution, divided by its median absolute deviation."""
 TINY = 1e-9
-"""Added to what may be singular: all tokens may have read as many."""
+"""Added to the diagonal of a matrix that is singular where, say, all tokens read as many experts."""
 
 
 class Trial:
-    """Decides token by token; `observe` what came of it.
+    """Decides for each token whether it goes with the feature; `observe` each token's time.
 
-    Tokens begin without the thing. In a trial they take turns, as far as the budget allows; one that was lost
-    is followed by a rest, one that was won by tokens with it, among which some without go on to watch.
+    The first tokens go without it. During a trial, tokens with and without it alternate, as far as the budget
+    allows. If the feature lost, tokens go without it for a rest, and then a new trial begins. If it won,
+    tokens go with it, except for a few controls; when these show that it does not pay any more, a new trial
+    begins.
 
     Attributes:
-        on: whether the coming token goes with the thing that is tried.
-        trying: whether nothing is decided now.
-        change: relative change of a token's time by it, as last measured; below 0: it pays. None: not known.
-        error: standard error of `change`.
+        on: whether the coming token goes with the feature.
+        trying: whether a trial is going on.
+        change: relative change of a token's time by the feature, as last measured; negative if it makes
+            tokens faster. None: not measured yet.
+        error: standard error of log(1 + change).
     """
 
     def __init__(self) -> None:
@@ -76,23 +87,27 @@ class Trial:
 
     @property
     def cost_s(self) -> float:
-        """Seconds that trials have cost so far, as far as is known: gains are not set against it."""
+        """Seconds that tokens with the feature have taken longer in all trials so far; gains count as 0."""
         change = self.change or 0.0
         return self._cost_s + sum(self._on_s) * max(0.0, change / (1 + change))
 
     @property
     def why_off(self) -> str:
-        """What the trial that was lost has found."""
+        """Why the feature is off, for people."""
         return (
             f"no clear gain, tokens take {self.change or 0:+.1%} with it (standard error {self.error:.1%}); "
             "it is tried again from time to time"
         )
 
     def observe(self, seconds: float, to_read: int) -> bool:
-        """A token took so long, `to_read` of its experts having to be read.
+        """Take in a token's time.
+
+        Args:
+            seconds: the token's time.
+            to_read: how many of its experts had to be read.
 
         Returns:
-            Whether something was decided with it.
+            Whether this token decided a trial.
         """
         self._time_s += seconds
         self._place += 1
@@ -118,9 +133,9 @@ class Trial:
         self._on_s.clear()
 
     def _try(self) -> bool:
-        """Decide if the trial is clear."""
-        first_ones = self.on and len(self._on_s) <= LEAST_ON
-        if not (self._on_s and (first_ones or self._place % CHECK_EVERY == 0) and self._fit()):
+        """Decide the trial, if there are enough tokens; returns whether it is decided."""
+        one_of_the_first = self.on and len(self._on_s) <= LEAST_ON
+        if not (self._on_s and (one_of_the_first or self._place % CHECK_EVERY == 0) and self._fit()):
             return False
         change = math.log1p(self.change or 0.0)
         unclear = abs(change) < CLEAR_ERRORS * self.error
@@ -134,31 +149,32 @@ class Trial:
         return True
 
     def _watch(self) -> bool:
-        """It is on: a new trial begins when it does not seem to pay any more."""
+        """The feature is on: begin a new trial when it does not seem to pay any more."""
         if self._place % CHECK_EVERY == 0 and self._fit() and (self.change or 0.0) >= 0:
             self._begin()
         return False
 
     def _turn(self) -> bool:
-        """Whether the next token goes with it."""
+        """Whether the next token goes with the feature."""
         if self._rest:
             return False
         if not self.trying:
             gain = -(self.change or 0.0)
             return (self._place + 1) % max(CONTROL_EVERY, math.ceil(gain / SHARE)) != 0
-        # On, off, off, on: whatever changes steadily falls on both sides alike.
+        # On, off, off, on: a steady drift of the times affects both kinds of tokens equally.
         return not (self._place ^ self._place >> 1) & 1 and self._affordable()
 
     def _affordable(self) -> bool:
-        """Whether one more token with it keeps the budget, if it turns out as bad as is to be feared."""
-        feared = WORST
+        """Whether one more token with the feature keeps the budget, if it is 2 standard errors slower than
+        the fit says."""
+        slower = WORST
         if self._on_s:
-            feared = min(WORST, max(0.0, (self.change or 0.0) + 2 * self.error))
+            slower = min(WORST, max(0.0, (self.change or 0.0) + 2 * self.error))
         token_s = math.exp(sum(log_s for log_s, _, _ in self._tokens) / len(self._tokens))
-        return self.cost_s + feared * token_s <= budget_s(self._time_s)
+        return self.cost_s + slower * token_s <= budget_s(self._time_s)
 
     def _fit(self) -> bool:
-        """Measure the change of the last tokens; returns whether there are enough of both kinds."""
+        """Measure the change from the last tokens; returns False if there are too few of either kind."""
         n_on = sum(on for _, _, on in self._tokens)
         if len(self._tokens) < LEAST_FIT or n_on in (0, len(self._tokens)):
             return False
@@ -168,32 +184,33 @@ class Trial:
 
 
 def fit_change(tokens: Sequence[tuple[float, int, bool]]) -> tuple[float, float]:
-    """What a thing changes of the logarithm of a token's time, and the standard error of that.
+    """The factor `a` of the module's formula, fitted, and its standard error.
 
     Args:
-        tokens: logarithm of the time, experts to be read, and whether it was on; one after the other, at
-            least `LEAST_FIT` of them, and some of each kind.
+        tokens: (log of the seconds, experts to be read, whether the feature was on), in order; at least
+            `LEAST_FIT` of them, and some of each kind.
     """
     log_s, to_read, on = np.array(tokens).T
     numbers = np.arange(len(on)) / len(on)
     terms = np.stack([on, np.ones_like(on), to_read - to_read.mean(), numbers - numbers.mean()], axis=1)
     inverse = np.linalg.inv(terms.T @ terms + np.diag([0.0, *[TINY] * 3]))
     solve = inverse @ terms.T
-    factors, kept_s = solve @ log_s, log_s
-    # Few are with it, and one of them that was slow for another reason moves their mean too far.
-    changes = np.sort((log_s - terms @ factors)[on > 0])
-    factors[0] += changes[len(changes) // 2]
+    factors, clipped_s = solve @ log_s, log_s
+    # Few tokens have the feature, and one that was slow for another reason moves their mean too far: begin
+    # with their median.
+    residuals = np.sort((log_s - terms @ factors)[on > 0])
+    factors[0] += residuals[len(residuals) // 2]
     for _ in range(CLIPS):
-        usual = terms @ factors
-        rest = log_s - usual
-        limit = OUTLIERS * DEVIATION * float(np.sort(np.abs(rest))[len(on) // 2])
-        kept_s = usual + np.clip(rest, -limit, limit)
-        factors = solve @ kept_s
-    rest = kept_s - terms @ factors
-    variance = float(rest @ rest) / (len(on) - terms.shape[1])
+        fitted = terms @ factors
+        residuals = log_s - fitted
+        limit = OUTLIERS * DEVIATION * float(np.sort(np.abs(residuals))[len(on) // 2])
+        clipped_s = fitted + np.clip(residuals, -limit, limit)
+        factors = solve @ clipped_s
+    residuals = clipped_s - terms @ factors
+    variance = float(residuals @ residuals) / (len(on) - terms.shape[1])
     return float(factors[0]), math.sqrt(variance * inverse[0, 0])
 
 
 def budget_s(time_s: float) -> float:
-    """What trials may have cost after so long, in seconds."""
+    """Seconds that trials may have cost when tokens have taken `time_s` in all."""
     return max(SHARE * time_s, min(FIRST_SHARE * time_s, SHARE * FIRST_MINUTE_S))

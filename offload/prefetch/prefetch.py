@@ -1,9 +1,9 @@
-"""Experts that the next layers will probably pick are read before these layers are routed.
+"""Prefetching: experts that the next layers will probably pick are read before these layers are routed.
 
-While one token is decoded, a drive idles whenever attention, shared expert and hits are computed. Reads that
-a prediction asks for fill that time: behind all reads that are waited for, into free rows only, and given up
-as soon as they are known to be wrong. Rows that a layer needs come from speculation before they come from
-residents.
+While a token is decoded, the drive is idle as long as attention, shared expert and experts in RAM are
+computed. Prefetches fill that time. They are read when no other read is queued, go to free rows only, and are
+cancelled as soon as they are known to be wrong. A layer that needs rows takes those of prefetches before it
+evicts an expert.
 
 Shapes: H hidden_size, k num_experts_per_tok; a key is `moe_index * E + expert`.
 """
@@ -13,52 +13,37 @@ from __future__ import annotations
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 
 from moebox.offload.memory.ram_cache import RamCache
 from moebox.offload.prefetch.ab_trial import Trial
+from moebox.offload.prefetch.base import Predictor
 from moebox.offload.routing.statistics import RouterStatistics
 
 log = logging.getLogger("moebox")
 
 LAYERS_AHEAD = 2
-
-
-class Predictor(Protocol):
-    """Guesses what layers to come will pick."""
-
-    def predict(self, moe: int, hidden: Tensor) -> Iterator[tuple[int, list[int]]]:
-        """What the layers after MoE layer `moe` will probably pick; each is worked out when it is asked for.
-
-        Args:
-            moe: index of an MoE layer, from 0.
-            hidden: [1, H], what its router saw.
-
-        Returns:
-            (layers ahead, expert ids, the likeliest first) for each layer, the nearest first: at least k ids;
-            a read that was begun earlier goes on if it is for one of them.
-        """
-        ...
+"""Layers whose picks are predicted while one layer is computed."""
 
 
 @dataclass
 class PrefetchReport:
-    """What prefetching did.
+    """What prefetching, or uploading ahead, did.
 
     Attributes:
-        issued: reads begun on a guess.
-        used: of these, had ended when their expert was picked.
-        late: were still under way when it was picked, which then waits less.
-        wrong: were not picked.
+        issued: prefetches begun.
+        used: of these, those that were complete when their expert was picked.
+        late: those that were still under way when their expert was picked, which then waited less.
+        wrong: those whose expert was not picked.
         wasted_bytes: read for the wrong ones.
-        found, picked: by layers ahead (1, 2): picks that the k likeliest experts of a prediction named, and
-            all picks that there was a prediction for.
-        on: whether it is on now; between tokens of a trial also when the next one goes without.
-        change: of a token's time, relative, by prefetching; None: not known yet.
+        found, picked: by layers ahead (1, 2): picks that were among the k likeliest experts of a prediction,
+            and all picks of layers that there was a prediction for.
+        on: whether it is on now, or a trial is going on.
+        change: relative change of a token's time by it; negative: faster. None: not measured yet.
         why_off: why it is off; empty where it is on.
     """
 
@@ -79,21 +64,21 @@ class PrefetchReport:
 
     @property
     def recall(self) -> dict[int, float | None]:
-        """By layers ahead: share of picks that predictions had named; None: there were none."""
+        """By layers ahead: share of the picks that were predicted; None: there was no prediction."""
         return {
             ahead: self.found[ahead] / picked if picked else None for ahead, picked in self.picked.items()
         }
 
 
 class Prefetcher:
-    """Speculative reads while tokens are decoded; see the module.
+    """Implements `TokenPrefetcher`.
 
-    For each layer of a token, in order, `begin_layer` comes before its reads are demanded, `submitted` after
-    that, and `end_layer` when it is computed; `end_token` after the last. A token that was broken off may
-    leave the latter out.
+    For each layer of a token, in order, the decode loop calls `begin_layer` before it demands the layer's
+    experts, `prefetch_next` after that, and `end_layer` when the layer is computed; after the last layer it
+    calls `end_token`. A token that fails may end at any of these calls.
 
     Attributes:
-        trial: decides whether prefetching pays; may be exchanged between tokens.
+        trial: decides whether prefetching is on; may be replaced between tokens.
     """
 
     def __init__(
@@ -106,17 +91,17 @@ class Prefetcher:
     ) -> None:
         """
         Args:
-            cache: whose rows are read into.
-            predictor: what to read.
-            statistics: told how good the predictions are.
+            cache: prefetches are read into its free rows.
+            predictor: names the experts to read.
+            statistics: is told how good the predictions are.
             n_experts: E.
-            trial: decides whether prefetching pays.
+            trial: decides whether prefetching is on.
         """
         self._cache, self._predictor, self._statistics = cache, predictor, statistics
         self._n_experts = n_experts
         self.trial = trial or Trial()
-        self._said = False
-        self._done = PrefetchReport()
+        self._logged = False
+        self._report = PrefetchReport()
         self._begun_s: float | None = None
         self._to_read = 0
         self._active = False
@@ -124,105 +109,114 @@ class Prefetcher:
         self._reading: dict[int, None] = {}
 
     def begin_layer(self, moe: int, picks: Sequence[int]) -> None:
-        """MoE layer `moe` was routed to the experts `picks`: accounts for what was read for it."""
+        """Count which prefetches were right, now that MoE layer `moe` is routed to the experts `picks`, and
+        cancel the others where their rows are needed."""
         if moe == 0:
             self._begin_token()
         keys = [moe * self._n_experts + expert for expert in picks]
         self._to_read += sum(not self._cache.resident(key) for key in keys)
         if self._active:
-            self._compare(moe, picks)
+            self._count_recall(moe, picks)
             if self._reading:
-                self._sort_out(moe, keys)
+                self._use(moe, keys)
 
-    def submitted(self, moe: int, hidden: Tensor, picks: Sequence[int]) -> None:
-        """The reads of MoE layer `moe`, routed from `hidden` [1, H], are queued: reads for those to come."""
+    def prefetch_next(self, moe: int, hidden: Tensor, picks: Sequence[int]) -> None:
+        """Predict the layers after MoE layer `moe` from its router's input `hidden` [1, H], and begin reads.
+
+        The layer's own reads are queued before.
+        """
         if not self._active:
             return
         if self._reading:
-            self._drop(key for key in self._reading if key < (moe + 1) * self._n_experts)
+            self._cancel(key for key in self._reading if key < (moe + 1) * self._n_experts)
         for ahead, named in self._predictor.predict(moe, hidden):
-            if ahead > 1 and not self._cache.n_spare:
+            if ahead > 1 and not self._cache.n_free:
                 return
             self._predicted[moe + ahead].append((ahead, named[: len(picks)]))
-            self._speculate(moe + ahead, named, len(picks))
+            self._prefetch(moe + ahead, named, len(picks))
 
     def end_layer(self, moe: int) -> None:
-        """MoE layer `moe` is computed, and rows are free again: what there was no room for is read now."""
+        """MoE layer `moe` is computed, and rows are free: begin prefetches that found no free row before."""
         for _, named in self._predicted.get(moe + 1, [])[-1:]:
             self._read((moe + 1) * self._n_experts + expert for expert in named)
 
     def end_token(self) -> None:
-        """The token's last layer is computed."""
-        self._drop(self._reading)
+        """The token's last layer is computed: have the trial take in its time."""
+        self._cancel(self._reading)
         if self._begun_s is None:
             return
         seconds, self._begun_s = time.perf_counter() - self._begun_s, None
-        if self.trial.observe(seconds, self._to_read) and not self.trial.on and not self._said:
-            self._said = True
+        if self.trial.observe(seconds, self._to_read) and not self.trial.on and not self._logged:
+            self._logged = True
             log.warning("prefetch is off: %s", self.trial.why_off)
 
     def report(self) -> PrefetchReport:
-        """What was done so far; a copy."""
+        """What prefetching did so far; a copy."""
         on = self.trial.on or self.trial.trying
         return replace(
-            self._done,
-            found=dict(self._done.found),
-            picked=dict(self._done.picked),
+            self._report,
+            found=dict(self._report.found),
+            picked=dict(self._report.picked),
             on=on,
             change=self.trial.change,
             why_off="" if on else self.trial.why_off,
         )
 
     def _begin_token(self) -> None:
-        self._drop(self._reading)  # of a token that was broken off
+        self._cancel(self._reading)  # of a token that failed
         self._predicted.clear()
         self._active, self._to_read = self.trial.on, 0
         self._begun_s = time.perf_counter()
 
-    def _compare(self, moe: int, picks: Sequence[int]) -> None:
-        """How many of the picks each earlier prediction had named."""
+    def _count_recall(self, moe: int, picks: Sequence[int]) -> None:
         for ahead, named in self._predicted.pop(moe, []):
             found = len(set(named).intersection(picks))
-            self._done.found[ahead] += found
-            self._done.picked[ahead] += len(picks)
+            self._report.found[ahead] += found
+            self._report.picked[ahead] += len(picks)
             if self._statistics is not None:
                 self._statistics.note_recall(ahead, found, len(picks))
 
-    def _sort_out(self, moe: int, keys: list[int]) -> None:
-        """Count what was right; free the rows of what was wrong, unless that means to wait for the drive."""
+    def _use(self, moe: int, keys: list[int]) -> None:
+        """Count the layer's prefetches that were right, and cancel others until its misses have free rows.
+
+        A wrong prefetch whose read has ended is cancelled in any case; to cancel one that is under way waits
+        for the drive.
+        """
         for key in keys:
             if key in self._reading:
                 del self._reading[key]
                 ready = self._cache.ready(key)
-                self._done.used += ready
-                self._done.late += not ready
+                self._report.used += ready
+                self._report.late += not ready
         end = (moe + 1) * self._n_experts
-        self._drop(key for key in self._reading if key < end and self._cache.ready(key))
+        self._cancel(key for key in self._reading if key < end and self._cache.ready(key))
         missing = sum(self._cache.row(key) < 0 for key in keys)
         wrong = [key for key in self._reading if key < end]
         later = [key for key in self._reading if key >= end]
-        for key in wrong + later[::-1]:  # of the next layers the unlikeliest first
-            if self._cache.n_spare < missing:
-                self._drop([key])
+        for key in wrong + later[::-1]:  # of the next layers the least likely first
+            if self._cache.n_free < missing:
+                self._cancel([key])
 
-    def _speculate(self, moe: int, experts: list[int], count: int) -> None:
-        """Begin to read the first `count` of these experts, the likeliest first; give others up."""
+    def _prefetch(self, moe: int, experts: list[int], count: int) -> None:
+        """Begin to read the first `count` of these experts, the likeliest first.
+
+        Cancels prefetches of the layer whose experts are not among these.
+        """
         first = moe * self._n_experts
         keys = [first + expert for expert in experts]
         end = first + self._n_experts
         if self._reading:
-            self._drop(key for key in self._reading if first <= key < end and key not in keys)
+            self._cancel(key for key in self._reading if first <= key < end and key not in keys)
         self._read(keys[:count])
 
     def _read(self, keys: Iterable[int]) -> None:
         for key in keys:
-            if self._cache.speculate(key):
+            if self._cache.prefetch(key):
                 self._reading[key] = None
-                self._done.issued += 1
+                self._report.issued += 1
 
-    def _drop(self, keys: Iterable[int]) -> None:
-        """Give these reads up."""
+    def _cancel(self, keys: Iterable[int]) -> None:
         for key in list(keys):
             del self._reading[key]
-            self._done.wrong += 1
-            self._done.wasted_bytes += self._cache.drop(key)
+            self._report.wrong += 1
+            self._report.wasted_bytes += self._cache.cancel_prefetch(key)

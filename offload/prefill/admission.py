@@ -1,7 +1,7 @@
-"""Which of a prefill layer's uploads stay in the cache, and whose slots they take.
+"""Which of a prompt layer's uploads the GPU's cache admits, and which experts it evicts for them.
 
-An expert is uploaded straight into the slot it will keep; all others pass through the ring. It is admitted
-when it outscores the weakest resident, as in decoding (`roads.py`).
+An expert that is admitted is uploaded straight into the slot that it keeps; any other one goes through the
+ring. A missing expert is admitted if it outscores the weakest resident.
 """
 
 from __future__ import annotations
@@ -10,33 +10,31 @@ from collections import deque
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
-from moebox.offload.device.base import Device, Event
-from moebox.offload.memory.cold_rows import ColdTier
-from moebox.offload.memory.gpu_slab import GpuTier
-from moebox.offload.memory.ram_slab import RamTier
+from moebox.offload.device.base import Event
+from moebox.offload.memory.gpu_slab import GpuSlab
+from moebox.offload.memory.rows import RamRows
 
 
 @dataclass
 class Admissions:
-    """One layer's changes of the cache.
+    """One layer's changes of the GPU's cache, where all experts have a row in RAM.
 
-    With `exclusive` an expert has a row in RAM or a slot, not both: who moves in leaves its row to who moves
-    out. Both copies take a while, so a freed slot or row goes with an event; the host sees the new state at
-    once and must wait for `Device.downloads` before it reads such a row.
+    The host's tables change at once, while the copies are only queued. So a slot that a copy still uses is
+    given to a new expert together with an event.
+
+    Attributes:
+        chosen: keys that are admitted when they are uploaded.
+        victims: residents that may be evicted, the weakest last.
     """
 
-    device: Device
-    ram: RamTier
-    gpu: GpuTier
-    exclusive: bool
+    gpu: GpuSlab
     chosen: set[int] = field(default_factory=set)
     victims: list[int] = field(default_factory=list)
-    """Residents that may go, the weakest last."""
-    _vacated: dict[int, Event] = field(default_factory=dict)
-    _moved_in: list[int] = field(default_factory=list)
+    _admitted: list[int] = field(default_factory=list)
+    """Admitted since the last call of `uploaded`."""
 
     def plan(self, missing: Collection[int], in_use: Collection[int]) -> None:
-        """Choose among the keys that are not resident; those in use are not to be evicted."""
+        """Choose which of the `missing` keys are admitted, and victims for them, none of which is in use."""
         residency = self.gpu.residency
         scores = residency.scores()
         busy = set(in_use)
@@ -50,89 +48,132 @@ class Admissions:
         self.victims = weakest[::-1]
 
     def slot(self, key: int) -> int | None:
-        """Give `key` a slot, and queue its upload's wait for that slot; None if it is not to stay."""
+        """The slot that `key` is to be uploaded to; None if it is not admitted.
+
+        Uploads that are queued after this call wait until nothing uses the slot.
+        """
         residency = self.gpu.residency
         if key not in self.chosen:
             return None
-        if residency.n_free <= residency.reserve and not self.exclusive:
-            residency.release(self.victims.pop())
+        if residency.n_free <= residency.reserve:
+            self._evict()
         if not residency.n_free:
             return None
-        self._moved_in.append(key)
-        slot = residency.place(key)
-        if slot in self._vacated:
-            self.device.uploads.wait(self._vacated.pop(slot))
-        return slot
+        self._admitted.append(key)
+        return residency.place(key)
 
     def uploaded(self, event: Event) -> None:
-        """Let victims take the rows of who moved in; `event` lies behind the uploads of all slots so far."""
-        if self.exclusive:
-            self.device.downloads.wait(event)
-            for key in self._moved_in:
-                row = int(self.ram.rows[key])
-                self.ram.rows[key] = -1
-                self._move_out(row)
-        self._moved_in.clear()
-
-    def _move_out(self, row: int) -> None:
-        residency = self.gpu.residency
-        if residency.n_free >= residency.reserve or not self.victims:
-            return
-        victim = self.victims.pop()
-        slot = residency.slot(victim)
-        self.device.downloads.copy(self.ram.slab[row], self.gpu.slab[slot])
-        self._vacated[slot] = self.device.downloads.record()
-        self.ram.rows[victim] = row  # first, so that no interrupt leaves it nowhere
-        residency.release(victim)
+        """The uploads to all slots given so far are queued, and complete by `event`."""
+        self._admitted.clear()
 
     def finish(self) -> None:
-        """All copies are done."""
+        """All copies are complete."""
 
     def undo(self) -> None:
-        """Forget what may not have arrived; all that was queued is done."""
-        if not self.exclusive:
-            self.gpu.clear()
-            return
-        for key in self._moved_in:
-            if self.ram.rows[key] >= 0 and self.gpu.residency.slot(key) >= 0:
-                self.gpu.residency.release(key)
+        """After an error: forget experts whose upload may have failed. All that was queued has ended."""
+        self.gpu.clear()
+
+    def _evict(self) -> None:
+        self.gpu.residency.release(self.victims.pop())
 
 
 @dataclass
-class ColdAdmissions(Admissions):
-    """The same where RAM's rows are a cache: a victim takes a free row, who moved in leaves its own later."""
+class ExclusiveAdmissions(Admissions):
+    """The same where an expert has a row or a slot, not both: a victim takes the row of an admitted expert.
 
-    tier: ColdTier = field(kw_only=True)
-    _moved: deque[tuple[Event, int]] = field(default_factory=deque)
+    A victim's row must not be read on the host before all of `Device.downloads` is complete.
+    """
+
+    rows: RamRows = field(kw_only=True)
+    _vacated: dict[int, Event] = field(default_factory=dict)
+    """By slot: the victim that had it is downloaded by the event."""
+
+    def slot(self, key: int) -> int | None:
+        """The slot that `key` is to be uploaded to; None if it is not admitted."""
+        slot = super().slot(key)
+        if slot in self._vacated:
+            self.gpu.device.uploads.wait(self._vacated.pop(slot))
+        return slot
 
     def uploaded(self, event: Event) -> None:
-        """See `Admissions.uploaded`."""
-        while self._moved and self._moved[0][0].done():
-            self._leave_row()
-        for key in self._moved_in:
-            self._moved.append((event, key))
-            self._make_way()
-        self._moved_in.clear()
-
-    def _make_way(self) -> None:
-        residency = self.gpu.residency
-        if self.victims and residency.n_free < residency.reserve:
-            row = self.tier.residency.place(self.victims[-1])
-            if row >= 0:
-                self._move_out(row)
-
-    def finish(self) -> None:
-        """See `Admissions.finish`."""
-        while self._moved:
-            self._leave_row()
-
-    def _leave_row(self) -> None:
-        event, key = self._moved.popleft()
-        event.synchronize()
-        if self.ram.rows[key] >= 0 and self.gpu.residency.slot(key) >= 0:
-            self.tier.drop(key)
+        """Free the rows of the experts admitted since the last call, or give them to victims."""
+        self.gpu.device.downloads.wait(event)  # the victims overwrite rows that the uploads read
+        self._leave_rows(event)
 
     def undo(self) -> None:
-        """See `Admissions.undo`."""
+        """After an error: experts that still have a row lose their slot."""
+        for key in self._admitted:
+            if self.rows.ram.rows[key] >= 0 and self.gpu.residency.slot(key) >= 0:
+                self.gpu.residency.release(key)
+
+    def _evict(self) -> None:
+        """Nothing: the reserve is refilled when the upload is queued and a victim can be downloaded."""
+
+    def _leave_rows(self, event: Event) -> None:
+        for key in self._admitted:
+            self._leave_row(event, key)
+        self._admitted.clear()
+
+    def _leave_row(self, event: Event, key: int) -> None:
+        if not self._needs_victim():
+            self.rows.drop(key)
+            return
+        victim = self.victims.pop()
+        self._download(victim, self.rows.row(key))
+        self.rows.hand_over(key, victim)
+        self.gpu.residency.release(victim)
+
+    def _needs_victim(self) -> bool:
+        residency = self.gpu.residency
+        return residency.n_free < residency.reserve and bool(self.victims)
+
+    def _download(self, victim: int, row: int) -> None:
+        slot = self.gpu.residency.slot(victim)
+        self.gpu.device.downloads.copy(self.rows.ram.slab[row], self.gpu.slab[slot])
+        self._vacated[slot] = self.gpu.device.downloads.record()
+
+
+@dataclass
+class ColdAdmissions(ExclusiveAdmissions):
+    """The same where RAM's rows are a cache of the drive: a victim takes a free row.
+
+    The host begins to read into a row as soon as it is free, so an admitted expert keeps its row until the
+    host knows that its upload is complete.
+    """
+
+    _leaving: deque[tuple[Event, int]] = field(default_factory=deque)
+    """Admitted experts that still have a row, and the event by which they are uploaded."""
+
+    def uploaded(self, event: Event) -> None:
+        """Free the rows of experts whose upload is complete; download victims to free rows."""
+        while self._leaving and self._leaving[0][0].done():
+            self._drop_first()
+        self._leave_rows(event)
+
+    def finish(self) -> None:
+        """All copies are complete: free the rows of all admitted experts."""
+        while self._leaving:
+            self._drop_first()
+
+    def undo(self) -> None:
+        """After an error: experts that still have a row lose their slot, and those with both their row."""
         super().undo()
         self.finish()
+
+    def _leave_row(self, event: Event, key: int) -> None:
+        self._leaving.append((event, key))
+        if not self._needs_victim():
+            return
+        row = self.rows.place(self.victims[-1])
+        if row < 0:
+            return
+        victim = self.victims.pop()
+        self._download(victim, row)
+        self.rows.arrived(victim)
+        self.gpu.residency.release(victim)
+
+    def _drop_first(self) -> None:
+        event, key = self._leaving.popleft()
+        event.synchronize()
+        if self.rows.ram.rows[key] >= 0 and self.gpu.residency.slot(key) >= 0:
+            self.rows.drop(key)

@@ -1,6 +1,6 @@
-"""One prompt layer's experts that lie on disk only, read into free rows of RAM.
+"""A prompt layer's cold experts, which lie on the drive only: read into free rows of RAM.
 
-E n_routed_experts, k num_experts_per_tok; a key is `moe_index * E + expert`.
+E n_routed_experts; a key is `moe_index * E + expert`.
 """
 
 from __future__ import annotations
@@ -11,110 +11,113 @@ from collections.abc import Callable, Collection, Sequence
 import numpy as np
 
 from moebox.errors import CheckpointError
-from moebox.offload.memory.cold_rows import ColdTier
-from moebox.offload.memory.gpu_slab import UPLOAD_GROUP, GpuTier
+from moebox.offload.memory.cold_reader import ColdReader
+from moebox.offload.memory.gpu_slab import UPLOAD_GROUP, GpuSlab
 
 
 class LayerReads:
-    """One layer's cold experts of a prompt, on their way through free rows of RAM.
+    """Reads one layer's cold experts, batch by batch, as many at a time as there are free rows.
 
-    In the end those of the layer that score highest have the rows that its experts had before. Other layers'
-    are no rivals: their scores lack what this prompt is yet to add.
+    The layer has as many rows in the end as in the beginning, and free ones beyond the reserve. Those of its
+    experts that score highest have them. They do not compete with experts of other layers, to whose scores
+    the prompt has not been added yet.
 
     Args:
-        tier: for their rows.
-        gpu: who has a slot there gives its row up elsewhere.
+        cold: reads, and has the rows.
+        gpu: an expert that has a slot there gives up its row elsewhere (`Admissions`).
         layer: the layer's keys.
-        cold: keys to be read, in the order in which they are needed.
+        keys: to be read, in the order in which they are needed.
         busy: keys that keep their rows until the first batch.
     """
 
     def __init__(
-        self, tier: ColdTier, gpu: GpuTier, layer: range, cold: Sequence[int], busy: Collection[int]
+        self, cold: ColdReader, gpu: GpuSlab, layer: range, keys: Sequence[int], busy: Collection[int]
     ) -> None:
-        self._tier, self._gpu = tier, gpu
-        self._memory = tier.ram.slab.numpy()[:, : tier.ram.layout.nbytes]
-        self._left, self._reading, self._batch = deque(cold), deque[tuple[int, int]](), list[int]()
-        self._window = max(1, min(2 * UPLOAD_GROUP, tier.residency.reserve))
-        tier.make_room(busy)
-        self._rank(layer, cold)
-        self._go_on()
+        self._rows, self._store, self._gpu = cold.rows, cold.store, gpu
+        self._memory = self._rows.ram.slab.numpy()[:, : self._rows.ram.layout.nbytes]
+        self._left, self._reading, self._batch = deque(keys), deque[tuple[int, int]](), list[int]()
+        self._reserve = self._rows.residency.reserve
+        self._window = max(1, min(2 * UPLOAD_GROUP, self._reserve))
+        self._rows.make_room(self._reserve, list(busy))
+        self._rank(layer, keys)
+        self._read_ahead()
 
-    def _rank(self, layer: range, cold: Sequence[int]) -> None:
-        residency = self._tier.residency
-        rivals = layer.start + np.flatnonzero(self._tier.ram.rows[layer.start : layer.stop] >= 0)
-        keys = np.concatenate([rivals, np.array(cold)])
-        order = keys[np.lexsort((keys, -residency.scores()[keys]))].tolist()
-        rows = len(rivals) + max(0, residency.n_free - residency.reserve)
-        self._staying = set(order[:rows])
-        self._leaving = [key for key in order[rows:] if self._tier.ram.rows[key] >= 0]
+    def _rank(self, layer: range, keys: Sequence[int]) -> None:
+        """Choose which of the keys stay in RAM, and which of the layer's experts in RAM leave for them."""
+        scores, table = self._rows.residency.scores(), self._rows.ram.rows
+        in_ram = layer.start + np.flatnonzero(table[layer.start : layer.stop] >= 0)
+        candidates = np.concatenate([in_ram, np.array(keys)])
+        order = candidates[np.lexsort((candidates, -scores[candidates]))].tolist()
+        n_rows = len(in_ram) + max(0, self._rows.n_free - self._reserve)
+        self._staying = set(order[:n_rows])
+        self._leaving = [key for key in order[n_rows:] if table[key] >= 0]
 
-    def _go_on(self) -> None:
-        """Read as many as there are rows for."""
+    def _read_ahead(self) -> None:
+        """Begin reads until `_window` are under way, or no row is free."""
         while self._left and len(self._reading) < self._window:
-            row = self._tier.residency.place(self._left[0])
+            row = self._rows.place(self._left[0])
             if row < 0:
                 return
             key = self._left.popleft()
-            self._reading.append((key, self._tier.store.submit(key, self._memory[row])))
+            self._reading.append((key, self._store.submit(key, self._memory[row])))
 
-    def next_batch(self, let_go: Callable[[], None]) -> list[int]:
-        """Wait for the next expert, and take those behind it that are there, too: a group at most.
+    def next_batch(self, release_rows: Callable[[], None]) -> list[int]:
+        """Wait for the next expert; take it, and those behind it that are there too, at most a group.
 
         Args:
-            let_go: waits until nobody uses any row; called where there was none to read into.
+            release_rows: waits until nothing uses RAM's rows; called if there was no row to read into.
 
         Returns:
-            Their keys; none: that was all.
+            The keys of the batch; empty if all were read.
 
         Raises:
             CheckpointError: an expert could not be read.
         """
         if self._left and not self._reading:
-            let_go()
-            self._tier.make_room(())
-            self._go_on()
-        while (
-            self._reading and len(self._batch) < UPLOAD_GROUP and (not self._batch or self._first_is_ready())
-        ):
+            release_rows()
+            self._rows.make_room(self._reserve)
+            self._read_ahead()
+        if self._reading:
+            self._batch.append(self._arrival())
+        while len(self._batch) < UPLOAD_GROUP and self._next_is_ready():
             self._batch.append(self._arrival())
         return self._batch
 
-    def _first_is_ready(self) -> bool:
-        return self._tier.store.ready(self._reading[0][1])
+    def _next_is_ready(self) -> bool:
+        return bool(self._reading) and self._store.ready(self._reading[0][1])
 
     def _arrival(self) -> int:
         key, ticket = self._reading[0]
         try:
-            self._tier.store.wait(ticket)
+            self._store.wait(ticket)
         except CheckpointError:
             self._reading.popleft()
-            self._tier.drop(key)
+            self._rows.drop(key)
             raise
         self._reading.popleft()
-        self._tier.ram.rows[key] = self._tier.residency.slot(key)
+        self._rows.arrived(key)
         return key
 
-    def settle(self) -> None:
-        """The batch is computed, and nobody uses its rows: who is to stay stays, and reading goes on."""
+    def end_batch(self) -> None:
+        """The batch is computed, and nothing uses its rows: drop the experts that do not stay; read on."""
         for key in self._batch:
             if self._gpu.residency.slot(key) >= 0:
                 continue
             if key not in self._staying:
-                self._tier.drop(key)
+                self._rows.drop(key)
             elif self._leaving:
-                self._make_way()
+                self._drop_leaving()
         self._batch = []
-        self._go_on()
+        self._read_ahead()
 
-    def _make_way(self) -> None:
+    def _drop_leaving(self) -> None:
         key = self._leaving.pop()
-        if self._tier.ram.rows[key] >= 0 and self._gpu.residency.slot(key) < 0:
-            self._tier.drop(key)
+        if self._rows.ram.rows[key] >= 0 and self._gpu.residency.slot(key) < 0:
+            self._rows.drop(key)
 
     def cancel(self) -> None:
-        """Read no more; what has arrived may stay."""
+        """Cancel all reads; experts that have arrived stay."""
         while self._reading:
             key, ticket = self._reading.popleft()
-            self._tier.store.cancel(ticket)
-            self._tier.drop(key)
+            self._store.cancel(ticket)
+            self._rows.drop(key)

@@ -1,7 +1,7 @@
-"""What a layer's experts cost on each road, learned while it runs, and the best split between the two.
+"""What an expert costs on each of the two roads, learned from live figures, and the best split between them.
 
-An upload costs its bytes. The CPU reads the same bytes where they lie, and with many tokens it is bound by
-arithmetic instead: `max(bytes / B_cpu, tokens * flops / F_cpu)` an expert.
+PCIe road: an upload takes `bytes / pcie_gbps` seconds. CPU road: the CPU reads the same bytes from RAM, and
+with many tokens it is limited by arithmetic instead: `max(bytes / cpu_gbps, tokens * flops / cpu_gflops)`.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ Counts = npt.NDArray[np.int64]
 Seconds = npt.NDArray[np.float64]
 
 LEARNING_RATE = 0.5
+"""A figure is divided by `(measured seconds / expected seconds) ** LEARNING_RATE`."""
 LARGEST_STEP = 4.0
+"""Largest ratio of measured and expected seconds that is learned from; others are clipped to it."""
 CPU_GBPS_PER_THREAD = 4.0
 CPU_GFLOPS_PER_THREAD = 200.0
-"""What the CPU of a machine that was never measured is taken for before it has computed anything."""
+"""First figures of a CPU that was never measured."""
 
 
 @dataclass
@@ -31,9 +33,9 @@ class RoadCosts:
     Attributes:
         expert_bytes: of one expert.
         token_flops: operations of one expert for one token, 6 * H * I.
-        pcie_gbps: of uploads, while the CPU reads too.
-        cpu_gbps: at which the CPU reads experts with few tokens, beside uploads.
-        cpu_gflops: at which it computes those with many.
+        pcie_gbps: of uploads, while the CPU computes.
+        cpu_gbps: at which the CPU reads experts with few tokens, during uploads.
+        cpu_gflops: at which the CPU computes experts with many tokens.
     """
 
     expert_bytes: int
@@ -48,7 +50,7 @@ class RoadCosts:
         return self.expert_bytes / self.pcie_gbps / 1e9
 
     def cpu_s(self, counts: Counts) -> Seconds:
-        """Seconds the CPU takes for each of some experts, from their numbers of tokens."""
+        """Seconds that the CPU takes for each expert: fp64 [n], from its number of tokens, `counts` [n]."""
         seconds: Seconds = np.maximum(self._read_s, counts * self._token_s)
         return seconds
 
@@ -60,13 +62,17 @@ class RoadCosts:
     def _token_s(self) -> float:
         return self.token_flops / self.cpu_gflops / 1e9
 
-    def learn_uploads(self, n_experts: int, seconds: float) -> None:
-        """Take in what some uploads took."""
-        if n_experts and seconds > 0:
-            self.pcie_gbps /= _step(seconds / (n_experts * self.upload_s), 1.0)
+    def learn_upload(self, seconds: float) -> None:
+        """Learn from the seconds that the upload of one expert took."""
+        if seconds > 0:
+            self.pcie_gbps /= _step(seconds / self.upload_s, 1.0)
 
     def learn_cpu(self, counts: Counts, seconds: float) -> None:
-        """Take in what the CPU took for some experts: the figure that decided most learns most."""
+        """Learn from the seconds that the CPU took for some experts.
+
+        `cpu_gbps` learns with the share of the expected time in which reading is the limit, `cpu_gflops` with
+        the rest.
+        """
         expected = self.cpu_s(counts)
         reading = float(expected[counts * self._token_s <= self._read_s].sum() / expected.sum())
         ratio = seconds / float(expected.sum())
@@ -80,12 +86,12 @@ def _step(ratio: float, share: float) -> float:
 
 
 def first_costs(expert_bytes: int, token_flops: float, threads: int, gpu: str) -> RoadCosts:
-    """What the roads are taken for before anything went that way: the machine's profile, or a guess.
+    """The costs before anything is learned: those of the machine's profile, or else a guess.
 
     Args:
-        expert_bytes, token_flops: see `RoadCosts`.
-        threads: that compute; the profile has the figures of all that are allowed.
-        gpu: its identity in the profile.
+        expert_bytes, token_flops: as in `RoadCosts`.
+        threads: that compute. The profile's figures are those of all threads that are allowed.
+        gpu: the GPU's identity in the profile.
     """
     known = MachineProfile.load().ceilings(gpu=gpu)
     if known is None:
@@ -101,16 +107,17 @@ def first_costs(expert_bytes: int, token_flops: float, threads: int, gpu: str) -
 
 
 def cpu_share(costs: RoadCosts, counts: Counts, ahead_s: float, tail_s: float, batch_s: float) -> int:
-    """How many of some experts the CPU should take next.
+    """How many of a layer's missing experts the CPU should take next.
 
     Args:
-        counts: tokens of the experts that nobody has taken, descending; the CPU takes from the end.
-        ahead_s: what the uploads that are queued already will take.
-        tail_s: what the CPU's sum takes on its way to the device.
-        batch_s: about what it may take at once; up to twice that where it is the last batch.
+        counts: tokens of the experts that no road has taken, descending; the CPU takes from the end.
+        ahead_s: seconds of the uploads that are queued.
+        tail_s: seconds that the CPU's sum takes on its way to the device.
+        batch_s: about the seconds of a batch; the last batch may take up to twice as long.
 
     Returns:
-        As many as the CPU finishes before the uploads of all others would be; 0: upload them all.
+        The largest n for which the CPU has computed n experts, and sent their sum, before all others are
+        uploaded; at most a batch. 0: upload all.
     """
     cpu_s = np.cumsum(costs.cpu_s(counts[::-1]))
     upload_s = ahead_s + costs.upload_s * np.arange(len(counts) - 1, -1, -1)
@@ -121,9 +128,10 @@ def cpu_share(costs: RoadCosts, counts: Counts, ahead_s: float, tail_s: float, b
 
 
 def two_roads_s(costs: RoadCosts, counts: Counts) -> float:
-    """The floor of a layer's misses: seconds of the best split, with nothing but the roads to wait for.
+    """The floor of a layer's missing experts: the seconds of the best split, if nothing else takes time.
 
-    Uploads take the experts with most tokens, the CPU those with fewest.
+    With `counts` sorted descending, the floor is the least over q of
+    `max(q * upload_s, sum(cpu_s(counts[q:])))`.
     """
     ordered = np.sort(counts)[::-1]
     cpu_s = np.concatenate([np.cumsum(costs.cpu_s(ordered)[::-1])[::-1], [0.0]])

@@ -1,4 +1,4 @@
-"""A layer's pairs of token and expert, in the order in which prefill computes them."""
+"""A layer's pairs of token and expert, sorted in the order in which a prompt's experts are computed."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from moebox.offload.residency import HALF_LIFE_TOKENS
 
 @dataclass
 class Pairs:
-    """A layer's pairs of token and expert, sorted: by turns, then by falling number of tokens.
+    """m pairs of token and expert, sorted by the expert's turn, then by falling number of tokens.
 
     Attributes:
-        experts: ids of the n experts.
-        starts: int64 [n_turns + 1], where in `experts` each turn begins.
-        counts, offsets: int64 [n] and [n + 1], pairs of each expert.
-        tokens: int32 [m].
-        order: [m], where each pair stood in the flat ids.
+        experts: ids of the n experts that have tokens.
+        starts: int64 [n_turns + 1], the index in `experts` at which each turn begins.
+        counts: int64 [n], how many pairs each expert has.
+        offsets: int64 [n + 1], the index of each expert's first pair.
+        tokens: int32 [m], each pair's token.
+        order: [m], each pair's index in the flat ids.
     """
 
     experts: list[int]
@@ -32,7 +33,12 @@ class Pairs:
 
 
 def sort_pairs(ids: npt.NDArray[np.int64], turns: npt.NDArray[np.int32], n_turns: int) -> Pairs:
-    """Sort a layer's expert ids [T, k]; `turns` [E], each below `n_turns`, says which experts come first."""
+    """Sort a layer's pairs.
+
+    Args:
+        ids: int64 [T, k], each token's experts.
+        turns: int32 [E], each expert's turn, below `n_turns`; experts of lower turns come first.
+    """
     flat = ids.reshape(-1)
     all_counts = np.bincount(flat, minlength=len(turns))
     experts = np.nonzero(all_counts)[0]
@@ -48,7 +54,14 @@ def sort_pairs(ids: npt.NDArray[np.int64], turns: npt.NDArray[np.int32], n_turns
 
 
 def recent_use(ids: npt.NDArray[np.int64], n_experts: int) -> npt.NDArray[np.float32]:
-    """Each expert's use as of the last token, older ones decayed as in decoding: fp32 [E]."""
+    """What a prompt's tokens add to the scores of a layer's experts, as if they had been decoded.
+
+    Args:
+        ids: int64 [T, k].
+
+    Returns:
+        fp32 [E], the sum over an expert's tokens t of `2 ** (-(T - 1 - t) / HALF_LIFE_TOKENS)`.
+    """
     n_tokens, top_k = ids.shape
     ages = np.arange(n_tokens - 1, -1, -1)
     weights = np.repeat(np.exp2(-ages / HALF_LIFE_TOKENS), top_k)

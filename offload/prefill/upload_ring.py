@@ -1,10 +1,12 @@
-"""The ring, and uploads that begin before anyone knows whether they will be used.
+"""The ring of slots that a prompt's uploads pass through, and uploads ahead of the next layer.
 
-When a layer has queued its last upload, PCIe would stand idle until the next layer is routed and planned. In
-a large chunk nearly every expert gets tokens, so the ring fills meanwhile with experts of the next layer,
-those used most of late first. The next layer finds them uploaded; what got no tokens after all is dropped.
+When a layer has queued its last upload, nothing would cross PCIe until the next layer is routed and sorted.
+In a large prompt nearly every expert gets tokens, so meanwhile the ring is filled with experts of the next
+layer, those with the highest scores first. The next layer computes those that got tokens; the others were
+uploaded for nothing.
 
-RAM must keep still for that, so in exclusive mode, where experts change places, there are no early uploads.
+RAM's rows must keep their experts until such an upload is complete. In exclusive mode they do not, so there
+nothing is uploaded ahead.
 """
 
 from __future__ import annotations
@@ -13,31 +15,29 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moebox.offload.device.base import CopyStream, Device, Event
-from moebox.offload.memory.gpu_slab import STAGING_SLOTS, UPLOAD_GROUP, GpuTier
-from moebox.offload.memory.ram_slab import RamTier
+from moebox.offload.device.base import CopyStream, Event
+from moebox.offload.memory.gpu_slab import STAGING_SLOTS, UPLOAD_GROUP, GpuSlab
+from moebox.offload.memory.ram_slab import RamSlab
 
-RING = STAGING_SLOTS // UPLOAD_GROUP
-"""Groups that fit the ring."""
+RING_GROUPS = STAGING_SLOTS // UPLOAD_GROUP
 CERTAIN = 4
-"""Tokens an expert must get on average for its use to count as certain."""
+"""Experts are uploaded ahead where a layer's experts get at least so many tokens in the mean."""
 
 
 class Ring:
-    """The slots that experts pass through in groups: whose turn it is, and what still reads them."""
+    """Slots that groups of experts pass through in turn; each group waits until its slots are not read."""
 
-    def __init__(self, gpu: GpuTier, groups: int = RING) -> None:
+    def __init__(self, gpu: GpuSlab) -> None:
         self._gpu = gpu
-        self._readers: list[Event | None] = [None] * groups
+        self._readers: list[Event | None] = [None] * RING_GROUPS
         self._turn = 0
 
-    @property
-    def n_slots(self) -> int:
-        """Of all groups."""
-        return len(self._readers) * UPLOAD_GROUP
-
     def enter(self, uploads: CopyStream) -> int:
-        """Take the next turn: what `uploads` is given from here on waits until its slots are not read."""
+        """Begin the next group. Copies that `uploads` is given from here on wait for the slots' last reader.
+
+        Returns:
+            The group's turn.
+        """
         turn, self._turn = self._turn, (self._turn + 1) % len(self._readers)
         reader, self._readers[turn] = self._readers[turn], None
         if reader is not None:
@@ -45,17 +45,23 @@ class Ring:
         return turn
 
     def slot(self, turn: int, place: int) -> int:
-        """Slot number of a place in a group."""
+        """The slot of a group's expert, by its place in the group."""
         return self._gpu.staging(turn * UPLOAD_GROUP + place)
 
     def read_until(self, turn: int, event: Event) -> None:
-        """The group's slots are read until `event`."""
+        """The GPU reads the group's slots until `event`."""
         self._readers[turn] = event
 
 
 @dataclass(frozen=True)
-class EarlyGroup:
-    """Uploads of one turn of the ring, under way from `begin` to `end`; `slots` by key."""
+class UploadedGroup:
+    """Uploads of one turn of the ring.
+
+    Attributes:
+        slots: by key.
+        turn: of the ring.
+        begin, end: events before the first and behind the last upload.
+    """
 
     slots: dict[int, int]
     turn: int
@@ -63,48 +69,52 @@ class EarlyGroup:
     end: Event
 
 
-class EarlyUploads:
-    """At most one layer's early uploads, from `start` until `take` or `settle`.
+class NextLayerUploads:
+    """Uploads ahead of one layer, from `start` until `take` or `discard`.
 
     Attributes:
-        uploaded: experts so far, used or not.
+        n_uploaded: experts so far, wasted ones included.
     """
 
-    def __init__(self, device: Device, ram: RamTier, gpu: GpuTier, ring: Ring) -> None:
-        self._device, self._ram, self._gpu, self._ring = device, ram, gpu, ring
-        self.uploaded = 0
-        self._groups: list[EarlyGroup] = []
+    def __init__(self, ram: RamSlab, gpu: GpuSlab, ring: Ring) -> None:
+        self._ram, self._gpu, self._ring = ram, gpu, ring
+        self.n_uploaded = 0
+        self._groups: list[UploadedGroup] = []
 
     def start(self, keys: range) -> None:
-        """Queue the most used of a layer's `keys` that are not in the cache, as many as the ring takes."""
+        """Queue uploads of those of a layer's `keys` that score highest and are not in the cache, as many as
+        the ring holds."""
         chosen = self._choose(keys)
         for first in range(0, len(chosen), UPLOAD_GROUP):
             self._groups.append(self._upload(chosen[first : first + UPLOAD_GROUP]))
 
-    def take(self) -> list[EarlyGroup]:
-        """Hand over what was started, for whichever layer it was."""
+    def take(self) -> list[UploadedGroup]:
+        """Hand over the groups that were started, whichever layer they are of."""
         groups, self._groups = self._groups, []
         return groups
 
-    def settle(self) -> None:
-        """Wait for what was started, and forget it."""
+    def discard(self) -> None:
+        """Wait for the groups that were started, and forget them."""
         if groups := self.take():
             groups[-1].end.synchronize()
 
     def _choose(self, keys: range) -> list[int]:
-        own = slice(keys.start, keys.stop)
         residency = self._gpu.residency
-        missing = keys.start + np.nonzero(residency.table()[own] < 0)[0]
+        missing = keys.start + np.nonzero(residency.table()[keys.start : keys.stop] < 0)[0]
         order = np.argsort(-residency.scores()[missing], kind="stable")
-        chosen: list[int] = missing[order[: self._ring.n_slots]].tolist()
+        chosen: list[int] = missing[order[:STAGING_SLOTS]].tolist()
         return chosen
 
-    def _upload(self, keys: list[int]) -> EarlyGroup:
-        uploads, turn = self._device.uploads, self._ring.enter(self._device.uploads)
-        begin = uploads.record()
+    def _upload(self, keys: list[int]) -> UploadedGroup:
+        uploads = self._gpu.device.uploads
+        turn, begin = self._ring.enter(uploads), uploads.record()
         slots = {key: self._ring.slot(turn, place) for place, key in enumerate(keys)}
-        self.uploaded += len(slots)
+        self.n_uploaded += len(slots)
+        rows = self._ram.rows[keys].tolist()
         uploads.copy_all(
-            [(self._gpu.slab[slot], self._ram.slab[int(self._ram.rows[key])]) for key, slot in slots.items()]
+            [
+                (self._gpu.slab[slot], self._ram.slab[row])
+                for slot, row in zip(slots.values(), rows, strict=True)
+            ]
         )
-        return EarlyGroup(slots, turn, begin, uploads.record())
+        return UploadedGroup(slots, turn, begin, uploads.record())

@@ -2,7 +2,7 @@
 
 A layer's picks are looked up together. Misses are loaded beside what the cache holds; when the next layer's
 picks are looked up, the weakest go until the rest fit, so that a miss weaker than all residents is computed
-and forgotten. So it is in the GPU's tier (`DecodeRoads`), and all policies are replayed like that.
+and forgotten. So it is in the GPU's tier (`HostStep`), and all policies are replayed like that.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""The GPU's side of one decoded token: every layer's operations in a row, without a wait for the host's code.
+"""The GPU's side of one decoded token: the operations of all layers, in order.
 
-Captured once into a CUDA graph, or run as it stands by the stand-in. Where a layer needs the host (which
-experts lie where, sums of the CPU), it posts to the mailbox of `offload/decode/` and waits for a flag.
+They are captured once into a CUDA graph; the stand-in device calls them each time. What a layer needs from
+the host (the slots of its experts, the CPU's sum) it finds in the mailbox of `offload/decode/`, behind a flag
+that it waits for.
 
 Shapes: H hidden_size, A heads, R kv_lora_rank, P qk_rope_head_dim, C cache capacity, k experts a token, L
 MoE layers.
@@ -37,7 +38,7 @@ class DecodeProgram:
         layers: the cache, bf16 [C, R + P] a layer.
         inputs: int64 [2], pinned: token and position.
         logits: fp32 [vocab_size], pinned.
-        guesses: each MoE layer's router is asked what it will pick one layer before its turn, too.
+        predicts: at each MoE layer, predict the experts of the next one, too.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class DecodeProgram:
         layers: list[Tensor],
         inputs: Tensor,
         logits: Tensor,
-        guesses: bool = False,
+        predicts: bool = False,
     ) -> None:
         config = model.config
         self._model = model
@@ -65,10 +66,10 @@ class DecodeProgram:
         self._logits = logits
         self._device_inputs = torch.empty_like(inputs, device=slab.device)
         self._expert_shape = (config.hidden_size, config.moe_intermediate_size)
-        self._from_hits = torch.empty(config.hidden_size, dtype=torch.float32, device=slab.device)
-        self._from_uploads = torch.empty_like(self._from_hits)
+        self._from_residents = torch.empty(config.hidden_size, dtype=torch.float32, device=slab.device)
+        self._from_uploads = torch.empty_like(self._from_residents)
         gates = [layer.mlp.gate for layer in model.model.layers if isinstance(layer.mlp, MoE)]
-        self._next_gates = [*gates[1:], None] if guesses else [None] * len(gates)
+        self._next_gates = [*gates[1:], None] if predicts else [None] * len(gates)
 
     @torch.inference_mode()
     def __call__(self) -> None:
@@ -119,7 +120,7 @@ class DecodeProgram:
     def _moe(self, module: MoE, y: Tensor) -> list[Tensor]:
         """The mixture's terms: shared expert, experts on the GPU, uploaded ones, and the CPU's sum.
 
-        Of an expert that the GPU divides with the CPU its part comes with the resident ones.
+        The resident experts' sum includes the GPU's share of the split expert.
         """
         ops, box, gate = self._ops, self._box, module.gate
         row = module.layer - gate.config.first_k_dense_replace
@@ -135,24 +136,26 @@ class DecodeProgram:
         )
         shared = [self._mlp(module.shared_experts, y)] if module.shared_experts is not None else []
         ops.wait(box.listed[row])
-        self._experts(box.hits[row], box.hit_weights[row], y, self._from_hits)
-        part = box.part[row], box.part_weight[row]
-        ops.split_expert(self._ram, self._expert_shape, *part, y, self._from_hits)
-        self._guess(row + 1, self._next_gates[row], y)
+        self._experts(box.resident_slots[row], box.resident_weights[row], y, self._from_residents)
+        split = box.split_expert[row], box.split_weight[row]
+        ops.split_expert(self._ram, self._expert_shape, *split, y, self._from_residents)
+        self._predict(row + 1, self._next_gates[row], y)
         ops.wait(box.uploaded[row])
-        self._experts(box.uploads[row], box.upload_weights[row], y, self._from_uploads)
+        self._experts(box.upload_slots[row], box.upload_weights[row], y, self._from_uploads)
         ops.wait(box.summed[row])
-        return [*shared, self._from_hits, self._from_uploads, box.sums[row]]
+        return [*shared, self._from_residents, self._from_uploads, box.cpu_sums[row]]
 
-    def _guess(self, row: int, gate: Router | None, y: Tensor) -> None:
-        """Have the next MoE layer's router choose from this one's input, which is nearly its own.
+    def _predict(self, row: int, gate: Router | None, y: Tensor) -> None:
+        """Predict the next MoE layer's experts: its router chooses from this layer's input, close to its own.
 
-        By then the GPU has read its part from RAM; while it waits for uploads or the CPU this costs nothing.
+        The GPU has read its share of the split expert from RAM by then, and would only wait for uploads or
+        the CPU: a prediction costs no time.
         """
         if gate is not None:
             ops, box = self._ops, self._box
             logits = ops.gemv(y, gate.weight, torch.float32)
-            ops.predict(logits, gate.e_score_correction_bias, gate.config, box.guesses[row], box.guessed[row])
+            bias, ids, flag = gate.e_score_correction_bias, box.predicted_ids[row], box.predicted[row]
+            ops.predict(logits, bias, gate.config, ids, flag)
 
     def _experts(self, listed: Tensor, weights: Tensor, y: Tensor, out: Tensor) -> None:
         self._ops.experts_one(self._slab, self._expert_shape, listed, weights, y, out)

@@ -15,7 +15,7 @@ import torch
 from moebox.config import ModelConfig
 from moebox.errors import PlanError
 from moebox.kernels.gpu.base import ROUND_PAIRS
-from moebox.offload.memory.cold_rows import least_rows, spare_rows
+from moebox.offload.memory.cold_reader import least_rows, spare_rows
 from moebox.offload.memory.gpu_slab import STAGING_SLOTS
 from moebox.offload.memory.ram_slab import row_stride
 from moebox.runtime.engine.cpu_plan import SMALLEST_CONTEXT, check_context, learned_bytes, usable_ram

@@ -17,9 +17,9 @@ from moebox.offload.checkpoint.safetensors import Checkpoint
 from moebox.offload.device.base import Device, Launch
 from moebox.offload.device.registry import open_device
 from moebox.offload.disk.store import ExpertStore
-from moebox.offload.gpu_experts import TieredExperts
+from moebox.offload.gpu_experts import GpuExperts
 from moebox.offload.machine.hardware import available_ram_bytes
-from moebox.offload.memory.ram_slab import RamTier
+from moebox.offload.memory.ram_slab import RamSlab
 from moebox.offload.traffic import Traffic
 from moebox.runtime.engine.base import LoadOptions
 from moebox.runtime.engine.decode_program import DecodeProgram
@@ -58,7 +58,7 @@ class GpuRunner:
         self,
         model: KimiK2,
         device: Device,
-        experts: TieredExperts,
+        experts: GpuExperts,
         memory: CacheMemory,
         chunk_tokens: int,
         resources: ExitStack | None = None,
@@ -146,11 +146,11 @@ class GpuRunner:
     def decode(self, token: int, cache: DeviceCache) -> Tensor:
         """Run one token through the program, and commit it to the cache: fp32 [vocab_size] on the CPU."""
         self._inputs[0], self._inputs[1] = token, len(cache)  # compiling runs it too
-        launch = self._launches(cache.memory)[self.experts.guessing]
+        launch = self._launches(cache.memory)[self.experts.predicting]
         self.experts.begin_token()
         try:
             launch.start()
-            self.experts.run_token()
+            self.experts.serve_token()
         except BaseException:
             self._release()
             launch.finish()
@@ -177,13 +177,13 @@ class GpuRunner:
         uploads.record().synchronize()
 
     def _launches(self, memory: CacheMemory) -> dict[bool, Launch]:
-        """The programs for this memory, by whether they guess; compiled at its first token."""
+        """The programs for this memory, by whether they predict; compiled at its first token."""
         wanted = {False} if self.experts.ahead is None else {False, True}
-        for guesses in sorted(wanted - memory.launches.keys()):
-            memory.launches[guesses] = self._compile(memory, guesses)
+        for predicts in sorted(wanted - memory.launches.keys()):
+            memory.launches[predicts] = self._compile(memory, predicts)
         return memory.launches
 
-    def _compile(self, memory: CacheMemory, guesses: bool) -> Launch:
+    def _compile(self, memory: CacheMemory, predicts: bool) -> Launch:
         box = self.experts.mailbox
         program = DecodeProgram(
             self.model,
@@ -195,7 +195,7 @@ class GpuRunner:
             memory.layers,
             self._inputs,
             self._logits,
-            guesses,
+            predicts,
         )
         box.raise_flags()
         return self._device.compile(program)
@@ -255,8 +255,8 @@ def _load_planned(checkpoint: Checkpoint, device: Device, plan: GpuPlan, options
         # The experts' slab comes last: it is what shrinks where memory turns out to be short.
         memory = CacheMemory(model, device, plan.context)
         pool = cpu.ThreadPool(options.threads or max(1, cpu.allowed_cpus() - CORES_FOR_UPLOADS))
-        ram = RamTier(config, plan.ram_rows, device, options.progress)
-        experts = TieredExperts.build(config, device, pool, ram, plan.slots, plan.exclusive, store)
+        ram = RamSlab(config, plan.ram_rows, device, options.progress)
+        experts = GpuExperts.build(device, pool, ram, plan.slots, plan.exclusive, store)
         experts.load(store, recording.statistics, options.progress)
         if options.prefetch:
             experts.upload_ahead()

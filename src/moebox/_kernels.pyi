@@ -22,8 +22,8 @@ class ThreadPool:
     """Threads that share the work of a kernel.
 
     With `pin`, each worker stays on a CPU of its own; the calling thread's affinity does not change. Workers
-    spin for 50 microseconds after a call, then sleep. Several Python threads may use one pool; their calls wait
-    for each other. A child made by fork() cannot use it.
+    spin for 50 microseconds after a call, then sleep. Several Python threads may use one pool; their calls
+    wait for each other. A child made by fork() cannot use it.
 
     Args:
         threads: number of threads, the calling one included; one per allowed CPU by default.
@@ -113,7 +113,9 @@ def to_bfloat16(
     """
 
 class Policy(Enum):
-    """Who goes: `decayed` as in the tiers, `score` its score alone, the others by what their names say."""
+    """Which expert is evicted. decayed: as in the tiers. score: the lowest score. lru: the oldest last use.
+    lfu: the fewest uses. belady: the latest next use.
+    """
 
     decayed = ...
     score = ...
@@ -126,24 +128,30 @@ def replay_hits(
 ) -> npt.NDArray[np.int32]:
     """Hits of each token [T] of a trace, int32 [T, L, k], with `slots` experts resident."""
 
-class Residency:
-    """Which keys are in which slot, and who is worth keeping: a score that halves every `half_life` ticks,
-    or for residents what `foresee` makes of it, by the layers until the key's layer comes again.
+HALF_LIFE_TOKENS: float
+"""Half-life of an expert's score. On traces of a small model of the family 8 to 32 were best."""
 
-    Plain bookkeeping: it moves no bytes and is not thread-safe. Scores are kept for all keys; the order of
-    two scores does not change with time. Of equal scores the higher key is the weaker.
+class Residency:
+    """Which key has which slot, and which keys are worth keeping.
+
+    A key's score counts its uses, and halves every `half_life` ticks. A resident's value is its score, or
+    what `update_values` estimated since. The weakest key has the lowest value divided by the number of layer
+    steps until its layer's turn; of equal ones, the higher key is the weaker.
+
+    Plain bookkeeping: it moves no bytes and is not thread-safe. Scores are kept for all keys.
 
     Args:
         n_keys: keys are 0 .. n_keys - 1.
         n_slots: slots are 0 .. n_slots - 1; 0 is allowed.
         reserve: slots that `trim` keeps free for uploads; below n_slots, or 0.
         half_life: in ticks.
-        n_experts: keys of a layer, a divisor of n_keys; 0: all are of one layer, `foresee` does nothing.
+        n_experts: keys of a layer, a divisor of n_keys; 0: all are of one layer, and `update_values` does
+        nothing.
 
     Raises ValueError for a key, a number or a state that is not allowed.
     """
     def __init__(
-        self, n_keys: int, n_slots: int, reserve: int, half_life: float = 16.0, n_experts: int = 0
+        self, n_keys: int, n_slots: int, reserve: int, half_life: float = HALF_LIFE_TOKENS, n_experts: int = 0
     ) -> None: ...
     tick: int
     @property
@@ -167,11 +175,11 @@ class Residency:
 
         The last key's layer is the one being computed.
         """
-    def foresee(self, keys: Array) -> None:
-        """Learn from a layer's picks, and put its residents in order of what they will be worth.
+    def update_values(self, keys: Array) -> None:
+        """Have the value model learn from a layer's picks and estimate the values of the layer's residents.
 
         Args:
-            keys: int32 [k], all that the token of this tick has picked of one layer, used before.
+            keys: int32 [k], all keys of one layer that the token of this tick picked, after `use` of them.
         """
     def score(self, key: int) -> float:
         """The key's score, decayed to `tick`."""
@@ -189,60 +197,109 @@ class Residency:
         """Release the weakest until `reserve` slots are free; returns their keys."""
 
 class Copier:
-    """Copies between host and device, in two orders of their own: uploads and signals, and downloads.
+    """Copies between host and device: uploads and signals in one queue, downloads in another.
 
-    Addresses are integers. Used by one thread at a time. Raises DeviceFailure.
+    Addresses are integers. One thread at a time may use it. Raises DeviceFailure.
     """
     def attach(self) -> None:
-        """Before other calls from a thread that may not have used the device."""
+        """Call this first on a thread that may not have used the device yet."""
     def upload(self, destination: int, source: int, nbytes: int) -> None:
         """Queue a copy from host to device."""
     def download(self, destination: int, source: int, nbytes: int) -> None:
         """Queue a copy from device to host."""
     def signal(self, flag: int, one: int) -> None:
-        """Queue a copy of the int32 at `one`, which is 1, after the uploads so far."""
+        """Queue a copy of the int32 at `one`, which is 1, to `flag`, behind the uploads so far."""
     def clear(self, destination: int, nbytes: int) -> None:
-        """Zero device memory, after the uploads so far; done on return."""
+        """Zero device memory, behind the uploads so far, and wait for it."""
     def synchronize(self) -> None:
         """Wait for all that is queued."""
     def error(self) -> str | None:
-        """What failed, if something did; sticks."""
+        """The first failure, or None."""
 
 class HostCopier(Copier):
-    """Copies of a stand-in device, whose memory is the host's: one thread for each direction.
+    """Copier of a stand-in device, whose memory is the host's: one thread for each queue.
 
-    With `max_delay_us` each copy and signal waits for a random time before it starts.
+    Each copy and signal waits for a random time of at most `max_delay_us` before it starts.
     """
     def __init__(self, seed: int | None = None, max_delay_us: float = 0.0) -> None: ...
     def fail_after(self, copies: int) -> None:
-        """For tests: have a copy fail when so many more are done. Later ones are skipped, signals are not."""
+        """For tests: after so many more copies one fails. Later copies are skipped, signals are not."""
 
 class CudaCopier(Copier):
-    """Copies of a CUDA device by two streams of the current context, given as raw handles.
+    """Copier of a CUDA device, which uses two streams of the current context, given as raw handles.
 
-    The driver (libcuda.so.1) is opened at run time. DeviceFailure where there is no driver or no context.
+    It opens the driver (libcuda.so.1) at run time. Raises DeviceFailure where there is no driver or no
+    context.
     """
     def __init__(self, upload_stream: int, download_stream: int) -> None: ...
 
 ROAD_FIELDS: list[str]
+"""Columns of `HostStep.stats`; `offload.decode.host_step.FIELDS` says what they mean."""
 AHEAD_FIELDS: list[str]
+"""Fields of `HostStep.ahead_counts`; `offload.decode.host_step.AHEAD_FIELDS` says what they mean."""
+FLAG_WORDS: int
+"""int32 words of a mailbox flag: a cache line."""
+SPLIT_WORDS: int
+"""int32 words of `split_expert` in the mailbox, of which two are used."""
+
+MAILBOX_FIELDS: list[tuple[str, str, tuple[str, ...], str, str, str]]
+"""csrc/decode/mailbox.h's table; `offload.decode.mailbox.MailboxField` names the columns."""
+
+def mailbox_shapes(layers: int, top_k: int, hidden_size: int, predictions: int) -> dict[str, tuple[int, ...]]:
+    """Each tensor's shape in numbers, by name."""
 
 class DeviceFailure(RuntimeError):
-    """What `offload.roads` turns into `DeviceError`."""
+    """A copy failed, or the device does not answer; `DecodeHost` raises it as `DeviceError`."""
 
-class ColdTier:
-    """Reads experts that are nowhere in memory into rows of RAM, whose account `residency` keeps.
+class RamRows:
+    """Which expert has which row of RAM. Plain bookkeeping: it moves no bytes and is not thread-safe.
+
+    A key has a row in `residency` as soon as the row is its own. `table` has the row once it holds all bytes
+    of the key; nothing else may write `table`.
 
     Args:
-        residency: its slots are the rows of RAM; `reserve` of them are free before a step reads.
-        reader: reads.
-        extents: of each key: runs of the reader's files, and the XXH3-64 to compare, or None.
+        table: int32 [n_keys], each key's row or -1. These rows, the first ones without a gap, are taken over.
+        n_rows: of RAM.
+        reserve: rows that are free before a step of decoding reads from the drive.
+        half_life: of a score, in ticks.
+        n_experts: keys of a layer, a divisor of n_keys.
 
-    Raises ValueError where a number does not fit; sizes are checked by `DecodeRoads`.
+    Raises ValueError for a key, a number or a state that is not allowed.
+    """
+    def __init__(
+        self, table: npt.NDArray[np.int32], n_rows: int, reserve: int, half_life: float, n_experts: int
+    ) -> None: ...
+    @property
+    def residency(self) -> Residency:
+        """The scores, and the rows as its slots. Only `RamRows` places and releases keys."""
+    def take_over(self) -> None:
+        """Give each key the row that `table` says, and free all others. Scores stay."""
+    def place(self, key: int) -> int:
+        """Give the key the lowest free row; -1 if none is free. ValueError if it has one."""
+    def arrived(self, key: int) -> None:
+        """The key's row holds all its bytes: enter it in `table`."""
+    def drop(self, key: int) -> None:
+        """Free the key's row."""
+    def hand_over(self, from_key: int, to_key: int) -> None:
+        """Give the row of one key to another one, and enter it in `table`."""
+    def weakest(self, n: int, busy: Sequence[int] = ()) -> list[int]:
+        """Up to n keys that have a row and are not `busy`, the weakest first."""
+    def make_room(self, n_free: int, busy: Sequence[int] = ()) -> None:
+        """Drop the weakest keys, but none that is `busy`, until `n_free` rows are free."""
+
+class ColdReader:
+    """Reads experts that lie neither in RAM nor on the GPU into rows of RAM, while a token is decoded.
+
+    Args:
+        rows: of RAM.
+        reader: of the drives.
+        extents: of each key: where it lies on drives, and its XXH3-64 if it is to be verified.
+
+    Raises ValueError where a number does not fit; sizes are checked by `HostStep`.
     """
     def __init__(
         self,
-        residency: Residency,
+        rows: RamRows,
         reader: Reader,
         extents: list[tuple[list[tuple[int, int, int]], int | None]],
     ) -> None: ...
@@ -250,47 +307,44 @@ class ColdTier:
     def failed(self) -> int:
         """Whose read failed last, or -1."""
 
-class DecodeRoads:
+class HostStep:
+    """What `offload.decode.host_step.DecodeHost` wraps; arguments and methods as there."""
+
     def __init__(
         self,
         pool: ThreadPool,
         residency: Residency,
         copier: Copier,
         shape: tuple[int, int],
-        arrays: list[Any],
-        slab: tuple[int, int],
-        flags: tuple[int, int, int],
         experts: tuple[int, int],
-        exclusive: bool,
+        mailbox: dict[str, Any],
+        ram: Any,
+        ram_rows: Any,
+        slab: tuple[int, int],
+        rows: RamRows | None,
+        cold: ColdReader | None,
         gbps: tuple[float, float],
         isa: str | None,
-        cold: ColdTier | None,
-        guesses: tuple[Any, Any] | None = None,
     ) -> None: ...
-    def clear(self) -> None:
-        """Zero all flags: before each launch of the GPU's program, when the last one is over."""
-    def run_token(self, ids: Any, timeout_s: float, guesses: Any = None) -> None: ...
+    def clear_flags(self) -> None: ...
+    def serve_token(self, ids: Any, timeout_s: float, predicted_ids: Any = None) -> None: ...
     def abort(self) -> None:
-        """From another thread or a signal handler: end the token that runs, if one does.
+        """From another thread or a signal handler: end the token that is being served, if there is one.
 
-        Its flags are raised and `run_token` raises RuntimeError.
+        All flags are raised, and `serve_token` raises RuntimeError.
         """
-    def settle(self) -> None:
-        """Wait for copies in flight and finish the changes of residency that hang on them.
-
-        Before anyone else touches residency, slab, ram or ram_rows; cheap when nothing is in flight.
-        """
+    def wait_for_copies(self) -> None: ...
     pcie_gbps: float
-    """Live average of the uploads; may be set."""
+    """Live average of the uploads' speed; may be set."""
     cpu_gbps: float
-    """Live average of the CPU's work; may be set."""
+    """Live average of the CPU's speed; may be set."""
     @property
     def stats(self) -> npt.NDArray[np.float64]:
-        """float64 [L, len(FIELDS)] of the last token; a copy."""
+        """float64 [L, len(ROAD_FIELDS)] of the last token; a copy."""
     piece_bytes: int
-    """Of the pieces that experts go up in on a guess; may be set."""
+    """Size of the pieces that experts are uploaded in ahead; may be set."""
     @property
-    def ahead(self) -> npt.NDArray[np.int64]:
+    def ahead_counts(self) -> npt.NDArray[np.int64]:
         """int64 [len(AHEAD_FIELDS)], of all tokens so far; a copy."""
 
 class ReadFailure(RuntimeError):

@@ -1,4 +1,4 @@
-"""The GPU runtime under test: placements of experts, and routing that is the CPU runtime's."""
+"""For tests of the GPU runtime: placements of experts, and the CPU runtime's routing on a GPU."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DEVICES = ["stand-in", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 def need(device: str) -> str:
-    """`device`, or a skipped test where there is none."""
+    """`device`; skips the test where there is no such device."""
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     return device
@@ -26,7 +26,7 @@ def need(device: str) -> str:
 
 @dataclass(frozen=True)
 class Placement:
-    """Shares of all experts that fit the GPU and the RAM, or a number of slots."""
+    """Shares of all experts that fit on the GPU and in RAM; or a number of slots instead of `gpu`."""
 
     gpu: float
     ram: float = 1.0
@@ -57,13 +57,13 @@ PLACEMENTS = {
 
 
 class ForcedRouting:
-    """A device's operations with another router: it takes the experts it is told, and weighs them itself.
+    """A device's operations, but with given experts instead of the router's. It computes their weights.
 
-    In bf16 near-ties fall the other way now and then, here as in any runtime; with the same experts on both
-    sides what is left is the arithmetic.
+    In bf16 a router sometimes decides near-ties differently. With the same experts on both sides, only the
+    arithmetic can differ.
 
     Attributes:
-        chosen: int64 [T, k] of each MoE layer in turn, for all tokens of the sequence.
+        chosen: for each MoE layer, int64 [T, k]: the experts of all tokens of the sequence.
     """
 
     def __init__(self, ops, config: ModelConfig, device: torch.device, chosen: list[torch.Tensor]) -> None:
@@ -78,7 +78,7 @@ class ForcedRouting:
         return getattr(self._ops, name)
 
     def start(self, position: int) -> None:
-        """The next pass begins at this position."""
+        """Prepare the next pass, which begins at this position."""
         self._done = position
         now = torch.stack([ids[min(position, len(ids) - 1)] for ids in self.chosen])
         self._now.copy_(now)
@@ -106,7 +106,7 @@ class ForcedRouting:
 
 @pytest.fixture
 def forced(monkeypatch, request) -> Iterator[list[ForcedRouting]]:
-    """Devices opened by the test route as `request.getfixturevalue("routed")` says; the list has theirs."""
+    """Make devices that the test opens route as the fixture `routed` says; the list has their operations."""
     config, chosen = request.getfixturevalue("routed")
     made: list[ForcedRouting] = []
 

@@ -1,4 +1,4 @@
-"""Experts from a real store; a store whose reads end by chance, to see who trusts a row too early."""
+"""Experts from a real store, and a store whose reads end at random, to find early uses of a row."""
 
 import numpy as np
 
@@ -7,14 +7,14 @@ from moebox.kernels import cpu
 from moebox.offload.checkpoint.safetensors import Checkpoint
 from moebox.offload.cpu_experts import CpuExperts
 from moebox.offload.disk.store import ExpertStore
-from moebox.offload.memory.ram_slab import RamTier
+from moebox.offload.memory.ram_slab import RamSlab
 from moebox.offload.prefetch.ab_trial import Trial
 
 GARBAGE = 0xEE
 
 
 def cpu_experts(checkpoint: Checkpoint, rows: int | None = None, threads: int = 2) -> CpuExperts:
-    """A checkpoint's experts, by default all of them in RAM; the store ends with them."""
+    """A checkpoint's experts, by default all of them in RAM."""
     config = checkpoint.config
     n_keys = config.n_keys
     store = ExpertStore.open(checkpoint)
@@ -24,7 +24,7 @@ def cpu_experts(checkpoint: Checkpoint, rows: int | None = None, threads: int = 
 
 
 class AlwaysOn(Trial):
-    """Prefetches at every token, and keeps what it was told last."""
+    """A trial in which the feature is always on; keeps what it was told last."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,12 +36,12 @@ class AlwaysOn(Trial):
 
 
 class SlowStore:
-    """Implements `ram_cache.Store` over a tier that holds all experts.
+    """Implements `Store` over a slab that holds all experts.
 
-    A row is garbage from `submit` until its read ends: in `wait`, or by chance whenever one is asked for.
+    A row is garbage from `submit` until its read ends: in `wait`, or at random in any call of `ready`.
     """
 
-    def __init__(self, whole: RamTier, seed: int = 0, chance: float = 0.3) -> None:
+    def __init__(self, whole: RamSlab, seed: int = 0, chance: float = 0.3) -> None:
         self.whole = whole
         self.rng = np.random.default_rng(seed)
         self.chance = chance
@@ -54,7 +54,7 @@ class SlowStore:
 
     @property
     def under_way(self) -> list[int]:
-        """Keys whose ticket has not ended."""
+        """Keys of the tickets that have not ended."""
         return [key for key, _ in self._open.values()]
 
     def submit(self, key, row, *, prefetch=False):

@@ -1,4 +1,4 @@
-"""Small tiers on a stand-in device, what they should compute, and a detector of races between streams."""
+"""Small tiers on a stand-in device, the results that they should give, and a detector of races."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ from moebox.kernels import cpu
 from moebox.offload.checkpoint.layout import ExpertLayout
 from moebox.offload.device.stand_in import StandInDevice
 from moebox.offload.disk.store import ExpertStore
+from moebox.offload.disk.synthetic import SyntheticSource
 from moebox.offload.experts import group_by_expert
-from moebox.offload.gpu_experts import TieredExperts
-from moebox.offload.memory.ram_slab import RamTier, SyntheticSource, row_tensors
+from moebox.offload.gpu_experts import GpuExperts
+from moebox.offload.memory.ram_slab import RamSlab, row_tensors
 from moebox.offload.prefill import layer as prefill
 
 EXPERTS, TOP_K, LAYERS = 32, 4, 2
 FIRST = 1
-"""The first MoE layer, as the model counts."""
+"""Index of the first MoE layer in the model."""
 
 
 def small_config(**changes) -> ModelConfig:
@@ -43,7 +44,7 @@ def small_config(**changes) -> ModelConfig:
 
 @cache
 def all_bytes(config: ModelConfig) -> Tensor:
-    """What `fill_synthetic` makes of each key: uint8 [L * E, nbytes]."""
+    """The bytes of all experts that `fill_synthetic` writes: uint8 [L * E, nbytes]."""
     source = SyntheticSource(config, 0)
     rows = np.empty((config.n_keys, config.expert_bytes), np.uint8)
     for key, row in enumerate(rows):
@@ -51,19 +52,19 @@ def all_bytes(config: ModelConfig) -> Tensor:
     return torch.from_numpy(rows)
 
 
-def build(device, slots: int, exclusive: bool = False, threads: int = 1, **changes) -> TieredExperts:
-    """Filled tiers; in exclusive mode with as few rows in RAM as will do."""
+def build(device, slots: int, exclusive: bool = False, threads: int = 1, **changes) -> GpuExperts:
+    """Filled tiers; in exclusive mode RAM has the fewest rows possible."""
     config = small_config(**changes)
     reserve = min(config.num_experts_per_tok, slots // 2)
     rows = config.n_keys - (slots - reserve if exclusive else 0)
-    ram = RamTier(config, rows, device)
-    tiers = TieredExperts.build(config, device, cpu.ThreadPool(threads, pin=False), ram, slots, exclusive)
+    ram = RamSlab(config, rows, device)
+    tiers = GpuExperts.build(device, cpu.ThreadPool(threads, pin=False), ram, slots, exclusive)
     tiers.fill_synthetic()
     return tiers
 
 
-def build_cold(device, file: Path, slots: int, rows: int, n_experts: int = EXPERTS) -> TieredExperts:
-    """Filled tiers that leave the rest of the experts in a file, which is written here."""
+def build_cold(device, file: Path, slots: int, rows: int, n_experts: int = EXPERTS) -> GpuExperts:
+    """Filled tiers that do not hold all experts; a file, written here, has them all."""
     config = small_config(n_routed_experts=n_experts)
     experts = all_bytes(config)
     file.write_bytes(experts.numpy().tobytes())
@@ -72,9 +73,9 @@ def build_cold(device, file: Path, slots: int, rows: int, n_experts: int = EXPER
     nbytes = experts.shape[1]
     runs = [[(number, key * nbytes, nbytes)] for key in range(len(experts))]
     store = ExpertStore(SimpleNamespace(config=config), reader, runs, None, ())
-    ram = RamTier(config, rows, device)
+    ram = RamSlab(config, rows, device)
     pool = cpu.ThreadPool(1, pin=False)
-    tiers = TieredExperts.build(config, device, pool, ram, slots, exclusive=True, store=store)
+    tiers = GpuExperts.build(device, pool, ram, slots, exclusive=True, store=store)
     tiers.load(store)
     assert tiers.cold is not None
     return tiers
@@ -100,16 +101,16 @@ class Oracle:
 
 
 def random_chunk(n_tokens: int, generator: torch.Generator, skew: float = 1.0, n_experts: int = EXPERTS):
-    """Ids [T, 4], weights and hidden states; a larger skew has some experts used more."""
+    """Ids [T, 4], weights and hidden states. The larger the skew, the less evenly experts are used."""
     popularity = torch.rand(n_experts, generator=generator) ** skew
     ids = (torch.rand(n_tokens, n_experts, generator=generator) * popularity).topk(TOP_K).indices
     weights = torch.rand(n_tokens, TOP_K, generator=generator)
     return ids, weights, torch.randn(n_tokens, 64, generator=generator).bfloat16()
 
 
-def check_places(tiers: TieredExperts) -> None:
-    """Every expert lies where the tables say, whole, and in exclusive mode in one place only."""
-    tiers.settle()
+def check_places(tiers: GpuExperts) -> None:
+    """Check that experts lie, whole, where the tables say, and in exclusive mode in one place only."""
+    tiers.synchronize()
     table, rows = tiers.gpu.residency.table(), tiers.ram.rows
     assert tiers.cold is not None or tiers.gpu.residency.n_free >= tiers.gpu.residency.reserve
     for key, (slot, row) in enumerate(zip(table.tolist(), rows.tolist(), strict=True)):
@@ -117,8 +118,9 @@ def check_places(tiers: TieredExperts) -> None:
         if tiers.cold is not None:
             assert slot < 0 or row < 0, key
             assert tiers.cold.residency.slot(key) == row, key
-        elif tiers.exclusive:
+        elif tiers.rows is not None:
             assert (slot < 0) != (row < 0), key
+            assert tiers.rows.row(key) == row, key
         else:
             assert row >= 0
         for slab, place in ((tiers.gpu.slab, slot), (tiers.ram.slab, row)):
@@ -128,7 +130,7 @@ def check_places(tiers: TieredExperts) -> None:
 
 
 def decode(tiers, ids, weights, hidden):
-    """A token with an input for each layer, by a program as the runtime's: fp32 [L, H]."""
+    """Decode a token with the inputs `hidden` [L, H], by a program like the runtime's: fp32 [L, H]."""
     box, ops, device = tiers.mailbox, tiers.device.ops, tiers.device
     parts = [torch.zeros(LAYERS, hidden.shape[1]) for _ in range(2)]
 
@@ -141,56 +143,58 @@ def decode(tiers, ids, weights, hidden):
             )  # fmt: skip
             ops.wait(box.listed[layer])
             ops.experts_one(
-                tiers.gpu.slab, tiers.shape, box.hits[layer], box.hit_weights[layer], x, parts[0][layer]
-            )
+                tiers.gpu.slab, tiers.shape, box.resident_slots[layer], box.resident_weights[layer],
+                x, parts[0][layer],
+            )  # fmt: skip
             ops.wait(box.uploaded[layer])
             ops.experts_one(
-                tiers.gpu.slab, tiers.shape, box.uploads[layer], box.upload_weights[layer], x, parts[1][layer]
-            )
+                tiers.gpu.slab, tiers.shape, box.upload_slots[layer], box.upload_weights[layer],
+                x, parts[1][layer],
+            )  # fmt: skip
             ops.wait(box.summed[layer])
 
     launch = device.compile(program)
     tiers.begin_token()
     launch.start()
-    tiers.run_token()
+    tiers.serve_token()
     launch.finish()
-    return parts[0] + parts[1] + box.sums
+    return parts[0] + parts[1] + box.cpu_sums
 
 
 class Races:
-    """Vector clocks of the host and the streams, and what each step read and wrote."""
+    """Finds races by vector clocks of the host and the streams, and by what each step read and wrote."""
 
     def __init__(self) -> None:
         self.clocks: defaultdict[str, dict[str, int]] = defaultdict(dict)
         self.steps: list[tuple[str, int, dict[str, int], list[Tensor], list[Tensor]]] = []
 
-    def join(self, who: str, clock: dict[str, int]) -> None:
-        """`who` goes on after all that `clock` knows."""
-        mine = self.clocks[who]
+    def join(self, actor: str, clock: dict[str, int]) -> None:
+        """`actor`, the host or a stream, goes on after all steps that `clock` knows."""
+        mine = self.clocks[actor]
         for stream, position in clock.items():
             mine[stream] = max(mine.get(stream, 0), position)
 
-    def step(self, who: str, reads: list[Tensor], writes: list[Tensor]) -> None:
-        """A step of the host, one that it queues, or one of the CPU's thread."""
-        if who != "cpu":
-            self.join(who, self.clocks["host"])
-        clock = self.clocks[who]
-        clock[who] = clock.get(who, 0) + 1
-        self.steps.append((who, clock[who], dict(clock), reads, writes))
+    def step(self, actor: str, reads: list[Tensor], writes: list[Tensor]) -> None:
+        """Record a step: of the host, of a stream on which the host queued it, or of the CPU's thread."""
+        if actor != "cpu":
+            self.join(actor, self.clocks["host"])
+        clock = self.clocks[actor]
+        clock[actor] = clock.get(actor, 0) + 1
+        self.steps.append((actor, clock[actor], dict(clock), reads, writes))
 
     def find(self) -> list[str]:
-        """Pairs of steps that touch the same memory, one writing, and that nothing puts in order."""
+        """Pairs of steps that use the same memory in no certain order, and of which one writes."""
         found = []
-        for later, (who, _, clock, reads, writes) in enumerate(self.steps):
+        for later, (actor, _, clock, reads, writes) in enumerate(self.steps):
             for other, position, _, other_reads, other_writes in self.steps[:later]:
-                if other == who or clock.get(other, 0) >= position:
+                if other == actor or clock.get(other, 0) >= position:
                     continue
                 if (
                     _overlap(writes, other_writes)
                     or _overlap(writes, other_reads)
                     or _overlap(reads, other_writes)
                 ):
-                    found.append(f"{who} and {other}")
+                    found.append(f"{actor} and {other}")
         return found
 
 
@@ -215,7 +219,7 @@ class _Event:
         self.races.join("host" if main else "cpu", self.clock)
 
     def seconds_since(self, earlier) -> float:
-        """The host must know that both are done: a GPU's events raise otherwise."""
+        """Check that the host knows that both events are done, as a GPU's events do."""
         known = self.races.clocks["host"]
         for event in (self, earlier):
             assert all(known.get(stream, 0) >= position for stream, position in event.clock.items())
@@ -243,13 +247,13 @@ class _Stream:
 
 
 class RecordingThread:
-    """In the place of `PrefillRoads.cpu_thread`."""
+    """Takes the place of `PrefillExperts.cpu_thread`, and records what the thread knows."""
 
     def __init__(self, races: Races, real) -> None:
         self.races, self.real = races, real
 
     def submit(self, task, *arguments):
-        """Begin a task that knows what the host knows."""
+        """Begin a task, which knows all steps that the host knows."""
         self.races.join("cpu", self.races.clocks["host"])
         future = self.real.submit(task, *arguments)
         return SimpleNamespace(result=lambda: self._result(future))
@@ -260,8 +264,8 @@ class RecordingThread:
         return result
 
 
-def watch_cpu(races: Races, tiers: TieredExperts, monkeypatch) -> None:
-    """Have the CPU's work on prompts recorded too."""
+def watch_cpu(races: Races, tiers: GpuExperts, monkeypatch) -> None:
+    """Record the CPU's work on prompts, too."""
     rows = []
     forward, expert = prefill.cpu.experts_forward, tiers.ram.expert
 
@@ -280,7 +284,7 @@ def watch_cpu(races: Races, tiers: TieredExperts, monkeypatch) -> None:
 
 
 class _Ops:
-    """All operations, of which only prefill's is recorded."""
+    """All operations; only `experts_many` is recorded."""
 
     def __init__(self, real, experts_many) -> None:
         self._real, self.experts_many = real, experts_many
@@ -290,7 +294,7 @@ class _Ops:
 
 
 class RecordingDevice(StandInDevice):
-    """A stand-in that keeps account of who may touch memory when, as if it computed beside the host."""
+    """A stand-in that records each step's memory, as if the device computed while the host goes on."""
 
     def __init__(self, races: Races, seed: int = 0) -> None:
         super().__init__(seed, max_delay_us=0)

@@ -1,4 +1,4 @@
-"""The same bits wherever an expert lies and whenever it arrives; and what an error leaves behind."""
+"""The same bits wherever an expert lies and in whatever order reads end; what an error leaves behind."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from moebox.kernels import cpu
 from moebox.offload.cpu_experts import CpuExperts
 from moebox.offload.experts import TIERS
 from moebox.offload.memory.ram_cache import RamCache
-from moebox.offload.memory.ram_slab import RamTier
+from moebox.offload.memory.ram_slab import RamSlab
 from moebox.offload.prefetch.prefetch import Prefetcher
 
 CONFIG = small_config()
@@ -24,7 +24,7 @@ def pool():
 
 @pytest.fixture(scope="module")
 def whole():
-    ram = RamTier(CONFIG)
+    ram = RamSlab(CONFIG)
     ram.fill_synthetic()
     return ram
 
@@ -56,7 +56,7 @@ def plain(pool, whole, moe, ids, weights, hidden):
 
 
 def experts_with(store, pool, rows, reserve=TOP_K):
-    cache = RamCache(RamTier(CONFIG, rows), store, reserve)
+    cache = RamCache(RamSlab(CONFIG, rows), store, reserve)
     cache.fill(range(rows - reserve))
     return CpuExperts(CONFIG, cache, pool)
 
@@ -78,7 +78,7 @@ def test_same_bits_as_all_in_ram(whole, pool, rows, dtype):
             assert experts.last.hits + experts.last.cold == len(given[0].unique())
             assert in_ram.last.cold == 0
     assert store.under_way == []
-    assert experts.cache.n_spare == experts.cache.reserve
+    assert experts.cache.n_free == experts.cache.reserve
 
 
 def test_hits_are_not_read_again(whole, pool):
@@ -92,7 +92,7 @@ def test_hits_are_not_read_again(whole, pool):
     assert (experts.last.hits, experts.last.cold, experts.last.cold_bytes) == (TOP_K, 0, 0)
 
 
-def test_prefill_keeps_who_scores_most(whole, pool):
+def test_a_prompt_keeps_the_experts_that_score_most(whole, pool):
     experts = experts_with(SlowStore(whole), pool, 24)
     for layer in (FIRST, FIRST + 1):
         experts.forward(layer, *chunk(60, torch.Generator().manual_seed(layer)))
@@ -142,8 +142,8 @@ def test_an_interrupt_in_the_middle_of_a_layer(whole, pool, monkeypatch):
     assert torch.equal(experts.forward(FIRST, *given), plain(pool, whole, 0, *given))
 
 
-class Foresight:
-    """Speculates on what it was told, and keeps what it was called with."""
+class PrefetchLog:
+    """Prefetches the keys in `next`, and keeps the arguments of all calls."""
 
     def __init__(self, cache):
         self.cache, self.calls, self.next = cache, [], []
@@ -151,13 +151,13 @@ class Foresight:
     def begin_layer(self, moe, picks):
         self.calls.append(("begin", moe, list(picks)))
 
-    def submitted(self, moe, hidden, picks):
-        self.calls.append(("submitted", moe, tuple(hidden.shape)))
+    def prefetch_next(self, moe, hidden, picks):
+        self.calls.append(("prefetch_next", moe, tuple(hidden.shape)))
         for key in self.next:
-            self.cache.speculate(key)
+            self.cache.prefetch(key)
 
     def end_layer(self, moe):
-        assert self.cache.n_spare + len(self.next) >= self.cache.reserve
+        assert self.cache.n_free + len(self.next) >= self.cache.reserve
 
     def end_token(self):
         self.calls.append(("end",))
@@ -166,25 +166,25 @@ class Foresight:
 def test_the_prefetcher_is_called_in_decoding_only(whole, pool):
     store = SlowStore(whole)
     experts = experts_with(store, pool, 16, 2 * TOP_K)
-    experts.prefetcher = foresight = Foresight(experts.cache)
+    experts.prefetcher = log = PrefetchLog(experts.cache)
     generator = torch.Generator().manual_seed(5)
     first, second = chunk(1, generator), chunk(1, generator)
-    foresight.next = [EXPERTS + int(expert) for expert in second[0][0]]
+    log.next = [EXPERTS + int(expert) for expert in second[0][0]]
     experts.forward(FIRST, *first)
-    foresight.next = []
+    log.next = []
     assert torch.equal(experts.forward(FIRST + 1, *second), plain(pool, whole, 1, *second))
     begun = [("begin", moe, sorted(given[0][0].tolist())) for moe, given in enumerate((first, second))]
     shape = (1, CONFIG.hidden_size)
-    assert foresight.calls == [
-        begun[0], ("submitted", 0, shape), begun[1], ("submitted", 1, shape), ("end",),
+    assert log.calls == [
+        begun[0], ("prefetch_next", 0, shape), begun[1], ("prefetch_next", 1, shape), ("end",),
     ]  # fmt: skip
-    assert experts.cache.counts.foreseen > 0
-    foresight.next = [3, 40]
+    assert experts.cache.counts.prefetched > 0
+    log.next = [3, 40]
     experts.forward(FIRST, *first)
-    seen = len(foresight.calls)
+    seen = len(log.calls)
     many = chunk(30, generator)
     assert torch.equal(experts.forward(FIRST, *many), plain(pool, whole, 0, *many))
-    assert len(foresight.calls) == seen
+    assert len(log.calls) == seen
     assert store.under_way == []
 
 
@@ -223,7 +223,7 @@ class Known:
 
 
 @pytest.mark.parametrize("tokens", [None, 0, 100])
-def test_statistics_say_who_is_there_first(whole, pool, tokens):
+def test_statistics_choose_the_first_experts_in_ram(whole, pool, tokens):
     statistics = None if tokens is None else Known(tokens)
     calls = []
     experts = CpuExperts.load(
@@ -248,7 +248,7 @@ def test_all_in_ram_has_no_reserve(whole, pool):
 
 
 class Oracle:
-    """Names what will be picked, and some others."""
+    """Predicts what will be picked, and some other experts."""
 
     def __init__(self, rng):
         self.rng, self.picks = rng, []
@@ -260,24 +260,24 @@ class Oracle:
 
 
 @pytest.mark.parametrize("rows", [2 * TOP_K, 20, 40, 60])
-def test_a_guess_changes_who_is_read_early_and_not_who_stays(pool, rows):
-    """As many hits with prefetching as without: layer by layer the same experts are in RAM."""
+def test_predictions_change_which_experts_are_read_early_but_not_which_stay(pool, rows):
+    """With prefetching and without, the same experts are in RAM after each layer."""
     config = small_config(num_hidden_layers=FIRST + 4)
-    whole = RamTier(config)
+    whole = RamSlab(config)
     whole.fill_synthetic()
     rng, generator = np.random.default_rng(rows), torch.Generator().manual_seed(rows)
     oracle = Oracle(rng)
-    plain, guessing = (CpuExperts.load(config, SlowStore(whole, seed=1), pool, rows) for _ in range(2))
-    guessing.prefetcher = Prefetcher(guessing.cache, oracle, None, EXPERTS, AlwaysOn())
+    plain, prefetching = (CpuExperts.load(config, SlowStore(whole, seed=1), pool, rows) for _ in range(2))
+    prefetching.prefetcher = Prefetcher(prefetching.cache, oracle, None, EXPERTS, AlwaysOn())
     for _ in range(40):
         given = [chunk(1, generator) for _ in range(4)]
         oracle.picks = [ids[0].tolist() for ids, _, _ in given]
         for moe in range(4):
-            outs = [experts.forward(FIRST + moe, *given[moe]) for experts in (plain, guessing)]
+            outs = [experts.forward(FIRST + moe, *given[moe]) for experts in (plain, prefetching)]
             assert torch.equal(*outs)
-            placed = [experts.placement() for experts in (plain, guessing)]
+            placed = [experts.placement() for experts in (plain, prefetching)]
             assert (placed[0] == placed[1]).all()
-    report = guessing.prefetcher.report()
+    report = prefetching.prefetcher.report()
     assert report.used + report.late > 100
-    assert plain.cache.counts.hits == guessing.cache.counts.hits
-    assert plain.cache.counts.reads == guessing.cache.counts.reads + guessing.cache.counts.foreseen
+    assert plain.cache.counts.hits == prefetching.cache.counts.hits
+    assert plain.cache.counts.reads == prefetching.cache.counts.reads + prefetching.cache.counts.prefetched

@@ -1,4 +1,4 @@
-"""Building and filling tiers, injected routing, and a decode step through the mailbox after prefill."""
+"""Building and filling the tiers, injected routing, and prompts and tokens that take turns."""
 
 import pytest
 import torch
@@ -22,13 +22,13 @@ from moebox.kernels import cpu
 from moebox.offload.checkpoint.safetensors import Checkpoint
 from moebox.offload.device.stand_in import StandInDevice
 from moebox.offload.disk.store import ExpertStore
-from moebox.offload.gpu_experts import TieredExperts
-from moebox.offload.memory.ram_slab import RamTier
+from moebox.offload.gpu_experts import GpuExperts
+from moebox.offload.memory.ram_slab import RamSlab
 
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """torch's threads wait for each other at sizes like these, longest where cores are few."""
+    """One thread: at these sizes torch's threads only wait for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -46,16 +46,16 @@ def test_all_experts_are_somewhere(slots, exclusive):
     check_places(tiers)
     assert tiers.gpu.residency.n_resident == tiers.gpu.n_cached
     assert tiers.nbytes == small_config().experts_bytes
-    assert tiers.roads.pcie_gbps == pytest.approx(tiers.prefill.costs.pcie_gbps)
-    tiers.fill_synthetic()  # once more, over what is there
+    assert tiers.decode_host.pcie_gbps == pytest.approx(tiers.prefill.costs.pcie_gbps)
+    tiers.fill_synthetic()  # once more, over the experts that are there
     check_places(tiers)
 
 
 def test_a_filled_ram_warms_the_cache():
     config, device = small_config(), StandInDevice()
-    ram = RamTier(config, device=device)
+    ram = RamSlab(config, device=device)
     ram.fill_synthetic()
-    tiers = TieredExperts.build(config, device, cpu.ThreadPool(1), ram, 12)
+    tiers = GpuExperts.build(device, cpu.ThreadPool(1), ram, 12)
     assert tiers.gpu.residency.n_resident == 12 - TOP_K
     check_places(tiers)
 
@@ -64,9 +64,7 @@ def test_a_filled_ram_warms_the_cache():
 def test_too_little_room(rows, slots, exclusive):
     config, device = small_config(), StandInDevice()
     with pytest.raises(PlanError, match=r"64 experts; RAM holds \d+.*bytes too few\n"):
-        TieredExperts.build(
-            config, device, cpu.ThreadPool(1), RamTier(config, rows, device), slots, exclusive
-        )
+        GpuExperts.build(device, cpu.ThreadPool(1), RamSlab(config, rows, device), slots, exclusive)
 
 
 @pytest.mark.parametrize("exclusive", [False, True])
@@ -74,8 +72,8 @@ def test_a_checkpoint_as_the_cpu_tier_computes_it(tmp_path, exclusive):
     checkpoint = Checkpoint.open(make_checkpoint(tmp_path / "model"))
     config, device, pool = checkpoint.config, StandInDevice(max_delay_us=0), cpu.ThreadPool(1)
     n_keys = config.n_keys
-    ram = RamTier(config, n_keys - 6 if exclusive else n_keys, device)
-    tiers = TieredExperts.build(config, device, pool, ram, 6 + config.num_experts_per_tok, exclusive)
+    ram = RamSlab(config, n_keys - 6 if exclusive else n_keys, device)
+    tiers = GpuExperts.build(device, pool, ram, 6 + config.num_experts_per_tok, exclusive)
     calls = []
     with ExpertStore.open(checkpoint) as store:
         tiers.load(store, progress=lambda *call: calls.append(call))
@@ -115,7 +113,7 @@ def test_injected_routing(oracle):
 def test_prefill_and_decode_take_turns(oracle, slots, exclusive):
     tiers = build(StandInDevice(5, max_delay_us=50), slots, exclusive)
     generator = torch.Generator().manual_seed(slots)
-    for n_tokens, layers in ((30, LAYERS), (40, 1), (2, LAYERS)):  # one is cancelled, with early uploads
+    for n_tokens, layers in ((30, LAYERS), (40, 1), (2, LAYERS)):  # one prompt ends early, with uploads ahead
         for layer in range(FIRST, FIRST + layers):
             chunk = random_chunk(n_tokens, generator)
             expected = oracle.forward(layer, *chunk)

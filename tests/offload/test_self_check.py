@@ -1,4 +1,4 @@
-"""Kernels that compute something else are found before a model answers."""
+"""A kernel that computes something else is found before a model answers."""
 
 from types import SimpleNamespace
 
@@ -45,6 +45,6 @@ def test_a_wrong_kernel_is_refused_by_name(name, factor):
 
 
 @pytest.mark.parametrize("name", KERNELS)
-def test_rounding_is_not(name):
+def test_rounding_is_accepted(name):
     tiers = build(device_with(name, off_by(1.004)(name)), slots=12)
     assert tiers.gpu.residency.n_resident == tiers.gpu.n_cached

@@ -1,4 +1,4 @@
-"""Hits by tier and bytes per road, on every tier, against what was seen by other means."""
+"""Hits by tier and bytes by road, compared with counts that were taken by other means."""
 
 import numpy as np
 import pytest
@@ -91,20 +91,20 @@ def test_prompts_on_a_gpu(slots, exclusive):
     races = Races()
     tiers = build(RecordingDevice(races), slots, exclusive)
     generator = torch.Generator().manual_seed(slots)
-    tiers.settle()
+    tiers.synchronize()
     races.steps.clear()
     used = resident = 0
-    for n_tokens in (60, 3, 9):  # the first one's next layer is uploaded early
+    for n_tokens in (60, 3, 9):  # the first prompt uploads ahead
         for layer in range(FIRST, FIRST + LAYERS):
             given = random_chunk(n_tokens, generator)
             keys = (layer - FIRST) * EXPERTS + given[0].unique().numpy()
-            tiers.roads.settle()
+            tiers.decode_host.wait_for_copies()
             used += len(keys)
             resident += int((tiers.gpu.residency.table()[keys] >= 0).sum())
             tiers.forward(layer, *given)
-    tiers.settle()
+    tiers.synchronize()
     moved = tiers.traffic()
-    uploads = sum(who == "uploads" for who, *_ in races.steps)
+    uploads = sum(actor == "uploads" for actor, *_ in races.steps)
     assert (moved.gpu_hits, moved.ram_hits, moved.disk_hits) == (resident, used - resident, 0)
     assert moved.pcie_bytes == uploads * NBYTES > 0
     wasted = sum(record.wasted for record in tiers.prefill.records)
@@ -122,7 +122,7 @@ def test_tokens_on_a_gpu():
         keys = (given[0] + torch.arange(LAYERS)[:, None] * EXPERTS).flatten().numpy()
         table, before = tiers.gpu.residency.table(), tiers.traffic()
         decode(tiers, *given)
-        tiers.settle()
+        tiers.synchronize()
         moved = tiers.traffic() - before
         missing = int((table[keys] < 0).sum())
         arrived = int(((table < 0) & (tiers.gpu.residency.table() >= 0)).sum())
@@ -149,11 +149,11 @@ def test_a_gpu_and_a_drive(tmp_path):
         for layer in range(FIRST, FIRST + LAYERS):
             given = random_chunk(n_tokens, generator)
             keys = (layer - FIRST) * EXPERTS + given[0].unique().numpy()
-            tiers.settle()
+            tiers.synchronize()
             cold = (tiers.gpu.residency.table()[keys] < 0) & (np.array(tiers.ram.rows)[keys] < 0)
             before = tiers.traffic()
             tiers.forward(layer, *given)
-            tiers.settle()
+            tiers.synchronize()
             moved = tiers.traffic() - before
             assert (moved.hits, moved.disk_hits) == (len(keys), int(cold.sum()))
             assert moved.disk_bytes == moved.disk_hits * NBYTES

@@ -24,7 +24,7 @@ nb::tuple arguments(const ReadFailure& failure) {
   return nb::make_tuple(failure.what(), failure.kind_name(), failure.path, failure.offset, failure.error);
 }
 
-// Python's exception carries (message, kind, path, offset, errno).
+// The arguments of Python's exception are (message, kind, path, offset, errno).
 void register_failure(nb::module_& m) {
   const nb::handle type = nb::exception<ReadFailure>(m, "ReadFailure", PyExc_RuntimeError);
   nb::register_exception_translator(
@@ -38,19 +38,20 @@ void register_failure(nb::module_& m) {
       type.ptr());
 }
 
-Reader::Ticket submit(Reader& reader, const std::vector<RunTuple>& tuples, const OutArray& target,
-                      bool prefetch, std::optional<std::uint64_t> checksum) {
+Reader::Ticket submit(Reader& reader, const std::vector<RunTuple>& tuples, nb::handle target, bool prefetch,
+                      std::optional<std::uint64_t> checksum) {
   std::vector<Run> runs;
   std::optional<std::size_t> nbytes = 0;
   for (const auto& [file, offset, length] : tuples) {
     runs.push_back({file, offset, length});
     *nbytes += length;
   }
-  check(Array(target), "target", {Type::uint8}, {{"nbytes", nbytes}});
-  return reader.submit(runs, static_cast<std::byte*>(target.data()), prefetch, checksum);
+  const OutArray memory = writable(target, "target");
+  check(Array(memory), "target", {Type::uint8}, {{"nbytes", nbytes}});
+  return reader.submit(runs, elements<std::byte>(memory), prefetch, checksum);
 }
 
-// Without the GIL, but awake now and then for Ctrl-C; the ticket goes on then.
+// Waits without the GIL, and checks for Ctrl-C regularly; the ticket stays valid after it.
 void wait(Reader& reader, Reader::Ticket ticket) {
   for (;;) {
     {
@@ -65,16 +66,14 @@ Fault::Kind fault_kind(const std::string& name) {
   static constexpr const char* kNames[] = {"error", "shorten", "flip", "delay", "refuse_direct"};
   for (int i = 0; i < 5; ++i)
     if (name == kNames[i]) return static_cast<Fault::Kind>(i);
-  throw nb::value_error(
-      ("kind: " + name + " given, error, shorten, flip, delay or refuse_direct needed").c_str());
+  value_error("kind: " + name + " given, error, shorten, flip, delay or refuse_direct needed");
 }
 
 std::uint64_t hash(const Array& data) {
   check_memory(data, "data");
   if (data.nbytes() < kXxh3Least)
-    throw nb::value_error(("data: " + std::to_string(data.nbytes()) + " bytes given, at least " +
-                           std::to_string(kXxh3Least) + " needed")
-                              .c_str());
+    value_error("data: " + std::to_string(data.nbytes()) + " bytes given, at least " +
+                std::to_string(kXxh3Least) + " needed");
   const nb::gil_scoped_release unlocked;
   return xxh3_64(static_cast<const std::byte*>(data.data()), data.nbytes());
 }
@@ -88,8 +87,7 @@ void register_reader(nb::module_& m) {
       .def("add_file", &Reader::add_file, "copies"_a, "direct"_a = true, Unlocked())
       .def("direct", &Reader::direct, "file"_a)
       .def("set_depth", &Reader::set_depth, "path"_a, "depth"_a)
-      .def("submit", submit, "runs"_a, "target"_a.noconvert(), "prefetch"_a = false,
-           "checksum"_a = nb::none())
+      .def("submit", submit, "runs"_a, "target"_a, "prefetch"_a = false, "checksum"_a = nb::none())
       .def("ready", &Reader::ready, "ticket"_a)
       .def("wait", wait, "ticket"_a)
       .def("promote", &Reader::promote, "ticket"_a)

@@ -8,6 +8,7 @@
 #include "arrays.h"
 #include "module.h"
 #include "residency/replay.h"
+#include "to_numpy.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -19,20 +20,18 @@ nb::ndarray<nb::numpy, std::int32_t> replay_hits(const Array& ids, std::size_t n
                                                  Policy policy, double half_life) {
   std::optional<std::size_t> tokens, layers, top_k;
   check(ids, "ids", {Type::int32}, {{"T", tokens}, {"L", layers}, {"k", top_k}});
-  const auto* data = static_cast<const std::int32_t*>(ids.data());
+  const auto* data = elements<std::int32_t>(ids);
   const std::size_t n = *tokens * *layers * *top_k;
   for (std::size_t i = 0; i < n; ++i)
     if (data[i] < 0 || static_cast<std::size_t>(data[i]) >= n_experts)
-      throw nb::value_error(("ids: expert " + std::to_string(data[i]) +
-                             " given, 0 to n_experts=" + std::to_string(n_experts) + " - 1 needed")
-                                .c_str());
-  auto* hits = new std::vector<std::int32_t>;
-  const nb::capsule owner(hits, [](void* p) noexcept { delete static_cast<std::vector<std::int32_t>*>(p); });
+      value_error("ids: expert " + std::to_string(data[i]) +
+                  " given, 0 to n_experts=" + std::to_string(n_experts) + " - 1 needed");
+  std::vector<std::int32_t> hits;
   {
     const nb::gil_scoped_release unlocked;
-    *hits = replay({data, *tokens, *layers, *top_k, n_experts}, slots, policy, half_life);
+    hits = replay({data, *tokens, *layers, *top_k, n_experts}, slots, policy, half_life);
   }
-  return nb::ndarray<nb::numpy, std::int32_t>(hits->data(), {*tokens}, owner);
+  return to_numpy(std::move(hits), *tokens);
 }
 
 }  // namespace

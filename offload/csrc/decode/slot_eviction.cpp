@@ -1,81 +1,63 @@
 #include "decode/slot_eviction.h"
 
 #include <algorithm>
-
-#include "decode/cold_rows.h"
+#include <stdexcept>
+#include <string>
 
 namespace moebox {
 
-Turnover::Turnover(Residency& residency, Copier& copier, const Stores& stores, bool exclusive, ColdTier* cold)
-    : residency_(residency), copier_(copier), stores_(stores), exclusive_(exclusive), cold_(cold) {}
-
-void Turnover::begin_token() {
-  if (!exclusive_) return fresh_.clear();
-  if (cold_) return;
-  std::vector<bool> taken(stores_.n_rows);
-  for (std::size_t key = 0; key < residency_.n_keys(); ++key)
-    if (stores_.rows[key] >= 0) taken[stores_.rows[key]] = true;
-  for (const Leaving& leaving : leaving_) taken[leaving.row] = true;
-  free_rows_.clear();
-  for (std::size_t row = 0; row < stores_.n_rows; ++row)
-    if (!taken[row]) free_rows_.push_back(static_cast<std::int32_t>(row));
+SlotEviction::SlotEviction(Residency& residency, Copier& copier, const Stores& stores, RamRows* rows)
+    : residency_(residency), copier_(copier), stores_(stores), rows_(rows) {
+  if (!rows_) return;
+  if (rows_->table() != stores.rows)
+    throw std::invalid_argument("ram_rows: another array given than the table of rows");
+  if (rows_->residency().n_slots() != stores.n_rows)
+    throw std::invalid_argument("rows: " + std::to_string(rows_->residency().n_slots()) +
+                                " rows given, ram's " + std::to_string(stores.n_rows) + " needed");
 }
 
-void Turnover::begin_step() {
-  if (cold_) cold_->end_step();
-  std::erase_if(leaving_, [this](const Leaving& leaving) {
-    if (!copier_.reached(leaving.done)) return false;
-    finish(leaving);
+void SlotEviction::begin_token() {
+  if (!rows_) uploaded_.clear();
+}
+
+void SlotEviction::begin_step() {
+  if (rows_) rows_->release_kept();
+  std::erase_if(downloads_, [this](const Download& download) {
+    if (!copier_.reached(download.done)) return false;
+    end(download);
     return true;
   });
 }
 
-void Turnover::finish(const Leaving& leaving) {
-  copier_.drop(leaving.done);
-  residency_.hold(leaving.key, false);
-  if (leaving.used) {
-    free_row(leaving.key, leaving.row);
+void SlotEviction::end(const Download& download) {
+  copier_.drop(download.done);
+  residency_.hold(download.key, false);
+  rows_->residency().hold(download.key, false);
+  if (download.used) {
+    rows_->drop(download.key);
   } else {
-    stores_.rows[leaving.key] = leaving.row;
-    residency_.release(leaving.key);
-    if (cold_) cold_->downloaded(leaving.key);
+    rows_->arrived(download.key);
+    residency_.release(download.key);
   }
 }
 
-// -1: none is free.
-std::int32_t Turnover::take_row(std::int32_t key) {
-  if (cold_) return cold_->take_row(key);
-  if (free_rows_.empty()) return -1;
-  const std::int32_t row = free_rows_.back();
-  free_rows_.pop_back();
-  return row;
-}
-
-void Turnover::free_row(std::int32_t key, std::int32_t row) {
-  if (cold_) {
-    cold_->vacate(key);
-  } else {
-    free_rows_.push_back(row);
-  }
-}
-
-void Turnover::make_room(std::span<const std::int32_t> hits) {
-  for (Leaving& leaving : leaving_) leaving.used |= std::ranges::find(hits, leaving.key) != hits.end();
+void SlotEviction::make_room(std::span<const std::int32_t> hits) {
+  for (Download& download : downloads_) download.used |= std::ranges::find(hits, download.key) != hits.end();
   for (std::int32_t key : hits) residency_.hold(key, true);
-  if (exclusive_) {
+  if (rows_) {
     choose_victims();
-    retain_fresh();
-    if (cold_) cold_->make_room();
+    free_uploaded_rows();
+    rows_->make_room(rows_->residency().reserve());
   } else {
     residency_.trim();
   }
   for (std::int32_t key : hits) residency_.hold(key, false);
-  for (const Leaving& leaving : leaving_) residency_.hold(leaving.key, true);
+  for (const Download& download : downloads_) residency_.hold(download.key, true);
 }
 
-void Turnover::choose_victims() {
+void SlotEviction::choose_victims() {
   victims_.clear();
-  const std::size_t coming = residency_.n_free() + leaving_.size();
+  const std::size_t coming = residency_.n_free() + downloads_.size();
   if (coming >= residency_.reserve()) return;
   for (std::int32_t key : residency_.weakest(residency_.reserve() - coming)) {
     if (stores_.rows[key] < 0) {
@@ -86,46 +68,44 @@ void Turnover::choose_victims() {
   }
 }
 
-void Turnover::retain_fresh() {
-  for (std::int32_t key : fresh_) {
-    if (residency_.slot(key) < 0) continue;
-    free_row(key, stores_.rows[key]);
-    stores_.rows[key] = -1;
-  }
-  fresh_.clear();
+void SlotEviction::free_uploaded_rows() {
+  for (std::int32_t key : uploaded_)
+    if (residency_.slot(key) >= 0) rows_->drop(key);
+  uploaded_.clear();
 }
 
-void Turnover::begin_downloads() {
+void SlotEviction::begin_downloads() {
   for (std::int32_t key : victims_) {
-    const std::int32_t row = take_row(key);
+    const std::int32_t row = rows_->place(key);
     if (row < 0) break;
+    rows_->residency().hold(key, true);
     copier_.download(stores_.row(row), stores_.slot(residency_.slot(key)), stores_.expert_bytes);
-    leaving_.push_back({key, row, copier_.mark(Copier::Way::down), false});
+    downloads_.push_back({key, copier_.mark(Copier::Way::down), false});
     residency_.hold(key, true);
   }
   victims_.clear();
 }
 
-void Turnover::settle() {
-  if (cold_) cold_->end_step();
-  for (const Leaving& leaving : leaving_) finish(leaving);
-  leaving_.clear();
-  if (!exclusive_) return;
+void SlotEviction::finish() {
+  for (const Download& download : downloads_) end(download);
+  downloads_.clear();
+  if (!rows_) return;
+  rows_->release_kept();
   choose_victims();
   victims_.clear();
-  retain_fresh();
+  free_uploaded_rows();
 }
 
-void Turnover::undo() {
-  if (cold_) cold_->end_step();
-  for (Leaving& leaving : leaving_) {
-    leaving.used = true;
-    finish(leaving);
+void SlotEviction::undo() {
+  for (Download& download : downloads_) {
+    download.used = true;
+    end(download);
   }
-  leaving_.clear();
-  for (std::int32_t key : fresh_)
+  downloads_.clear();
+  if (rows_) rows_->release_kept();
+  for (std::int32_t key : uploaded_)
     if (stores_.rows[key] >= 0 && residency_.slot(key) >= 0) residency_.release(key);
-  fresh_.clear();
+  uploaded_.clear();
 }
 
 }  // namespace moebox

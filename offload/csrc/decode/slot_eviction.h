@@ -1,4 +1,4 @@
-// Who leaves the GPU's slots between two layer steps, and what happens to the copies in RAM.
+// Evicts experts from the GPU's slots between two layer steps.
 #pragma once
 
 #include <cstddef>
@@ -7,17 +7,16 @@
 #include <vector>
 
 #include "device/copier.h"
+#include "residency/ram_rows.h"
 #include "residency/residency.h"
 
 namespace moebox {
 
-class ColdTier;
-
-// Rows of RAM and slots of the GPU, of one stride each; a key's row is rows[key], or -1.
+// Rows of RAM and slots of the GPU; each holds one expert. rows[key] is the key's row, or -1.
 struct Stores {
   std::uintptr_t ram;
   std::size_t ram_stride, n_rows;
-  std::int32_t* rows;
+  const std::int32_t* rows;
   std::uintptr_t slab;
   std::size_t slab_stride;
   std::size_t expert_bytes;
@@ -26,56 +25,52 @@ struct Stores {
   std::uintptr_t slot(std::int32_t slot) const { return slab + slot * slab_stride; }
 };
 
-// Inclusive: every expert has a row, so the weakest are simply forgotten.
+// Inclusive (`rows` is null): every expert has a row in RAM, so a victim's slot is free at once.
 //
-// Exclusive: an expert that was uploaded and is not the weakest at the next step gives its row up; a victim
-// without a row is downloaded into a free one first, and stays a hit until that is done. An expert always has
-// a row or a slot. Where RAM has too few rows for that (`cold`), a victim for which none is free waits, and
-// who leaves RAM is left to the disk.
+// Exclusive: an expert lies in RAM or on the GPU. An expert that was uploaded, and is not evicted at the next
+// step, gives up its row. A victim that has no row is downloaded into a free one. It stays resident, and is a
+// hit, until the download is complete; if it is picked before that, it keeps its slot and gives up the row.
+// Where RAM is a cache of the drive there may be no free row; then the victim is not evicted in this step.
 //
-// The GPU has left a layer when it routes the next one: a step's calls come after that, in this order.
-class Turnover {
+// When the GPU has routed a layer, it has read all slots of the layer before. The calls of a step come after
+// that, in the order in which they stand here.
+class SlotEviction {
  public:
-  // `cold` may be null; not if it is not exclusive.
-  Turnover(Residency& residency, Copier& copier, const Stores& stores, bool exclusive, ColdTier* cold);
+  SlotEviction(Residency& residency, Copier& copier, const Stores& stores, RamRows* rows);
 
-  // The stores may have been changed by others since the last token.
+  // Prefill may have changed slots and rows since the last token.
   void begin_token();
-  // Ends downloads that are complete; their slots are free.
+  // Frees the slots of victims whose download is complete.
   void begin_step();
-  // Forgets the weakest, but none of `hits`, until `reserve` slots are free or on their way to it.
+  // Evicts the weakest, but none of `hits`, until `reserve` slots are free or will be after downloads.
   void make_room(std::span<const std::int32_t> hits);
-  // Starts the downloads that make_room() decided on.
+  // Queues the downloads of the victims that make_room() chose.
   void begin_downloads();
-  // An upload of the key is queued; it keeps its row until the next step.
-  void arrives(std::int32_t key) { fresh_.push_back(key); }
-  // All copies are complete: ends what hangs on them.
-  void settle();
-  // Copies failed: nobody leaves, and arrivals that still have a row are forgotten.
+  // An upload of the key is queued. The key keeps its row at least until the next step.
+  void arrives(std::int32_t key) { uploaded_.push_back(key); }
+  // All copies are complete: frees the slots of victims, and the rows of uploaded experts.
+  void finish();
+  // Copies have failed: victims keep their slots, and uploaded experts that still have a row lose theirs.
   void undo();
 
  private:
-  struct Leaving {
-    std::int32_t key, row;
+  struct Download {
+    std::int32_t key;
     Copier::Mark done;
-    bool used;  // since: it stays
+    bool used;  // picked since the download began
   };
 
   void choose_victims();
-  void retain_fresh();
-  void finish(const Leaving& leaving);
-  std::int32_t take_row(std::int32_t key);
-  void free_row(std::int32_t key, std::int32_t row);
+  void free_uploaded_rows();
+  void end(const Download& download);
 
   Residency& residency_;
   Copier& copier_;
   const Stores stores_;
-  const bool exclusive_;
-  ColdTier* const cold_;               // keeps account of the rows, if there is one
-  std::vector<std::int32_t> fresh_;    // uploaded, and whether to keep them is open
-  std::vector<std::int32_t> victims_;  // to be downloaded
-  std::vector<Leaving> leaving_;       // being downloaded; held
-  std::vector<std::int32_t> free_rows_;
+  RamRows* const rows_;
+  std::vector<std::int32_t> uploaded_;  // in the last step
+  std::vector<std::int32_t> victims_;   // to be downloaded
+  std::vector<Download> downloads_;     // under way; their keys are held in slots and rows
 };
 
 }  // namespace moebox

@@ -9,14 +9,14 @@ constexpr std::size_t kPiecesUnderWay = 2;
 
 }  // namespace
 
-void AheadUploads::guess(std::span<const std::int32_t> keys) {
-  forget();
-  guesses_.assign(keys.begin(), keys.end());
+void UploadAhead::predict(std::span<const std::int32_t> keys) {
+  give_up();
+  predicted_.assign(keys.begin(), keys.end());
 }
 
-void AheadUploads::feed() {
-  if (!guessed()) return;
-  poll();
+void UploadAhead::queue_pieces() {
+  if (!has_predictions()) return;
+  drop_complete_pieces();
   while (under_way_.size() < kPiecesUnderWay) {
     Begun* expert = current();
     if (!expert) return;
@@ -29,11 +29,11 @@ void AheadUploads::feed() {
   }
 }
 
-// The expert that the next piece is of: one after the other, since half an expert saves half of its upload.
-AheadUploads::Begun* AheadUploads::current() {
+// The expert that the next piece belongs to: one expert is completed before the next one begins.
+UploadAhead::Begun* UploadAhead::current() {
   if (!begun_.empty() && begun_.back().bytes < stores_.expert_bytes) return &begun_.back();
-  while (next_guess_ < guesses_.size()) {
-    const std::int32_t key = guesses_[next_guess_++];
+  while (next_ < predicted_.size()) {
+    const std::int32_t key = predicted_[next_++];
     if (residency_.slot(key) >= 0 || stores_.rows[key] < 0) continue;
     const std::int32_t slot = free_slot();
     if (slot < 0) return nullptr;
@@ -43,49 +43,51 @@ AheadUploads::Begun* AheadUploads::current() {
   return nullptr;
 }
 
-std::int32_t AheadUploads::free_slot() const {
+std::int32_t UploadAhead::free_slot() const {
   for (const std::int32_t slot : residency_.free())
     if (std::ranges::find(begun_, slot, &Begun::slot) == begun_.end()) return slot;
   return -1;
 }
 
-void AheadUploads::poll() {
+void UploadAhead::drop_complete_pieces() {
   while (!under_way_.empty() && copier_.reached(under_way_.front())) {
     copier_.drop(under_way_.front());
     under_way_.pop_front();
   }
 }
 
-void AheadUploads::compare(std::span<const std::int32_t> picks) {
-  if (!guessed()) return;
+void UploadAhead::count_found(std::span<const std::int32_t> picks) {
+  if (!has_predictions()) return;
   counts_.picked += static_cast<std::int64_t>(picks.size());
-  for (const std::int32_t key : picks) counts_.found += std::ranges::find(guesses_, key) != guesses_.end();
+  for (const std::int32_t key : picks)
+    counts_.found += std::ranges::find(predicted_, key) != predicted_.end();
 }
 
-const AheadUploads::Begun* AheadUploads::find(std::int32_t key) const {
+const UploadAhead::Begun* UploadAhead::find(std::int32_t key) const {
   const auto found = std::ranges::find(begun_, key, &Begun::key);
   return found == begun_.end() ? nullptr : &*found;
 }
 
-std::size_t AheadUploads::bytes(std::int32_t key) const {
+std::size_t UploadAhead::queued_bytes(std::int32_t key) const {
   const Begun* begun = find(key);
   return begun ? begun->bytes : 0;
 }
 
-std::int32_t AheadUploads::slot(std::int32_t key) const {
+std::int32_t UploadAhead::slot(std::int32_t key) const {
   const Begun* begun = find(key);
   return begun ? begun->slot : -1;
 }
 
-void AheadUploads::take(std::int32_t key) {
-  poll();
+void UploadAhead::take(std::int32_t key) {
+  drop_complete_pieces();
   Begun& begun = *std::ranges::find(begun_, key, &Begun::key);
   begun.taken = true;
-  const bool there = begun.bytes == stores_.expert_bytes && begun.last_piece + under_way_.size() <= pieces_;
-  ++(there ? counts_.used : counts_.late);
+  const bool complete =
+      begun.bytes == stores_.expert_bytes && begun.last_piece + under_way_.size() <= pieces_;
+  ++(complete ? counts_.used : counts_.late);
 }
 
-std::size_t AheadUploads::forget() {
+std::size_t UploadAhead::give_up() {
   std::size_t wasted = 0;
   for (const Begun& begun : begun_) {
     if (begun.taken) continue;
@@ -94,15 +96,15 @@ std::size_t AheadUploads::forget() {
   }
   counts_.wasted_bytes += static_cast<std::int64_t>(wasted);
   begun_.clear();
-  guesses_.clear();
-  next_guess_ = 0;
+  predicted_.clear();
+  next_ = 0;
   return wasted;
 }
 
-void AheadUploads::recover() {
+void UploadAhead::reset() {
   for (const Copier::Mark piece : under_way_) copier_.drop(piece);
   under_way_.clear();
-  forget();
+  give_up();
 }
 
 }  // namespace moebox

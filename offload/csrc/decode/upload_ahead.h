@@ -1,4 +1,4 @@
-// Uploads on a guess: experts that the next layer will probably pick, while the road to the GPU is idle.
+// Uploads of experts that the next layer will probably pick, while nothing else crosses PCIe.
 #pragma once
 
 #include <array>
@@ -14,49 +14,53 @@
 
 namespace moebox {
 
-// One layer's guessed experts go up in small pieces, few of them under way at once, into slots that are free
-// and stay so: nobody leaves for a guess, and what the layer turns out to need waits for a few pieces at
-// most. When its picks are known, the layer's own uploads go on where a right guess has got to (`bytes`,
-// `slot`), in the same order of copies; the rest is forgotten, and its slots are used for others behind the
-// last piece.
-class AheadUploads {
+// A layer's predicted experts are uploaded in small pieces, of which few are under way at once, so that the
+// uploads that the layer turns out to need wait for a few pieces at most. Predictions only use slots that are
+// free, and evict nothing.
+//
+// When the layer's picks are known, the uploads of correctly predicted experts go on from queued_bytes(), in
+// the same order of copies. The others are given up: their slots are free for uploads queued behind the last
+// piece.
+class UploadAhead {
  public:
   struct Counts {
     static constexpr std::array kFields = {"issued",       "used",  "late",  "wrong",
                                            "wasted_bytes", "found", "picked"};
-    // Experts begun; of these there when they were picked and uploaded, still coming then, or neither.
+    // Experts whose upload began before their layer was routed. Of these: picked, uploaded and complete by
+    // then; picked and uploaded, but not complete by then; not uploaded after all.
     std::int64_t issued = 0, used = 0, late = 0, wrong = 0;
-    std::int64_t wasted_bytes = 0;
-    std::int64_t found = 0,
-                 picked = 0;  // picks that were among the guesses; picks that there were guesses for
+    std::int64_t wasted_bytes = 0;  // of the wrong ones
+    // Picks that were predicted, and all picks of layers that had predictions.
+    std::int64_t found = 0, picked = 0;
   };
   static_assert(sizeof(Counts) == Counts::kFields.size() * sizeof(std::int64_t));
 
-  AheadUploads(const Residency& residency, Copier& copier, const Stores& stores)
+  UploadAhead(const Residency& residency, Copier& copier, const Stores& stores)
       : residency_(residency), copier_(copier), stores_(stores) {}
 
-  // The coming layer's guessed keys, the likeliest first. The last layer's are forgotten.
-  void guess(std::span<const std::int32_t> keys);
-  bool guessed() const { return !guesses_.empty(); }
-  // Queues pieces until enough are under way: while nothing else has to be uploaded.
-  void feed();
+  // Keys that the coming layer will probably pick, the likeliest first. Gives up the last layer's uploads.
+  void predict(std::span<const std::int32_t> keys);
+  bool has_predictions() const { return !predicted_.empty(); }
+  // Queues pieces until enough are under way. Only while no layer needs PCIe.
+  void queue_pieces();
 
-  // The layer picked these keys.
-  void compare(std::span<const std::int32_t> picks);
-  // Of a key's bytes, how many are in its slot or on their way; 0: none, and no slot.
-  std::size_t bytes(std::int32_t key) const;
+  // Counts how many of the layer's picks were predicted.
+  void count_found(std::span<const std::int32_t> picks);
+  bool any_begun() const { return !begun_.empty(); }
+  // The first bytes of a key that are in its slot or on their way there; 0 if its upload has not begun.
+  std::size_t queued_bytes(std::int32_t key) const;
+  // The slot that a key's upload goes to, or -1 if it has not begun.
   std::int32_t slot(std::int32_t key) const;
-  bool begun() const { return !begun_.empty(); }
-  // The key is uploaded to its slot, the rest of it by the caller.
+  // The key stays in its slot; the caller uploads the rest of its bytes.
   void take(std::int32_t key);
-  // Gives up what was not taken; returns its bytes.
-  std::size_t forget();
-  // All copies are complete, or failed.
-  void recover();
+  // Gives up all uploads that were not taken, and the predictions. Returns their bytes.
+  std::size_t give_up();
+  // The same when all copies are complete or have failed.
+  void reset();
 
   const Counts& counts() const { return counts_; }
 
-  // As small as copies can be without losing speed: what a layer needs may have to wait for them.
+  // As small as copies can be without losing speed.
   std::size_t piece_bytes = 1 << 20;
 
  private:
@@ -69,16 +73,16 @@ class AheadUploads {
 
   Begun* current();
   std::int32_t free_slot() const;
-  void poll();
+  void drop_complete_pieces();
   const Begun* find(std::int32_t key) const;
 
   const Residency& residency_;
   Copier& copier_;
   const Stores stores_;
-  std::vector<std::int32_t> guesses_;
-  std::size_t next_guess_ = 0;
+  std::vector<std::int32_t> predicted_;
+  std::size_t next_ = 0;  // of predicted_
   std::vector<Begun> begun_;
-  std::deque<Copier::Mark> under_way_;  // pieces
+  std::deque<Copier::Mark> under_way_;  // a mark behind each piece
   std::uint64_t pieces_ = 0;            // queued so far
   Counts counts_;
 };

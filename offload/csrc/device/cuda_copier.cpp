@@ -7,7 +7,7 @@ namespace {
 
 constexpr int kSuccess = 0, kNotReady = 600;
 
-// The driver's functions that are used here; prototypes as in cuda.h.
+// The driver's functions that the copier calls, with the prototypes of cuda.h.
 struct Driver {
   int (*cuCtxGetCurrent)(void** context);
   int (*cuCtxSetCurrent)(void* context);

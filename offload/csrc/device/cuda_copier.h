@@ -1,4 +1,5 @@
-// Copies of a CUDA device, through the driver that is there at run time: no header and nothing to link.
+// The copier of a CUDA device. It loads the driver at run time, so the build needs neither CUDA's headers nor
+// its libraries.
 #pragma once
 
 #include <vector>
@@ -9,7 +10,7 @@ namespace moebox {
 
 class CudaCopier : public Copier {
  public:
-  // Raw streams of the current context. Throws DeviceFailure where there is no driver or no context.
+  // The streams are raw handles of the current context. Throws DeviceFailure without a driver or a context.
   CudaCopier(std::uintptr_t upload_stream, std::uintptr_t download_stream);
   ~CudaCopier() override;
   CudaCopier(const CudaCopier&) = delete;

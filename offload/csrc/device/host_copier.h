@@ -1,4 +1,4 @@
-// The copier of a stand-in device whose memory is the host's.
+// The copier of the stand-in device, whose memory is the host's.
 #pragma once
 
 #include <atomic>
@@ -15,7 +15,7 @@
 
 namespace moebox {
 
-// A thread that does one thing after another, each after a random delay.
+// A thread that runs tasks in order, each after a random delay.
 class Lane {
  public:
   Lane(std::uint64_t seed, double max_delay_us);
@@ -37,7 +37,7 @@ class Lane {
   std::thread thread_;
 };
 
-// One lane for each direction. After a failure copies are skipped, signals and marks are not.
+// Has one lane for each direction. After a failure it skips copies, but neither signals nor marks.
 class HostCopier : public Copier {
  public:
   HostCopier(std::uint64_t seed, double max_delay_us);
@@ -53,7 +53,7 @@ class HostCopier : public Copier {
   double seconds(Mark begin, Mark end) override;
   void drop(Mark mark) override;
 
-  // For tests: a copy fails when so many more are done.
+  // For tests: after so many more copies one fails.
   void fail_after(std::int64_t copies) { until_failure_ = copies; }
 
  private:
@@ -65,8 +65,8 @@ class HostCopier : public Copier {
   std::atomic<bool> failed_{false};
   std::mutex marks_mutex_;
   Mark next_mark_ = 0;
-  std::unordered_map<Mark, Time> marks_;  // those that have been reached
-  Lane up_, down_;                        // last: their threads use what stands above
+  std::unordered_map<Mark, Time> marks_;  // marks that have been reached
+  Lane up_, down_;                        // last: their threads use the members above
 };
 
 }  // namespace moebox

@@ -29,7 +29,7 @@ struct Reader::Copy {
 
 struct Reader::File {
   std::vector<Copy> copies;
-  std::vector<Drive*> drives;  // those that hold a copy, each once
+  std::vector<Drive*> drives;  // drives with at least one copy, each once
 };
 
 struct Reader::Piece {
@@ -38,8 +38,8 @@ struct Reader::Piece {
   std::uint64_t offset;
   std::size_t nbytes;
   std::byte* target;
-  std::uint32_t tried = 0;   // bits of copies
-  std::uint32_t source = 0;  // of the one that was read
+  std::uint32_t tried = 0;   // bits of the copies that failed
+  std::uint32_t source = 0;  // bit of the copy that was read
   bool queued = false;
 
   std::uint32_t bit_of(std::size_t copy) const {
@@ -55,7 +55,7 @@ struct Reader::Job {
   std::optional<std::uint64_t> checksum;
   std::size_t unfinished = 0;  // pieces queued or under way
   std::size_t bytes_read = 0;
-  std::size_t next_alone = 0;  // the copy that is read next where a checksum was wrong
+  std::size_t next_copy = 0;  // after a wrong checksum: the copy to read as a whole next
   std::optional<ReadFailure> failure;
   bool cancelled = false;
 };
@@ -71,7 +71,7 @@ struct Reader::Drive {
   Clock::time_point busy_since;
   Clock::duration busy{};
 
-  // A read that is needed now waits for at most this part of the reads under way.
+  // Prefetched reads that may be under way at once: the other threads are free for reads that are needed now.
   std::size_t most_prefetching() const { return (depth + 1) / 2; }
 
   void begin(bool prefetch) {
@@ -152,7 +152,8 @@ void Reader::set_depth(const std::string& path, std::size_t depth) {
   throw std::invalid_argument("path: " + path + " is none of the reader's files");
 }
 
-// Whole pages go straight to a target on a page; the rest is cut at pages too, so that none is read twice.
+// Pieces end on pages of the file, so that no page is read twice. Where range and target are page-aligned,
+// whole pages are read straight into the target, and the rest of the last page is a piece of its own.
 void Reader::cut(const Run& run, std::byte* target, Job& job) {
   File* file = &files_.at(run.file);
   const bool straight = on_page(run.offset, target);
@@ -195,7 +196,8 @@ Reader::Job& Reader::job_of(Ticket ticket) const {
   return *found->second;
 }
 
-// To every drive with a copy; the first that takes it withdraws it from the others.
+// Queues the piece on every drive with a copy. The drive that takes it first removes it from the other
+// queues.
 void Reader::enqueue(Piece& piece, bool front) {
   piece.queued = true;
   for (Drive* drive : piece.file->drives) {
@@ -215,8 +217,8 @@ void Reader::withdraw(Piece& piece) {
   }
 }
 
-// On `drive`, or on any. Copies that were given up are asked when all others have failed: what ailed their
-// drive may be over.
+// A copy to read the piece from, on `drive` or, for null, on any; null if there is none. A copy that was
+// given up is used when all others have failed, since its drive may work again.
 Reader::Copy* Reader::usable_copy(const Piece& piece, const Drive* drive) {
   auto& copies = piece.file->copies;
   const auto untried = [&](const Copy& copy) { return !(piece.tried & copy.bit); };
@@ -237,7 +239,7 @@ Reader::Task Reader::take(Drive& drive) {
         withdraw(*piece);
         return {piece, copy};
       }
-      queue.pop_front();  // the copy was given up meanwhile; another drive has one
+      queue.pop_front();  // the drive's copy was given up; another drive has one
     }
   }
   return {};
@@ -263,11 +265,11 @@ void Reader::run(const Task& task, Bounce& bounce, Lock& lock) {
   auto failure = task.copy->file->read(piece.target, piece.offset, piece.nbytes, bounce);
   lock.lock();
   drive.end(prefetch, failure ? 0 : piece.nbytes);
-  settle(task, std::move(failure), lock);
+  end_piece(task, std::move(failure), lock);
 }
 
-// Who waits may as well read: waking a thread takes longer than reading a few pages. Not more than those,
-// since the caller cannot look up while it reads.
+// A small piece that the waiting thread reads itself: that is faster than waking another thread. Large pieces
+// are left to the drive's threads, since the waiting thread could not check for signals meanwhile.
 Reader::Task Reader::take_own(Job& job) {
   for (Piece& piece : job.pieces) {
     if (!piece.queued || piece.nbytes > kSmall) continue;
@@ -277,7 +279,7 @@ Reader::Task Reader::take_own(Job& job) {
   return {};
 }
 
-void Reader::settle(const Task& task, std::optional<ReadFailure> failure, Lock& lock) {
+void Reader::end_piece(const Task& task, std::optional<ReadFailure> failure, Lock& lock) {
   Job& job = *task.piece->job;
   if (failure && !job.failure && !job.cancelled && try_another_copy(task, *failure)) return;
   if (failure) {
@@ -286,7 +288,7 @@ void Reader::settle(const Task& task, std::optional<ReadFailure> failure, Lock& 
     job.bytes_read += task.piece->nbytes;
     task.piece->source = task.copy->bit;
   }
-  if (job.unfinished == 1 && job.checksum && !job.failure && !job.cancelled) check(job, lock);
+  if (job.unfinished == 1 && job.checksum && !job.failure && !job.cancelled) compare_checksum(job, lock);
   if (--job.unfinished == 0) finished_.notify_all();
 }
 
@@ -320,8 +322,8 @@ void Reader::drop_queued(Job& job) {
   }
 }
 
-// The last piece has just been read: nobody else touches the job or its target now.
-void Reader::check(Job& job, Lock& lock) {
+// Called when all pieces are read: no other thread uses the job or its target then.
+void Reader::compare_checksum(Job& job, Lock& lock) {
   lock.unlock();
   const bool right = xxh3_64(job.target, job.nbytes) == *job.checksum;
   lock.lock();
@@ -333,15 +335,16 @@ void Reader::check(Job& job, Lock& lock) {
         return piece.file == first.file && piece.source == first.source;
       }))
     give_up(copy, *first.file, failure);
-  if (!read_next_alone(job)) fail(job, failure);
+  if (!read_next_copy(job)) fail(job, failure);
 }
 
-// Which of several copies is damaged does not show where pieces came from all of them.
-bool Reader::read_next_alone(Job& job) {
+// Begins to read all pieces from the next copy that has not been read as a whole; false if none is left.
+// Where pieces came from several copies, a wrong checksum does not tell which copy is damaged.
+bool Reader::read_next_copy(Job& job) {
   const auto copies = [](const Piece& piece) { return piece.file->copies.size(); };
   const std::size_t most = std::ranges::max(job.pieces, {}, copies).file->copies.size();
-  while (job.next_alone < most) {
-    const std::size_t copy = job.next_alone++;
+  while (job.next_copy < most) {
+    const std::size_t copy = job.next_copy++;
     if (std::ranges::all_of(job.pieces, [&](const Piece& p) { return p.source == p.bit_of(copy); })) continue;
     job.unfinished += job.pieces.size();
     for (Piece& piece : job.pieces) {

@@ -106,7 +106,7 @@ ShardFile::~ShardFile() { close(descriptor_); }
 
 int ShardFile::open_with(int flags) const { return open(path_.c_str(), O_RDONLY | O_CLOEXEC | flags); }
 
-// Some file systems let a file be opened with O_DIRECT and refuse its reads.
+// Tries a read: some file systems open a file with O_DIRECT but refuse to read it.
 bool ShardFile::refuses_direct() const {
   if (faults_.next(path_, true)) return true;
   Bounce page;
@@ -138,7 +138,7 @@ std::optional<ReadFailure> ShardFile::read(std::byte* target, std::uint64_t offs
   return failure;
 }
 
-// Up to `nbytes`, of which the first `needed` must be there: a file may end within its last page.
+// Reads up to `nbytes`, at least the first `needed`: a file may end within its last page.
 std::optional<ReadFailure> ShardFile::read_range(std::byte* to, std::uint64_t begin, std::size_t nbytes,
                                                  std::size_t needed) const {
   std::size_t done = 0;

@@ -1,4 +1,5 @@
-// One copy of a shard: opened once, read past the page cache, checked to be still the same.
+// One copy of a shard. It is opened once and read without the page cache; each read checks that the file has
+// not changed.
 #pragma once
 
 #include <sys/stat.h>
@@ -39,14 +40,14 @@ class ReadFailure : public std::runtime_error {
   int error;
 };
 
-// For tests: what happens to the reads of files whose path starts with `prefix`, after the first `after` of
-// them, `count` times.
+// For tests: after `after` reads of files whose path starts with `prefix`, the next `count` reads have this
+// fault.
 struct Fault {
   enum class Kind { error, shorten, flip, delay, refuse_direct };
 
   std::string prefix;
   Kind kind;
-  std::int64_t value;  // errno; bytes at most; what each byte is XORed with; microseconds
+  std::int64_t value;  // by kind: errno; most bytes; mask that each byte is XORed with; microseconds
   std::size_t after, count;
 };
 
@@ -61,7 +62,7 @@ class Faults {
   std::atomic<bool> any_{false};
 };
 
-// Memory of one thread for what does not lie on pages; grows and stays.
+// Page-aligned memory of one thread, for reads that are not aligned. It grows to the largest request.
 class Bounce {
  public:
   std::byte* reserve(std::size_t nbytes);
@@ -76,7 +77,8 @@ class Bounce {
 
 class ShardFile {
  public:
-  // Through the page cache without `direct` or where O_DIRECT is refused. Throws ReadFailure.
+  // Reads go through the page cache without `direct`, or where the file system refuses O_DIRECT. Throws
+  // ReadFailure.
   ShardFile(std::string path, bool direct, Faults& faults);
   ~ShardFile();
   ShardFile(const ShardFile&) = delete;
@@ -87,8 +89,9 @@ class ShardFile {
   dev_t device() const { return identity_.device; }
   std::uint64_t size() const { return static_cast<std::uint64_t>(identity_.size); }
 
-  // Straight to the target where all lies on pages; otherwise covering pages go through `bounce`. A file that
-  // was written to since it was opened is Kind::changed; one that was replaced is read as it was.
+  // Reads straight into the target if it and the range are page-aligned; else all pages that the range
+  // touches are read into `bounce` first. A file that was written to since it was opened fails with
+  // Kind::changed; of a file that was replaced, the old one is read.
   std::optional<ReadFailure> read(std::byte* target, std::uint64_t offset, std::size_t nbytes,
                                   Bounce& bounce) const;
 

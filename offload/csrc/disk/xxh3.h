@@ -8,7 +8,7 @@ namespace moebox {
 
 inline constexpr std::size_t kXxh3Least = 241;
 
-// `nbytes` is at least kXxh3Least: the short forms are other algorithms, and no expert is so small.
+// `nbytes` is at least kXxh3Least: XXH3 has other algorithms for less, which no expert needs.
 std::uint64_t xxh3_64(const std::byte* data, std::size_t nbytes);
 
 }  // namespace moebox

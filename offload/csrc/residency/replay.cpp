@@ -31,7 +31,7 @@ class Tier {
     for (const std::int32_t key : hits_) residency_.hold(key, false);
     for (const std::int32_t key : keys)
       if (residency_.slot(key) < 0) residency_.place(key);
-    residency_.foresee(keys);
+    residency_.update_values(keys);
     return static_cast<std::int32_t>(hits_.size());
   }
 
@@ -40,7 +40,7 @@ class Tier {
   std::vector<std::int32_t> hits_;
 };
 
-// Residents in order of a level that changes only when they are picked.
+// Keeps residents in order of a level that changes only when an expert is picked.
 class Ranked {
  public:
   Ranked(const Trace& trace, std::size_t slots, Policy policy)

@@ -1,4 +1,4 @@
-// What share of a routing trace's picks a cache of experts would hit.
+// How many picks of a routing trace a cache of experts would hit.
 #pragma once
 
 #include <cstddef>
@@ -7,19 +7,19 @@
 
 namespace moebox {
 
-// Experts that a router picked: ids [tokens, layers, top_k], different ones within a layer.
+// Experts that a router picked: ids [tokens, layers, top_k], all different within a layer.
 struct Trace {
   const std::int32_t* ids;
   std::size_t tokens, layers, top_k, n_experts;
 };
 
-// decayed: Residency, foreseeing. score: Residency without layers. lru, lfu, belady: by last use, by number
-// of uses, by next use.
+// What decides which expert is evicted. decayed: Residency with its value model. score: Residency without
+// layers and value model. lru: the oldest last use. lfu: the fewest uses. belady: the latest next use.
 enum class Policy { decayed, score, lru, lfu, belady };
 
-// Hits of each token. The cache holds `slots` experts, and the misses of one layer besides until the next
-// layer's picks are looked up: then the weakest go, but none of those. So it is in DecodeRoads where every
-// miss is uploaded.
+// Hits of each token. The cache holds `slots` experts, and the misses of one layer besides. When the next
+// layer's picks are looked up, the weakest experts are evicted until `slots` are left, but none of these
+// picks. HostStep does the same where every miss is uploaded.
 std::vector<std::int32_t> replay(const Trace& trace, std::size_t slots, Policy policy, double half_life);
 
 }  // namespace moebox

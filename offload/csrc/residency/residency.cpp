@@ -11,8 +11,8 @@ namespace moebox {
 namespace {
 
 constexpr double kNever = -std::numeric_limits<double>::infinity();
-// A guess below this is as good as none.
-constexpr float kLeastWorth = 1e-4f;
+// Estimates below this are noise: they count as this, since a level is a logarithm.
+constexpr float kLeastValue = 1e-4f;
 
 }  // namespace
 
@@ -55,23 +55,23 @@ void Residency::seed(std::int32_t key, double score) {
 
 double Residency::score(std::int32_t key) const { return std::exp2(used_[key] - age()); }
 
-void Residency::foresee(std::span<const std::int32_t> picks) {
+void Residency::update_values(std::span<const std::int32_t> picks) {
   if (heaps_.size() < 2 || n_slots() - reserve_ >= n_keys() || n_slots() == 0 || picks.empty()) return;
-  if (!foresight_) foresight_ = std::make_unique<Foresight>(heaps_.size(), n_experts_);
+  if (!value_model_) value_model_ = std::make_unique<ValueModel>(heaps_.size(), n_experts_);
   layer_ = layer_of(picks.front());
   const auto first = static_cast<std::int32_t>(layer_ * n_experts_);
   picks_.assign(picks.begin(), picks.end());
   for (std::int32_t& pick : picks_) pick -= first;
-  // A score of steady use is its share of the tokens, times 1 / (1 - 2^(-1 / half_life)).
+  // An expert used at a share p of all tokens has a score of p / (1 - 2^(-1 / half_life)) in the mean.
   const double share = 1 - std::exp2(-1 / half_life_);
   recent_.resize(n_experts_);
   for (std::size_t i = 0; i < n_experts_; ++i)
     recent_[i] = static_cast<float>(share) * std::exp2(static_cast<float>(used_[first + i] - age()));
-  const auto worth = foresight_->step(layer_, tick_, picks_, recent_);
+  const auto values = value_model_->step(layer_, tick_, picks_, recent_);
   const double scale = age() - std::log2(share);
   for (std::size_t i = 0; i < n_experts_; ++i)
     if (slot_of_[first + i] >= 0)
-      set_level(first + static_cast<std::int32_t>(i), std::log2(std::max(worth[i], kLeastWorth)) + scale);
+      set_level(first + static_cast<std::int32_t>(i), std::log2(std::max(values[i], kLeastValue)) + scale);
 }
 
 void Residency::set_level(std::int32_t key, double level) {
@@ -135,8 +135,8 @@ std::vector<std::int32_t> Residency::trim() {
   return keys;
 }
 
-// Of the layer's weakest: its level per layer step until the layer's turn. That of the layer being computed
-// is behind it: this one's picks are used already.
+// log2(value / layer steps until the layer's turn), up to the same constant for all layers, of the layer's
+// weakest key. The layer being computed has its next turn one token later, since its picks are known.
 double Residency::rank(std::size_t layer) const {
   const std::size_t wait = layer > layer_ ? layer - layer_ : layer + heaps_.size() - layer_;
   return level_[key_in_[heaps_[layer].front()]] - wait_[wait];
@@ -149,7 +149,7 @@ Residency::Heap* Residency::weakest_heap() {
     if (heaps_[layer].empty()) continue;
     const double level = rank(layer);
     if (weakest && level > least) continue;
-    weakest = &heaps_[layer];  // of equal ones the last: it has the higher key
+    weakest = &heaps_[layer];  // of equal ranks the last: the higher key
     least = level;
   }
   return weakest;

@@ -1,4 +1,4 @@
-// Which keys are in which slot, and who is worth keeping. Plain bookkeeping: no bytes, no threads.
+// Which key has which slot, and which keys are worth keeping. Plain bookkeeping: no bytes, no threads.
 #pragma once
 
 #include <cstddef>
@@ -11,13 +11,16 @@
 
 namespace moebox {
 
-// A key's score halves every `half_life` ticks. Its level is the logarithm of the score, or of what was
-// foreseen of it since, as it would have been at tick 0: the order of two levels does not change with time,
-// and nothing is touched by a tick.
+// Half-life of an expert's score. On traces of a small model of the family 8 to 32 tokens were best.
+constexpr double kHalfLifeTokens = 16;
+
+// A tick is a token. A key's score counts its uses and halves every `half_life` ticks:
+//   score = sum over uses of count * 2^(-(tick - tick of the use) / half_life).
+// Its level is log2(value) + tick / half_life, where the value is the score, or what update_values()
+// estimated since. Levels do not change with the tick, so neither does the order of two keys.
 //
-// A layer's experts come back when the layer does. Who goes first therefore has the lowest worth per layer
-// step until then: of two of equal level, that of the layer just passed goes before that of the layer to
-// come.
+// A layer's experts can only be used when the layer's turn comes. The key that is evicted first is the one
+// with the lowest value divided by the number of layer steps until its layer's turn.
 class Residency {
  public:
   // reserve < n_slots, or both 0. n_experts: keys per layer, a divisor of n_keys; 0: all are of one layer.
@@ -34,11 +37,11 @@ class Residency {
   void set_tick(std::int64_t tick) { tick_ = tick; }
   const std::vector<std::int32_t>& slots() const { return key_in_; }
   const std::vector<std::int32_t>& table() const { return slot_of_; }
-  // In no order.
+  // The free slots, in no order.
   std::span<const std::int32_t> free() const { return free_; }
 
   std::int32_t slot(std::int32_t key) const { return slot_of_[key]; }
-  // The key's layer is the one being computed.
+  // Adds to the key's score. The key's layer is the one being computed.
   void use(std::int32_t key, double count);
   void seed(std::int32_t key, double score);
   double score(std::int32_t key) const;
@@ -47,27 +50,29 @@ class Residency {
     return level_[a] != level_[b] ? level_[a] < level_[b] : a > b;
   }
 
-  // picks: all keys of one layer that the token of this tick has picked, used before. Learns from them, and
-  // puts the layer's residents in order of what they will be worth. Takes a while, so it is for when others
-  // wait for something else. Does nothing without n_experts, or where all keys have a slot.
-  void foresee(std::span<const std::int32_t> picks);
+  // Has the value model learn from a layer's picks, and replaces the levels of the layer's residents by its
+  // estimates. picks: all keys of one layer that the token of this tick picked, after use() of each. Takes
+  // long, so call it while the GPU or the drive is busy. Does nothing without n_experts, or where all keys
+  // have a slot.
+  void update_values(std::span<const std::int32_t> picks);
 
-  // The key gets the lowest free slot; -1 if there is none. It must not be resident.
+  // Gives the key the lowest free slot; -1 if none is free. The key must not be resident.
   std::int32_t place(std::int32_t key);
-  // The key gets this slot, which must be free.
+  // Gives the key this slot, which must be free.
   void place(std::int32_t key, std::int32_t slot);
-  // The key must be resident.
+  // Frees the key's slot. The key must be resident.
   void release(std::int32_t key);
 
-  // A held key is resident and no candidate for eviction.
+  // weakest() leaves out keys that are held. The key must be resident.
   void hold(std::int32_t key, bool held) { held_[slot_of_[key]] = held; }
+  bool held(std::int32_t key) const { return held_[slot_of_[key]]; }
   // Up to n resident keys that are not held, weakest first.
   std::vector<std::int32_t> weakest(std::size_t n);
   // Releases the weakest until `reserve` slots are free; returns their keys.
   std::vector<std::int32_t> trim();
 
  private:
-  using Heap = std::vector<std::int32_t>;  // slots in use, the weakest on top
+  using Heap = std::vector<std::int32_t>;  // slots in use, that of the weakest key on top
 
   double age() const { return static_cast<double>(tick_) / half_life_; }
   std::size_t layer_of(std::int32_t key) const { return static_cast<std::size_t>(key) / n_experts_; }
@@ -89,14 +94,14 @@ class Residency {
   std::int64_t tick_ = 0;
   std::size_t layer_ = 0;                       // being computed
   std::vector<double> used_;                    // by key: log2(score) + tick / half_life; -inf: never used
-  std::vector<double> level_;                   // by key: the same of what counts
-  std::vector<double> wait_;                    // by layers until a layer's turn: their log2
+  std::vector<double> level_;                   // by key: log2(value) + tick / half_life
+  std::vector<double> wait_;                    // log2(n), by the number n of layer steps until a turn
   std::vector<std::int32_t> slot_of_, key_in_;  // by key, by slot; -1: none
   std::vector<std::int32_t> free_;              // a heap, the lowest on top
   std::vector<Heap> heaps_;                     // by layer
-  std::vector<std::uint32_t> at_;               // by slot: its place in its heap
+  std::vector<std::uint32_t> at_;               // by slot: its index in its heap
   std::vector<std::uint8_t> held_;              // by slot
-  std::unique_ptr<Foresight> foresight_;
+  std::unique_ptr<ValueModel> value_model_;
   std::vector<std::int32_t> picks_;
   std::vector<float> recent_;
 };

@@ -1,4 +1,4 @@
-// Guesses from a layer's picks which of its experts the next tokens will pick.
+// Estimates from a layer's picks how much the next tokens will use each of its experts.
 #pragma once
 
 #include <array>
@@ -9,16 +9,20 @@
 
 namespace moebox {
 
-// An expert's worth is its expected use at the tokens to come, each counting kDiscount of the one before it.
-// The guess is linear: part of the expert's recent use, and for each pick nearby a weight that is learned
-// from how the last guess turned out (temporal differences; Sutton 1988). Nearby are the layer's own picks at
-// this token and the one before, and the previous layer's at this token.
-class Foresight {
+// The value of expert j is its discounted expected use at the tokens to come,
+//   value[j] = (1 - d) * sum over i >= 1 of d^(i - 1) * P(token t + i picks j),   d = kDiscount.
+// The estimate is linear in the recent use and in the picks around it,
+//   value[j] = kRecent * recent[j] + sum over nearby picks p of weight[source of p][layer][p][j],
+// where the sources are the layer's own picks at this token and at the token before, and the previous layer's
+// picks at this token. One token later the weights that made an estimate are corrected by its error (temporal
+// differences; Sutton 1988):
+//   error[j] = (1 - d) * (1 if j was picked now, else 0) + d * value now[j] - value then[j].
+class ValueModel {
  public:
-  Foresight(std::size_t layers, std::size_t n_experts);
+  ValueModel(std::size_t layers, std::size_t n_experts);
 
-  // picks: the layer's experts at the token of this tick. recent: [n_experts], an expert's share of the last
-  // tokens. Returns each expert's worth [n_experts], valid until the layer's next step.
+  // picks: the layer's experts at the token of this tick. recent: [n_experts], the share of the last tokens
+  // that picked each expert. Returns each expert's value [n_experts], valid until the layer's next step.
   std::span<const float> step(std::size_t layer, std::int64_t tick, std::span<const std::int32_t> picks,
                               std::span<const float> recent);
 
@@ -27,8 +31,8 @@ class Foresight {
   struct Layer {
     std::int64_t tick = -2;
     std::vector<std::int32_t> picks;
-    std::vector<float*> rows;  // whose weights made the guess
-    std::vector<float> worth;
+    std::vector<float*> rows;   // of weights, that were added up to the last estimate
+    std::vector<float> values;  // the last estimate
   };
 
   void add_rows(Source source, std::size_t layer, std::span<const std::int32_t> picks);
@@ -36,9 +40,9 @@ class Foresight {
 
   const std::size_t n_experts_;
   std::vector<Layer> layers_;
-  std::array<std::vector<float>, kSources> weights_;  // [layers, picked expert, guessed expert]
+  std::array<std::vector<float>, kSources> weights_;  // [layers, picked expert, estimated expert]
   std::vector<float*> rows_;
-  std::vector<float> worth_, error_;
+  std::vector<float> values_, error_;
 };
 
 }  // namespace moebox

@@ -24,7 +24,7 @@ from moebox.instruments.measure.random_model import shape_config
 from moebox.offload.device.registry import open_device
 from moebox.offload.disk.store import ExpertStore
 from moebox.offload.machine.drive_speed import DriveSpeed
-from moebox.offload.memory.ram_slab import RamTier
+from moebox.offload.memory.ram_slab import RamSlab
 from moebox.offload.routing.trace import synthetic_trace
 from moebox.quantize.convert import quantize
 from moebox.runtime.engine.cpu_plan import budget_for_share
@@ -83,7 +83,7 @@ def test_bench_on_the_stand_in_counts_every_pick_once(quick):
 
 def test_bench_on_rows_that_were_filled_before(quick):
     device = open_device("stand-in")
-    ram = RamTier(shape_config("tiny"), device=device)
+    ram = RamSlab(shape_config("tiny"), device=device)
     ram.fill_synthetic()
     bytes_before = ram.slab.clone()
 

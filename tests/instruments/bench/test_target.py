@@ -9,7 +9,7 @@ from moebox.errors import PlanError
 from moebox.instruments.bench.target import BenchOptions, make_pool, scale_budgets
 from moebox.instruments.measure.random_model import experts_in_ram, shape_config, synthetic_model
 from moebox.kernels import cpu
-from moebox.offload.memory.ram_slab import RamTier
+from moebox.offload.memory.ram_slab import RamSlab
 
 K2, K2_SHALLOW = shape_config("kimi-k2"), shape_config("kimi-k2", 9)
 GIB = 1 << 30
@@ -76,7 +76,7 @@ def test_synthetic_model_has_the_shapes_of_a_loaded_one_and_repeats_by_seed():
 
 def test_experts_in_ram_are_the_rows_of_the_slab():
     config = shape_config("tiny")
-    ram = RamTier(config)
+    ram = RamSlab(config)
     ram.fill_synthetic(seed=3)
     pool = cpu.ThreadPool(1)
     hidden = torch.randn(1, config.hidden_size).bfloat16()

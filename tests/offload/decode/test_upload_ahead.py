@@ -1,4 +1,4 @@
-"""Uploads on a guess: what the layers get is the same, nobody leaves for them, and the accounts balance."""
+"""Uploading ahead: layers are served the same experts, nothing is evicted for it, and the counts add up."""
 
 from __future__ import annotations
 
@@ -11,52 +11,52 @@ import numpy as np
 import pytest
 import torch
 
-from helpers.roads import Gpu, Rig, Spec, check_layer, random_ids, run_token
+from helpers.decode_rig import Gpu, Rig, Spec, check_layer, play_token, random_ids
 from helpers.tiers import build
 from moebox.errors import DeviceError
 from moebox.offload.decode.host_step import AHEAD_FIELDS, FIELDS
-from moebox.offload.decode.upload_ahead import UploadsAhead
+from moebox.offload.decode.upload_ahead import UploadAheadTrial
 from moebox.offload.device.stand_in import StandInDevice
 
 UPLOADS_ONLY = Spec(layers=4, slots=14, reserve=4, cpu_gbps=1e-3, recall=0.7)
 PLACEMENTS = {
     "mixed": Spec(slots=12, reserve=3, recall=0.7),
-    "divided": Spec(inner=256, slots=12, reserve=3, recall=0.9),
-    "divided, exclusive": Spec(inner=96, slots=12, reserve=3, rows=24, recall=0.7),
+    "split": Spec(inner=256, slots=12, reserve=3, recall=0.9),
+    "split, exclusive": Spec(inner=96, slots=12, reserve=3, rows=24, recall=0.7),
     "uploads only": UPLOADS_ONLY,
     "all wrong": replace(UPLOADS_ONLY, recall=0.0),
     "exclusive, thrashing": Spec(slots=5, reserve=3, rows=30, recall=1.0),
     "exclusive, without a spare row": Spec(slots=12, reserve=3, rows=21, recall=0.7),
     "cold, as few rows as will do": Spec(slots=4, reserve=2, rows=12, spare=4, recall=0.7),
-    "cold, divided": Spec(inner=96, slots=6, reserve=2, rows=15, spare=4, recall=0.9),
+    "cold, split": Spec(inner=96, slots=6, reserve=2, rows=15, spare=4, recall=0.9),
 }
 
 
 def counts(rig: Rig) -> dict[str, int]:
-    """What was done so far."""
-    return dict(zip(AHEAD_FIELDS, rig.roads.ahead.tolist(), strict=True))
+    """Counts of all tokens so far."""
+    return dict(zip(AHEAD_FIELDS, rig.host.ahead_counts.tolist(), strict=True))
 
 
 def column(rig: Rig, name: str) -> np.ndarray:
-    """The last token's figure of each layer."""
-    return rig.roads.stats[:, FIELDS.index(name)]
+    """A figure of each layer of the last token."""
+    return rig.host.stats[:, FIELDS.index(name)]
 
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("name", PLACEMENTS)
-def test_every_expert_is_served_whatever_was_guessed(name: str, seed: int) -> None:
-    """Whole experts or pieces of them: slots hold the right bytes while they may be read."""
+def test_every_expert_is_served_whatever_was_predicted(name: str, seed: int) -> None:
+    """Whole experts or pieces of them: slots hold the right bytes while the GPU may read them."""
     spec = replace(PLACEMENTS[name], seed=seed, max_delay_us=(0, 100, 400)[seed])
     rig, generator = Rig(spec), np.random.default_rng(seed)
-    rig.roads.piece_bytes = (1 << 20, 1000, 700)[seed]
+    rig.host.piece_bytes = (1 << 20, 1000, 700)[seed]
     wasted = early = 0.0
     for token in range(6):
-        run_token(rig, random_ids(spec, generator), token, injected=bool(token % 2))
+        play_token(rig, random_ids(spec, generator), token, injected=bool(token % 2))
         served = sum(column(rig, field) for field in ("hits", "uploads", "part", "cpu", "cold"))
         assert (served == spec.top_k).all()
         assert (column(rig, "early") <= column(rig, "uploads")).all()
         wasted, early = wasted + column(rig, "wasted").sum(), early + column(rig, "early").sum()
-    rig.roads.settle()
+    rig.host.wait_for_copies()
     rig.check_places()
     done = counts(rig)
     assert done["issued"] == done["used"] + done["late"] + done["wrong"]
@@ -67,23 +67,23 @@ def test_every_expert_is_served_whatever_was_guessed(name: str, seed: int) -> No
 
 
 def all_uploaded(recall: float | None, max_delay_us: float) -> tuple[list, set[int], dict[str, int]]:
-    """What each layer was served, in order and to the bit, where all misses go up; who is resident then."""
+    """Where all misses are uploaded: what each layer was served, in order; the residents; the counts."""
     spec = replace(UPLOADS_ONLY, recall=recall, max_delay_us=max_delay_us)
     rig, generator, served = Rig(spec), np.random.default_rng(7), []
-    rig.roads.piece_bytes = 500
+    rig.host.piece_bytes = 500
     for token in range(6):
-        gpu = run_token(rig, random_ids(spec, generator), token)
+        gpu = play_token(rig, random_ids(spec, generator), token)
         for layer in gpu.layers:
             lists = [[(layer.slots[slot], weight) for slot, weight in road.items()] for road in
                      (layer.hits, layer.uploads)]  # fmt: skip
-            served.append((*lists, layer.part, layer.total.tolist()))
-    rig.roads.settle()
+            served.append((*lists, layer.split, layer.total.tolist()))
+    rig.host.wait_for_copies()
     return served, set(np.flatnonzero(rig.residency.table() >= 0).tolist()), counts(rig)
 
 
 @pytest.mark.parametrize("recall", [0.0, 0.6, 1.0])
-def test_answers_and_residents_are_those_without_guesses(recall: float) -> None:
-    """The same lists in the same order, hence the same bits; right or wrong, a guess displaces nobody."""
+def test_predictions_change_neither_answers_nor_residents(recall: float) -> None:
+    """Lists of slots keep their order, and sums their bits; no prediction evicts an expert."""
     served, residents, done = all_uploaded(recall, 300)
     expected, expected_residents, nothing = all_uploaded(None, 300)
     assert served == expected
@@ -93,39 +93,39 @@ def test_answers_and_residents_are_those_without_guesses(recall: float) -> None:
 
 
 class SlowGpu(Gpu):
-    """Routes a layer when an upload that it guessed has begun."""
+    """Routes a layer when an upload of its predicted experts has begun."""
 
     before = -1
 
-    def _guess(self, layer: int) -> None:
+    def _predict(self, layer: int) -> None:
         self.before = counts(self.rig)["issued"]
-        super()._guess(layer)
+        super()._predict(layer)
 
     def _layer(self, layer: int) -> None:
         end = time.monotonic() + 60
         while layer and counts(self.rig)["issued"] == self.before:
-            assert time.monotonic() < end, "nothing went up"
+            assert time.monotonic() < end, "nothing was uploaded"
             time.sleep(1e-3)
         super()._layer(layer)
 
 
-def run_slowly(rig: Rig, ids: np.ndarray, guesses: torch.Tensor | None = None) -> Gpu:
-    """One token."""
-    rig.roads.clear()
+def play_slowly(rig: Rig, ids: np.ndarray, predicted_ids: torch.Tensor | None = None) -> Gpu:
+    """Serve one token to a `SlowGpu`."""
+    rig.host.clear_flags()
     gpu = SlowGpu(rig, 0, ids)
     gpu.start()
-    rig.roads.run_token(None, 30.0, guesses)
+    rig.host.serve_token(None, 30.0, predicted_ids)
     gpu.join(60)
     assert gpu.error is None
     return gpu
 
 
-def test_a_right_guess_saves_its_upload() -> None:
-    """While the GPU takes its time, what was guessed goes up; the layer gets it as if it had come later."""
+def test_a_right_prediction_saves_its_upload() -> None:
+    """Predicted experts are uploaded while the GPU computes, and the layer is served the same."""
     spec = replace(UPLOADS_ONLY, recall=1.0)
     rig = Rig(spec)
     ids = np.tile(np.arange(4, dtype=np.int32), (spec.layers, 1))
-    gpu = run_slowly(rig, ids)
+    gpu = play_slowly(rig, ids)
     done = counts(rig)
     assert done["found"] == done["picked"] == (spec.layers - 1) * spec.top_k
     assert done["issued"] == done["used"] + done["late"] >= spec.layers - 1
@@ -134,36 +134,36 @@ def test_a_right_guess_saves_its_upload() -> None:
         check_layer(rig, layer, seen)
 
 
-def test_injected_guesses() -> None:
-    """They take the place of the mailbox's, when the GPU has guessed; numbers of no expert are left out."""
+def test_injected_predictions() -> None:
+    """They replace the mailbox's once the GPU has predicted; ids of no expert are left out."""
     spec = replace(UPLOADS_ONLY, recall=0.0)
     rig = Rig(spec)
     ids = random_ids(spec, np.random.default_rng(4))
-    guesses = torch.from_numpy(ids.copy())
+    predicted_ids = torch.from_numpy(ids.copy())
     missing = next(int(e) for e in ids[2] if rig.residency.slot(2 * spec.n_experts + int(e)) < 0)
-    guesses[2] = torch.tensor([-1, spec.n_experts, 2**31 - 1, missing])
-    run_slowly(rig, ids, guesses)
+    predicted_ids[2] = torch.tensor([-1, spec.n_experts, 2**31 - 1, missing])
+    play_slowly(rig, ids, predicted_ids)
     assert counts(rig)["found"] == 2 * spec.top_k + 1
     assert counts(rig)["wrong"] == 0
-    with pytest.raises(ValueError, match=r"guesses: shape \[4, 3\] given, \[L=4, n=4\] needed"):
-        rig.roads.run_token(None, 30.0, guesses[:, :3].contiguous())
+    with pytest.raises(ValueError, match=r"predicted_ids: shape \[4, 3\] given, \[L=4, n=4\] needed"):
+        rig.host.serve_token(None, 30.0, predicted_ids[:, :3].contiguous())
 
 
 @pytest.mark.parametrize("copies", [0, 2, 9])
 def test_a_failing_copy(copies: int) -> None:
-    """The token fails; what did not arrive is not taken for resident, a guess or not."""
+    """The token fails, and experts whose copy did not arrive are not resident, predicted or not."""
     spec = replace(UPLOADS_ONLY, recall=1.0, max_delay_us=50)
     rig, generator = Rig(spec), np.random.default_rng(0)
-    rig.roads.piece_bytes = 900
+    rig.host.piece_bytes = 900
     rig.copier.fail_after(copies)
 
     def tokens() -> None:
         for token in range(20):
-            rig.roads.clear()
+            rig.host.clear_flags()
             gpu = Gpu(rig, token, random_ids(spec, generator))
             gpu.start()
             try:
-                rig.roads.run_token()
+                rig.host.serve_token()
             finally:
                 gpu.join(60)
                 assert not gpu.is_alive()
@@ -174,53 +174,53 @@ def test_a_failing_copy(copies: int) -> None:
     rig.check_places()
 
 
-def test_a_token_that_is_broken_off_leaves_nothing_behind() -> None:
-    """The GPU guesses layer 1 and never routes it."""
+def test_uploads_ahead_of_a_token_that_fails_are_given_up() -> None:
+    """The GPU predicts layer 1 and never routes it."""
     spec = replace(UPLOADS_ONLY, recall=1.0)
     rig, generator = Rig(spec), np.random.default_rng(1)
     ids = random_ids(spec, generator)
-    rig.roads.clear()
+    rig.host.clear_flags()
     gpu = Gpu(rig, 0, ids, stop_at=1)
     gpu.start()
     with pytest.raises(DeviceError, match="did not route MoE layer 1"):
-        rig.roads.run_token(None, 0.2)
+        rig.host.serve_token(None, 0.2)
     gpu.join(60)
     done = counts(rig)
     assert done["wrong"] == done["issued"] > 0
     rig.check_places()
     for token in range(3):
-        run_token(rig, random_ids(spec, generator), token)
-    rig.roads.settle()
+        play_token(rig, random_ids(spec, generator), token)
+    rig.host.wait_for_copies()
     rig.check_places()
 
 
-def test_without_guesses_nothing_goes_up() -> None:
-    """A program that raises no flag: as if there were none."""
+def test_without_predictions_nothing_is_uploaded_ahead() -> None:
+    """The program never raises the flag of predictions."""
     rig = Rig(replace(UPLOADS_ONLY, recall=None))
     for token in range(3):
-        run_token(rig, random_ids(rig.spec, np.random.default_rng(token)), token)
-    assert not rig.roads.ahead.any()
+        play_token(rig, random_ids(rig.spec, np.random.default_rng(token)), token)
+    assert not rig.host.ahead_counts.any()
     with pytest.raises(ValueError, match="piece_bytes: 0 given"):
-        rig.roads.piece_bytes = 0
+        rig.host.piece_bytes = 0
 
 
 class Verdict:
-    """A trial that has ended."""
+    """A trial whose result is fixed."""
 
     def __init__(self, on: bool) -> None:
         self.on, self.trying, self.change = on, False, -0.1 if on else 0.2
         self.why_off, self.seen = "tokens take +20.0% with it", []
 
     def observe(self, seconds: float, to_read: int) -> bool:
-        """Decides each time."""
+        """Always decides."""
         self.seen.append((seconds, to_read))
         return True
 
 
-def test_it_is_said_once_where_guesses_do_not_pay(caplog: pytest.LogCaptureFixture) -> None:
-    """With the figure; the report has it, too."""
-    roads = SimpleNamespace(ahead=np.arange(1, 8))
-    ahead = UploadsAhead(roads, Verdict(False))
+def test_the_log_says_once_that_uploading_ahead_does_not_pay(caplog: pytest.LogCaptureFixture) -> None:
+    """The message has the figure, and so has the report."""
+    host = SimpleNamespace(ahead_counts=np.arange(1, 8))
+    ahead = UploadAheadTrial(host, Verdict(False))
     with caplog.at_level(logging.WARNING, "moebox"):
         for _ in range(3):
             ahead.observe(0.1, 4)
@@ -232,20 +232,20 @@ def test_it_is_said_once_where_guesses_do_not_pay(caplog: pytest.LogCaptureFixtu
     assert report.recall == {1: 6 / 7, 2: None}
     assert not report.on
     assert report.why_off and report.change == 0.2
-    report = UploadsAhead(roads, Verdict(True)).report()
+    report = UploadAheadTrial(host, Verdict(True)).report()
     assert report.on and not report.why_off
 
 
-def test_who_guesses() -> None:
-    """Only where something is uploaded at all, and never for a trace, unless that brings its own guesses."""
+def test_when_the_program_predicts() -> None:
+    """Where something is uploaded at all; for an injected trace only if it has predictions of its own."""
     tiers = build(StandInDevice(max_delay_us=0), 12)
-    assert not tiers.guessing
+    assert not tiers.predicting
     tiers.upload_ahead(Verdict(True))
-    assert tiers.guessing
+    assert tiers.predicting
     tiers.routing = SimpleNamespace()
-    assert not tiers.guessing
-    tiers.guesses = lambda: torch.zeros(2, 4, dtype=torch.int32)
-    assert tiers.guessing
+    assert not tiers.predicting
+    tiers.predictions = lambda: torch.zeros(2, 4, dtype=torch.int32)
+    assert tiers.predicting
     for slots in (0, 68):
         tiers = build(StandInDevice(max_delay_us=0), slots)
         tiers.upload_ahead(Verdict(True))

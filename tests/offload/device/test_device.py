@@ -1,4 +1,4 @@
-"""The stand-in's streams keep order, carry errors and count memory; the same of CUDA where there is one."""
+"""Copies keep their order, errors are reported, memory is counted: on the stand-in and, if present, CUDA."""
 
 import gc
 import threading
@@ -72,14 +72,14 @@ def test_a_program_runs_again_and_again(device):
 
 def test_mailbox_lets_a_program_run_alone(device):
     box = Mailbox.allocate(device, layers=2, top_k=4, hidden_size=64)
-    assert box.hits.shape == (2, 5)
+    assert box.resident_slots.shape == (2, 5)
     assert box.uploaded.device.type == device.torch_device.type
     assert int(box.one[0]) == 1
     assert not any(int(flags.sum()) for flags in (box.routed, box.listed, box.uploaded, box.summed))
-    assert (box.part[:, 0] == -1).all()
-    box.part.fill_(32)
+    assert (box.split_expert[:, 0] == -1).all()
+    box.split_expert.fill_(32)
     box.raise_flags()
-    assert (box.part[:, 0] == -1).all()
+    assert (box.split_expert[:, 0] == -1).all()
     for flags in (box.listed, box.uploaded, box.summed):
         device.ops.wait(flags[1])  # would not return otherwise
     device.synchronize()
@@ -103,7 +103,7 @@ def test_a_program_inherits_inference_mode_and_raises():
         launch.finish()
 
 
-def test_a_failed_copy_shows_where_somebody_waits():
+def test_a_failed_copy_raises_where_the_host_waits():
     device = StandInDevice()
     device.uploads.copy(torch.empty(3), torch.empty(4))
     event = device.uploads.record()
@@ -129,7 +129,7 @@ def test_stand_in_memory_is_counted():
 
 
 def test_threads_end_with_the_device():
-    before = set(threading.enumerate())  # threads of an earlier test may end meanwhile: those are not counted
+    before = set(threading.enumerate())  # threads of an earlier test may end meanwhile
     device = StandInDevice()
     copiers = [thread for thread in threading.enumerate() if thread not in before]
     assert len(copiers) == 2
@@ -160,3 +160,26 @@ def test_pinned_memory_is_copied_beside_the_host():
     device.uploads.record().synchronize()
     assert (target == 7).all()
     unpin()
+
+
+class ForeignEvent:
+    """An event of another kind of device."""
+
+    def done(self):
+        return True
+
+    def synchronize(self):
+        pass
+
+    def seconds_since(self, _earlier):
+        return 0.0
+
+
+def test_events_of_another_device_are_refused(device):
+    with pytest.raises(TypeError, match=r"event: ForeignEvent given, an event of a .* device needed"):
+        device.mark().seconds_since(ForeignEvent())
+
+
+def test_a_program_that_was_not_started_cannot_finish():
+    with pytest.raises(RuntimeError, match=r"finish\(\) before start\(\)"):
+        StandInDevice().compile(lambda: None).finish()

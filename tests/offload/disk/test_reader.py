@@ -1,4 +1,4 @@
-"""Native reads: any place of a file into any memory, in an order that puts what is needed first."""
+"""Native reads: from any offset of a file to any address, and prefetches behind other reads."""
 
 import gc
 import random
@@ -44,7 +44,7 @@ TARGETS: list[np.ndarray] = []
 
 @pytest.fixture(autouse=True)
 def targets():
-    """A target must outlive its read: all stay until the test's readers are gone."""
+    """Keeps all targets alive until the test's readers are gone, since a target must outlive its read."""
     yield
     TARGETS.clear()
 
@@ -124,7 +124,7 @@ def test_many_threads(path, data):
         assert all(executor.map(task, range(6)))
 
 
-def test_what_is_needed_comes_before_what_was_prefetched(path):
+def test_other_reads_come_before_prefetches(path):
     reader = _kernels.Reader(1, PAGE)
     file = reader.add_file([path])
     slow(reader)
@@ -136,7 +136,7 @@ def test_what_is_needed_comes_before_what_was_prefetched(path):
     reader.wait(prefetch)
 
 
-def test_a_prefetch_that_is_needed_overtakes_the_others(path, data):
+def test_a_promoted_prefetch_overtakes_the_others(path, data):
     reader = _kernels.Reader(1, PAGE)
     file = reader.add_file([path])
     slow(reader)
@@ -152,7 +152,7 @@ def test_a_prefetch_that_is_needed_overtakes_the_others(path, data):
     assert np.array_equal(second, data[: second.size])
 
 
-def test_prefetches_leave_half_of_a_drive_to_others(path):
+def test_prefetches_leave_half_of_a_drive_to_other_reads(path):
     reader = _kernels.Reader(4, PAGE)
     file = reader.add_file([path])
     reader.inject("", "delay", 100_000)
@@ -182,7 +182,7 @@ def test_cancelled_reads_leave_the_target_alone(path, data):
     assert reader.cancel(done) == PAGE
 
 
-def test_a_reader_may_go_with_reads_under_way(path):
+def test_a_reader_may_be_deleted_while_reads_are_under_way(path):
     reader = _kernels.Reader(2, PAGE)
     file = reader.add_file([path])
     slow(reader)

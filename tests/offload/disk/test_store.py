@@ -1,4 +1,4 @@
-"""The store reads what the checkpoint holds, from one folder or from several, and knows checksums."""
+"""The store reads what the checkpoint holds, from one folder or several, and compares checksums."""
 
 import json
 import logging
@@ -31,7 +31,7 @@ def data_home(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def foreign(tmp_path_factory):
-    """Six tensors an expert, not one behind the other."""
+    """A checkpoint whose experts' six tensors do not lie one behind the other."""
     return make_checkpoint(tmp_path_factory.mktemp("store") / "model")
 
 
@@ -45,7 +45,7 @@ def own(foreign):
 
 @pytest.fixture
 def copy(own, tmp_path):
-    """A folder of one's own to damage."""
+    """A copy of the folder, for a test to damage."""
     return Path(shutil.copytree(own, tmp_path / "copy"))
 
 
@@ -176,7 +176,7 @@ def test_copies_must_be_of_the_same_size_and_header(own, tmp_path):
         Checkpoint.open(own, [tmp_path])
 
 
-def test_a_drive_that_refuses_direct_reads_is_said_once(own, monkeypatch, caplog):
+def test_one_warning_says_that_a_drive_refuses_direct_reads(own, monkeypatch, caplog):
     class Refused(store_module._kernels.Reader):
         def __init__(self, *arguments):
             super().__init__(*arguments)
@@ -284,7 +284,7 @@ def test_the_depth_is_measured_once(own, monkeypatch, caplog):
 
 
 @pytest.mark.parametrize("speed", [None, DriveSpeed({1: 1.0, 2: 3.0}, direct=False)])
-def test_what_tells_nothing_is_not_kept(own, monkeypatch, speed):
+def test_a_measurement_without_o_direct_is_not_saved(own, monkeypatch, speed):
     monkeypatch.setattr(store_module, "measure_drive", lambda *_: speed)
     store = ExpertStore.open(Checkpoint.open(own))
     assert depth(store) == store_module.DEFAULT_DEPTH

@@ -1,4 +1,4 @@
-"""Whatever happens to a drive or a shard: the right bytes or a clear error, never wrong weights."""
+"""Faults of drives and shards end in the right bytes or in a clear error, never in wrong weights."""
 
 import errno
 import os
@@ -217,7 +217,7 @@ def test_both_drives_fail(folder, other_drive, expected):
         with pytest.raises(CheckpointError, match=r"safetensors: model\.layers"):
             read_all(store)
     with open_store(folder, other_drive) as store:
-        # Whichever copy was given up: the one whose drive answers again is read.
+        # Either copy may have been given up; the one whose drive answers again is read.
         store.reader.inject(str(folder), "error", errno.ENODEV)
         store.reader.inject(str(other_drive), "error", errno.EIO, count=1)
         with pytest.raises(CheckpointError):
@@ -231,7 +231,7 @@ def test_two_copies_on_one_drive(folder, whole, expected):
         assert np.array_equal(read_all(store), expected)
 
 
-def test_errors_of_prefetches_are_told_to_who_waits(folder, expected):
+def test_an_error_of_a_prefetch_is_raised_by_wait(folder, expected):
     with open_store(folder) as store:
         store.reader.inject("", "error", errno.EIO, count=2)
         rows = np.zeros((3, store.expert_bytes), np.uint8)
@@ -250,7 +250,7 @@ def test_errors_of_prefetches_are_told_to_who_waits(folder, expected):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_faults_at_random(folder, other_drive, expected, seed):
-    """Any mixture of faults: every read that is said to be well is right."""
+    """With any mixture of faults, every read that reports success is right."""
     rng = random.Random(seed)
     with open_store(folder, other_drive, verify=True, depth=3) as store:
         for _ in range(12):

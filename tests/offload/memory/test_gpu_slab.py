@@ -1,4 +1,4 @@
-"""The GPU's slab: it shrinks when memory is short, and holds what the residency says."""
+"""The GPU's slab: it shrinks if memory is short, and holds the experts that its table says."""
 
 import logging
 
@@ -8,13 +8,13 @@ import torch
 from helpers.tiers import EXPERTS, LAYERS, TOP_K, all_bytes, small_config
 from moebox.errors import PlanError
 from moebox.offload.device.stand_in import StandInDevice
-from moebox.offload.memory.gpu_slab import STAGING_SLOTS, GpuTier, spread_keys
-from moebox.offload.memory.ram_slab import RamTier, row_stride
+from moebox.offload.memory.gpu_slab import STAGING_SLOTS, GpuSlab, spread_keys
+from moebox.offload.memory.ram_slab import RamSlab, row_stride
 
 
 def test_as_planned(caplog):
     with caplog.at_level(logging.WARNING, "moebox"):
-        gpu = GpuTier(small_config(), StandInDevice(), 30)
+        gpu = GpuSlab(small_config(), StandInDevice(), 30)
     assert gpu.slab.shape == (30 + STAGING_SLOTS, gpu.stride)
     assert (gpu.n_slots, gpu.n_cached) == (30, 30 - TOP_K)
     assert not caplog.records
@@ -22,14 +22,14 @@ def test_as_planned(caplog):
 
 @pytest.mark.parametrize(("slots", "reserve"), [(0, 0), (1, 0), (4, 2), (8, 4), (9, 4)])
 def test_reserve_leaves_room_for_residents(slots, reserve):
-    gpu = GpuTier(small_config(), StandInDevice(), slots)
+    gpu = GpuSlab(small_config(), StandInDevice(), slots)
     assert (gpu.residency.reserve, gpu.n_cached) == (reserve, slots - reserve)
 
 
 def test_shrinks_and_says_so_once(caplog):
     stride = row_stride(small_config())
     with caplog.at_level(logging.WARNING, "moebox"):
-        gpu = GpuTier(small_config(), StandInDevice(vram_bytes=stride * (STAGING_SLOTS + 75)), 100)
+        gpu = GpuSlab(small_config(), StandInDevice(vram_bytes=stride * (STAGING_SLOTS + 75)), 100)
     assert gpu.n_slots == 72  # 100, 90, 81, 72
     assert gpu.residency.n_slots == 72
     (record,) = caplog.records
@@ -38,14 +38,14 @@ def test_shrinks_and_says_so_once(caplog):
 
 def test_shrinks_to_nothing_but_the_ring():
     stride = row_stride(small_config())
-    assert GpuTier(small_config(), StandInDevice(vram_bytes=stride * STAGING_SLOTS), 50).n_slots == 0
+    assert GpuSlab(small_config(), StandInDevice(vram_bytes=stride * STAGING_SLOTS), 50).n_slots == 0
     with pytest.raises(PlanError, match="no GPU memory"):
-        GpuTier(small_config(), StandInDevice(vram_bytes=stride * STAGING_SLOTS - 1), 50)
+        GpuSlab(small_config(), StandInDevice(vram_bytes=stride * STAGING_SLOTS - 1), 50)
 
 
 def test_fill_and_clear():
     config, device = small_config(), StandInDevice()
-    ram, gpu = RamTier(config, device=device), GpuTier(config, device, 12)
+    ram, gpu = RamSlab(config, device=device), GpuSlab(config, device, 12)
     ram.fill_synthetic()
     gpu.fill(ram, [5, 40, 0])
     for key in (5, 40, 0):
@@ -57,7 +57,7 @@ def test_fill_and_clear():
 
 
 def test_ring_comes_behind_the_cache():
-    gpu = GpuTier(small_config(), StandInDevice(), 3)
+    gpu = GpuSlab(small_config(), StandInDevice(), 3)
     places = [gpu.staging(place) for place in range(2 * STAGING_SLOTS)]
     assert places == [*range(3, 3 + STAGING_SLOTS)] * 2
 

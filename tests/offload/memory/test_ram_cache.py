@@ -1,4 +1,4 @@
-"""Rows that are read into: who is trusted, who makes room, and what errors leave behind."""
+"""Reads into rows: when a row's bytes may be used, what is evicted, and what errors leave behind."""
 
 import numpy as np
 import pytest
@@ -8,12 +8,12 @@ from helpers.store import SlowStore
 from helpers.tiers import small_config
 from moebox.errors import CheckpointError
 from moebox.offload.memory.ram_cache import RamCache
-from moebox.offload.memory.ram_slab import RamTier
+from moebox.offload.memory.ram_slab import RamSlab
 
 
 @pytest.fixture(scope="module")
 def whole():
-    ram = RamTier(small_config())
+    ram = RamSlab(small_config())
     ram.fill_synthetic()
     return ram
 
@@ -24,7 +24,7 @@ def store(whole):
 
 
 def cache_of(store, rows, reserve=0, held=()):
-    cache = RamCache(RamTier(store.whole.config, rows), store, reserve)
+    cache = RamCache(RamSlab(store.whole.config, rows), store, reserve)
     cache.fill(list(held))
     return cache
 
@@ -43,7 +43,7 @@ def use(cache, *keys):
 def test_filled_in_the_order_given(store):
     cache = cache_of(store, 5, held=[9, 3, 40])
     assert [cache.row(key) for key in (9, 3, 40)] == [0, 1, 2]
-    assert cache.n_spare == 2
+    assert cache.n_free == 2
     assert all(cache.resident(key) and holds(cache, key) for key in (9, 3, 40))
     assert store.reads == []
     assert cache.row(10) == -1
@@ -62,7 +62,7 @@ def test_a_miss_is_read_and_a_hit_is_not(store):
     assert cache.ram.rows[7] == cache.row(7)
 
 
-def test_the_weakest_makes_room_and_who_is_in_use_does_not(store):
+def test_the_weakest_makes_room_but_not_an_expert_in_use(store):
     cache = cache_of(store, 3, held=[1, 2, 3])
     use(cache, 2, 3)
     cache.demand(1)
@@ -85,18 +85,18 @@ def test_more_in_use_than_rows(store):
         cache.demand(3)
 
 
-def test_trim_keeps_rows_free_and_newcomers_compete(store):
+def test_trim_keeps_rows_free_and_new_experts_compete(store):
     cache = cache_of(store, 6, reserve=2, held=[1, 2, 3, 4])
     for _ in range(3):
         use(cache, 1, 2, 3, 4)
     use(cache, 20)
     cache.demand(20, 21)
-    assert cache.n_spare == 0
+    assert cache.n_free == 0
     for key in (20, 21):
         cache.wait(key)
     cache.done([20, 21])
     cache.trim()
-    assert cache.n_spare == 2
+    assert cache.n_free == 2
     assert [cache.resident(key) for key in (1, 2, 3, 4, 20, 21)] == [True] * 4 + [False] * 2
 
 
@@ -106,31 +106,31 @@ def test_all_in_ram_needs_neither_store_nor_reserve(whole):
     cache.trim()
     assert all(cache.ready(key) for key in range(whole.n_keys))
     with pytest.raises(ValueError, match="3 of 64 experts, and no store"):
-        few = RamTier(whole.config, 4)
+        few = RamSlab(whole.config, 4)
         few.fill_synthetic(keys=[1, 2, 3])
         RamCache(few)
 
 
-def test_speculation_takes_free_rows_only(store):
+def test_prefetches_take_free_rows_only(store):
     cache = cache_of(store, 4, reserve=2, held=[1, 2])
-    assert cache.speculate(7)
-    assert cache.speculate(8)
-    assert not cache.speculate(9)
-    assert not cache.speculate(7)
-    assert not cache.speculate(1)
+    assert cache.prefetch(7)
+    assert cache.prefetch(8)
+    assert not cache.prefetch(9)
+    assert not cache.prefetch(7)
+    assert not cache.prefetch(1)
     assert not cache.resident(7)
     cache.trim()
     assert cache.resident(1)
     assert cache.resident(2)
-    cache.demand(9)  # for a layer whose picks nobody foresaw: a resident goes, not what is on its way
+    cache.demand(9)  # not predicted: a resident is evicted, and no prefetch is cancelled
     assert cache.row(7) >= 0
     assert cache.row(8) >= 0
 
 
-def test_demand_takes_rows_back_from_speculation(store):
+def test_demand_takes_the_rows_of_prefetches(store):
     cache = cache_of(store, 3)
     for key in (7, 8, 9):
-        assert cache.speculate(key)
+        assert cache.prefetch(key)
     cache.demand(1, 2)
     assert len(store.under_way) == 3
     cache.demand(7)
@@ -139,31 +139,31 @@ def test_demand_takes_rows_back_from_speculation(store):
         assert holds(cache, key)
 
 
-def test_a_speculative_read_that_is_wanted(store):
+def test_a_prefetch_that_is_right(store):
     cache = cache_of(store, 4)
-    cache.speculate(7)
+    cache.prefetch(7)
     cache.demand(7)
     assert store.promoted == [7]
     assert store.reads == [7]
-    assert cache.counts.foreseen == 1
-    assert cache.drop(7) == 0
+    assert cache.counts.prefetched == 1
+    assert cache.cancel_prefetch(7) == 0
     cache.wait(7)
     assert holds(cache, 7)
 
 
-def test_a_speculative_read_that_is_not(store):
+def test_a_prefetch_that_is_wrong(store):
     store.chance = 0
     cache = cache_of(store, 4)
-    cache.speculate(7)
-    cache.speculate(8)
+    cache.prefetch(7)
+    cache.prefetch(8)
     assert not cache.ready(8)
     store.chance = 1
     assert cache.ready(8)
-    assert cache.drop(8) == cache.ram.layout.nbytes
-    assert cache.drop(8) == 0
-    cache.drop_all()
+    assert cache.cancel_prefetch(8) == cache.ram.layout.nbytes
+    assert cache.cancel_prefetch(8) == 0
+    cache.cancel_prefetches()
     assert store.under_way == []
-    assert cache.n_spare == 4
+    assert cache.n_free == 4
     assert cache.row(7) == cache.ram.rows[7] == -1
 
 
@@ -177,7 +177,7 @@ def test_a_read_that_fails_leaves_no_row(store):
     cache.abandon()
     assert store.under_way == []
     assert [cache.resident(key) for key in (6, 7, 8)] == [True, False, False]
-    assert cache.n_spare == 2
+    assert cache.n_free == 2
     store.broken = set()
     cache.demand(7, 8)
     for key in (6, 7, 8):
@@ -192,7 +192,7 @@ def test_an_interrupt_anywhere_leaves_nothing_that_is_wrong(store, monkeypatch, 
     def interrupt(*_args, **_kwargs):
         raise KeyboardInterrupt
 
-    cache.speculate(9)
+    cache.prefetch(9)
     with monkeypatch.context() as patch:
         patch.setattr(store, call, interrupt)
         with pytest.raises(KeyboardInterrupt):
@@ -219,15 +219,18 @@ def test_random_demands_never_see_other_bytes(whole):
         use(cache, *picks)
         cache.demand(*picks)
         for key in rng.choice(64, 3).tolist():
-            cache.speculate(key)
+            cache.prefetch(key)
         for key in picks:
             cache.wait(key)
             assert holds(cache, key)
         cache.done(picks)
         if step % 7 == 0:
-            cache.drop_all()
+            cache.cancel_prefetches()
         cache.trim()
-        rows = cache.ram.rows[cache.ram.rows >= 0]
+        table = cache.residency.table()
+        rows = table[table >= 0]
         assert len(set(rows.tolist())) == len(rows) == cache.residency.n_resident
+        complete = cache.ram.rows >= 0
+        assert (cache.ram.rows[complete] == table[complete]).all()
     assert cache.counts.hits > 0
-    assert cache.counts.foreseen > 0
+    assert cache.counts.prefetched > 0

@@ -1,4 +1,4 @@
-"""Rows hold an expert's bytes, from either layout on disk; full memory is said."""
+"""Rows hold an expert's bytes, from either layout on disk; too little memory is an error."""
 
 import numpy as np
 import pytest
@@ -13,13 +13,13 @@ from moebox.offload.checkpoint.safetensors import Checkpoint
 from moebox.offload.device.stand_in import StandInDevice
 from moebox.offload.disk.store import ExpertStore
 from moebox.offload.memory import ram_slab as ram_module
-from moebox.offload.memory.ram_slab import RamTier, row_tensors
+from moebox.offload.memory.ram_slab import RamSlab, row_tensors
 from moebox.quantize.convert import quantize
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Six tensors an expert, not one behind the other."""
+    """A checkpoint whose experts' six tensors do not lie one behind the other."""
     return make_checkpoint(tmp_path_factory.mktemp("ram") / "model")
 
 
@@ -35,7 +35,7 @@ def own(folder):
 def test_rows_are_what_the_checkpoint_holds(layout, request, folder):
     checkpoint = Checkpoint.open(request.getfixturevalue(layout))
     config = checkpoint.config
-    ram = RamTier(config)
+    ram = RamSlab(config)
     calls = []
     with ExpertStore.open(checkpoint) as store:
         ram.fill(store, progress=lambda *call: calls.append(call))
@@ -53,7 +53,7 @@ def test_rows_are_what_the_checkpoint_holds(layout, request, folder):
 
 def test_some_keys_in_few_rows(own):
     checkpoint = Checkpoint.open(own)
-    whole, part = RamTier(checkpoint.config), RamTier(checkpoint.config, n_rows=5)
+    whole, part = RamSlab(checkpoint.config), RamSlab(checkpoint.config, n_rows=5)
     with ExpertStore.open(checkpoint) as store:
         whole.fill(store)
         for keys in ([3, 9], [15, 0, 7, 2, 11]):
@@ -75,7 +75,7 @@ def test_a_file_that_shrank(folder, tmp_path):
         with shard.open("r+b") as file:
             file.truncate(shard.stat().st_size // 2)
         with pytest.raises(CheckpointError, match=rf"{shard.name}: model.*experts.*: byte \d+"):
-            RamTier(checkpoint.config).fill(store)
+            RamSlab(checkpoint.config).fill(store)
 
 
 def test_pinned_in_pieces_of_whole_rows(monkeypatch):
@@ -88,7 +88,7 @@ def test_pinned_in_pieces_of_whole_rows(monkeypatch):
     monkeypatch.setattr(device, "pin", pin)
     config = small_config()
     monkeypatch.setattr(ram_module, "PIN_BYTES", 5 * ram_module.row_stride(config) + 17)
-    ram = RamTier(config, 13, device)
+    ram = RamSlab(config, 13, device)
     assert [len(piece) for piece in pieces] == [5, 5, 3]
     assert all(piece.data_ptr() % ram_module.PAGE_BYTES == 0 for piece in pieces)
     assert pieces[0].data_ptr() == ram.slab.data_ptr()
@@ -108,18 +108,18 @@ def test_pinning_that_is_refused_unpins_the_rest(monkeypatch):
     monkeypatch.setattr(device, "pin", pin)
     monkeypatch.setattr(ram_module, "PIN_BYTES", ram_module.PAGE_BYTES)
     with pytest.raises(PlanError, match="no more"):
-        RamTier(small_config(), 3, device)
+        RamSlab(small_config(), 3, device)
     assert unpinned == [1]
 
 
 def test_more_memory_than_there_is():
     with pytest.raises(PlanError, match=r"bytes of RAM for experts: .*\n.*--ram"):
-        RamTier(small_config(), n_rows=1 << 45)
+        RamSlab(small_config(), n_rows=1 << 45)
 
 
 def test_synthetic_experts_differ_and_repeat():
     config = small_config()
-    some, all_keys = RamTier(config, 3), RamTier(config)
+    some, all_keys = RamSlab(config, 3), RamSlab(config)
     all_keys.fill_synthetic()
     some.fill_synthetic(keys=[40, 7])
     for key in (40, 7):
@@ -133,7 +133,7 @@ def test_synthetic_experts_differ_and_repeat():
 
 def test_synthetic_outputs_are_of_normal_size():
     config = small_config(hidden_size=256, moe_intermediate_size=128, n_routed_experts=2 * TOP_K)
-    ram = RamTier(config)
+    ram = RamSlab(config)
     ram.fill_synthetic()
     hidden, out = torch.randn(50, 256), torch.zeros(50, 256)
     cpu.experts_forward(

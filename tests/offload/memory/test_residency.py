@@ -71,7 +71,7 @@ STEPS = st.lists(
 
 
 def take_step(residency: Residency, model: Model, step: str, argument: object) -> None:
-    """Do the same to both, and compare what comes back."""
+    """Make the same call on both, and compare the results."""
     if step == "use":
         keys = np.array([key for key, _ in argument], np.int32)
         residency.use(keys, np.array([count for _, count in argument], np.float32))
@@ -142,11 +142,11 @@ def cycle(residency: Residency, tokens: int) -> None:
         for layer in range(2):
             picks = np.array([first, first + 1], np.int32) + 6 * layer
             residency.use(picks)
-            residency.foresee(picks)
+            residency.update_values(picks)
 
 
-def test_foreseeing_learns_who_comes_next() -> None:
-    """The score alone keeps whom it has just seen."""
+def test_update_values_learns_which_experts_come_next() -> None:
+    """The score alone would keep the experts that were picked last."""
     residency = Residency(KEYS, 11, 1, n_experts=6)
     for key in range(6):
         residency.place(key)
@@ -160,8 +160,8 @@ def test_foreseeing_learns_who_comes_next() -> None:
     assert residency.weakest(1) != [now]  # its score counts again
 
 
-def test_foreseeing_needs_tokens_in_a_row() -> None:
-    """A prompt in between ends what a guess could be compared with; nothing is learned from it."""
+def test_update_values_needs_consecutive_tokens() -> None:
+    """After a prompt in between, an estimate has no next token to be compared with, so nothing is learned."""
     residency = Residency(KEYS, 11, 1, n_experts=6)
     for key in range(6):
         residency.place(key)
@@ -173,7 +173,7 @@ def test_foreseeing_needs_tokens_in_a_row() -> None:
 
 
 @pytest.mark.parametrize(("n_slots", "n_experts"), [(4, 0), (0, 6), (12, 6)])
-def test_foreseeing_is_left_out_where_it_is_of_no_use(n_slots: int, n_experts: int) -> None:
+def test_update_values_does_nothing_where_no_value_matters(n_slots: int, n_experts: int) -> None:
     """One layer, no slots, or a slot for every key."""
     residency = Residency(KEYS, n_slots, 0, n_experts=n_experts)
     for key in range(n_slots):
@@ -195,8 +195,8 @@ WRONG = {
     "reserve: 4 given, fewer than n_slots=4": lambda _: Residency(5, 4, 4),
     "half_life: 0": lambda _: Residency(5, 4, 1, 0.0),
     "n_experts: 2 given, a divisor of n_keys=5": lambda _: Residency(5, 4, 1, n_experts=2),
-    "key: 5 given, 0 to": lambda r: r.foresee(np.array([0, 5], np.int32)),
-    "keys: 1 and 3 given, keys of one layer": lambda _: Residency(6, 4, 1, n_experts=3).foresee(
+    "key: 5 given, 0 to": lambda r: r.update_values(np.array([0, 5], np.int32)),
+    "keys: 1 and 3 given, keys of one layer": lambda _: Residency(6, 4, 1, n_experts=3).update_values(
         np.array([1, 3], np.int32)
     ),
 }

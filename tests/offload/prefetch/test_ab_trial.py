@@ -1,4 +1,4 @@
-"""The decision whether something pays, and what finding it out costs, from times that are made up."""
+"""A/B trials with made-up times: what they decide, and what they cost."""
 
 import math
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ TOKEN_S = 0.1
 
 @dataclass
 class Run:
-    """Tokens whose time grows with what they read; what the trial made of them, and what it really cost."""
+    """Tokens whose time grows with what they read; what the trial decided, and what it really cost."""
 
     trial: Trial = field(default_factory=Trial)
     modes: list[bool] = field(default_factory=list)
@@ -23,7 +23,7 @@ class Run:
     over_s: float = -math.inf
 
     def go(self, tokens, change, noise=0.1, seed=0, drift=0.0, slow=0.0):
-        """`slow`: share of the tokens that take three times as long, whatever the mode."""
+        """`slow`: share of the tokens, with and without the feature, that take three times as long."""
         rng = np.random.default_rng(seed)
         for token in range(tokens):
             on, to_read = self.trial.on, int(rng.integers(0, 16))
@@ -38,7 +38,7 @@ class Run:
         return self
 
     def share_on(self, last):
-        """Of the last tokens, how many went with it."""
+        """Share of the last tokens that had the feature."""
         return sum(self.modes[-last:]) / last
 
 
@@ -46,14 +46,14 @@ class Run:
 @pytest.mark.parametrize("seed", range(3))
 def test_a_loss_never_costs_more_than_the_budget(change, seed):
     run = Run().go(1500, change, noise=0.05, seed=seed)
-    assert run.over_s < 2 * TOKEN_S  # at any moment: the fit's error, no more
+    assert run.over_s < 2 * TOKEN_S  # at any moment; the fit has an error
     assert run.cost_s < SHARE * run.time_s
     assert run.share_on(400) < 0.3
 
 
 @pytest.mark.parametrize("change", [0.5, 0.1])
 @pytest.mark.parametrize("seed", range(3))
-def test_nor_where_times_are_noisy_and_some_tokens_are_slow(change, seed):
+def test_a_loss_costs_no_more_than_the_budget_where_times_are_noisy(change, seed):
     run = Run().go(1500, change, noise=0.2, seed=seed, slow=0.03)
     assert run.cost_s < 0.02 * run.time_s
 
@@ -68,7 +68,7 @@ def test_a_gain_is_found_within_a_trial_and_kept(change, noise, seed):
     assert run.cost_s < 0.6 * change * run.time_s
 
 
-def test_begins_without_and_fears_the_worst_of_the_first_token():
+def test_begins_without_the_feature_and_assumes_the_worst_of_the_first_token():
     run = Run().go(200, -0.2, noise=0.0)
     first = run.modes.index(True)
     assert budget_s(first * TOKEN_S) >= 0.9 * WORST * TOKEN_S
@@ -84,7 +84,7 @@ def test_a_large_loss_ends_with_the_least_tokens():
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_what_changes_nothing_ends_the_trial_too(seed):
+def test_a_feature_that_changes_nothing_ends_the_trial_too(seed):
     run = Run().go(LAST_TOKENS, 0.0, noise=0.1, seed=seed)
     assert run.decided
     assert abs(run.trial.change) < 0.1
@@ -92,13 +92,13 @@ def test_what_changes_nothing_ends_the_trial_too(seed):
 
 @pytest.mark.parametrize("drift", [0.01, -0.002])
 @pytest.mark.parametrize("change", [-0.2, 0.2])
-def test_what_changes_steadily_is_not_blamed_on_one_side(drift, change):
+def test_a_steady_drift_does_not_count_for_either_side(drift, change):
     run = Run().go(LAST_TOKENS, change, noise=0.01, drift=drift)
     assert len(run.decided) == 1
     assert run.trial.change == pytest.approx(change, abs=0.05)
 
 
-def test_a_few_slow_tokens_with_it_do_not_decide():
+def test_a_few_slow_tokens_do_not_decide():
     trial, rng, token = Trial(), np.random.default_rng(0), 0
     while trial.trying:
         slow = trial.on and token % 16 == 7
@@ -122,7 +122,7 @@ def test_a_gain_that_turns_into_a_loss_is_noticed():
     before_s = run.cost_s
     run.go(600, 0.2, noise=0.05, seed=1)
     assert run.share_on(200) < 0.1
-    assert run.cost_s - before_s < 20 * TOKEN_S  # a watch's time, not all of it
+    assert run.cost_s - before_s < 20 * TOKEN_S  # the loss is noticed within the time of a fit
 
 
 def test_a_loss_that_turns_into_a_gain_is_found_after_the_rest():
@@ -132,7 +132,7 @@ def test_a_loss_that_turns_into_a_gain_is_found_after_the_rest():
     assert run.share_on(300) > 0.8
 
 
-def test_while_it_pays_some_tokens_without_it_watch_and_cost_no_more_than_the_share():
+def test_controls_go_on_while_it_pays_and_keep_the_budget():
     run = Run().go(1000, -0.4, noise=0.02)
     assert not all(run.modes[-500:])
     assert (1 - run.share_on(500)) * 0.4 <= SHARE * 1.5

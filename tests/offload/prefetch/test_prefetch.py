@@ -1,4 +1,4 @@
-"""Speculative reads: where they may go, what becomes of them, and how they are counted."""
+"""Prefetches: into which rows they may be read, when they are cancelled, and how they are counted."""
 
 import logging
 
@@ -9,7 +9,7 @@ import torch
 from helpers.store import AlwaysOn, SlowStore
 from helpers.tiers import EXPERTS, TOP_K, small_config
 from moebox.offload.memory.ram_cache import RamCache
-from moebox.offload.memory.ram_slab import RamTier
+from moebox.offload.memory.ram_slab import RamSlab
 from moebox.offload.prefetch.ab_trial import LAST_TOKENS, LEAST_ON, Trial
 from moebox.offload.prefetch.prefetch import Prefetcher
 
@@ -18,14 +18,14 @@ HIDDEN = torch.zeros(1, 64)
 
 
 class Fixed:
-    """A predictor that says what it is told: {(moe, ahead): experts}."""
+    """A predictor with fixed predictions: {(moe, ahead): experts}."""
 
-    def __init__(self, guesses):
-        self.guesses = guesses
+    def __init__(self, predictions):
+        self.predictions = predictions
 
     def predict(self, moe, hidden):
         assert hidden is HIDDEN
-        return [(ahead, self.guesses[moe, ahead]) for ahead in (1, 2) if (moe, ahead) in self.guesses]
+        return [(ahead, self.predictions[moe, ahead]) for ahead in (1, 2) if (moe, ahead) in self.predictions]
 
 
 class Store(SlowStore):
@@ -49,18 +49,18 @@ class Recall:
 
 @pytest.fixture(scope="module")
 def whole():
-    ram = RamTier(small_config(num_hidden_layers=1 + LAYERS))
+    ram = RamSlab(small_config(num_hidden_layers=1 + LAYERS))
     ram.fill_synthetic()
     return ram
 
 
-def build(whole, guesses, rows=40, held=32, reserve=TOP_K, chance=0.0, trial=None):
-    """A prefetcher over a cache that holds layer 0 and has some rows to spare."""
+def build(whole, predictions, rows=40, held=32, reserve=TOP_K, chance=0.0, trial=None):
+    """A prefetcher over a cache that holds layer 0 and has free rows."""
     store = Store(whole, chance=chance)
-    cache = RamCache(RamTier(whole.config, rows), store, reserve)
+    cache = RamCache(RamSlab(whole.config, rows), store, reserve)
     cache.fill(range(held))
     statistics = Recall()
-    prefetcher = Prefetcher(cache, Fixed(guesses), statistics, EXPERTS, trial or AlwaysOn())
+    prefetcher = Prefetcher(cache, Fixed(predictions), statistics, EXPERTS, trial or AlwaysOn())
     return prefetcher, cache, store, statistics
 
 
@@ -70,7 +70,7 @@ def layer(prefetcher, cache, moe, picks):
     cache.use(np.array(keys, np.int32))
     prefetcher.begin_layer(moe, picks)
     cache.demand(*keys)
-    prefetcher.submitted(moe, HIDDEN, picks)
+    prefetcher.prefetch_next(moe, HIDDEN, picks)
     for key in keys:
         cache.wait(key)
     cache.done(keys)
@@ -83,8 +83,8 @@ def keys(moe, *experts):
 
 
 def test_the_likeliest_that_are_not_in_ram_are_read_and_the_nearest_layer_comes_first(whole):
-    guesses = {(0, 1): [5, 3, 9, 1, 7, 2], (0, 2): [8, 6, 4, 2]}
-    prefetcher, cache, store, _ = build(whole, guesses, rows=32 + 6)
+    predictions = {(0, 1): [5, 3, 9, 1, 7, 2], (0, 2): [8, 6, 4, 2]}
+    prefetcher, cache, store, _ = build(whole, predictions, rows=32 + 6)
     layer(prefetcher, cache, 0, [0, 1, 2, 3])
     assert store.reads == keys(1, 5, 3, 9, 1) + keys(2, 8, 6)
     assert prefetcher.report().issued == 6
@@ -96,12 +96,12 @@ def test_an_expert_in_ram_is_not_read(whole):
     assert store.reads == keys(1, 2, 3)
 
 
-def test_nobody_is_evicted_for_a_guess(whole):
+def test_no_expert_is_evicted_for_a_prediction(whole):
     prefetcher, cache, store, _ = build(whole, {(0, 1): [0, 1, 2, 3]}, rows=33)
     layer(prefetcher, cache, 0, [0, 1, 2, 3])
-    assert store.reads == keys(1, 0, 1, 2, 3)  # one row was free, the others when the layer had made room
+    assert store.reads == keys(1, 0, 1, 2, 3)  # one row was free, and the others after the layer
     assert all(cache.resident(key) for key in range(29))
-    assert cache.n_spare == 0
+    assert cache.n_free == 0
 
 
 def test_counts_what_was_in_time_late_and_wrong(whole):
@@ -117,19 +117,19 @@ def test_counts_what_was_in_time_late_and_wrong(whole):
     assert store.under_way == []
 
 
-def test_a_wrong_read_under_way_is_given_up_behind_the_demanded_ones(whole):
+def test_a_wrong_prefetch_under_way_is_cancelled_after_the_demanded_reads_are_queued(whole):
     prefetcher, cache, store, _ = build(whole, {(0, 1): [5, 3, 9, 1]})
     layer(prefetcher, cache, 0, [0, 1, 2, 3])
     prefetcher.begin_layer(1, [5, 20])
     assert sorted(store.under_way) == keys(1, 1, 3, 5, 9)
     cache.demand(*keys(1, 5, 20))
-    prefetcher.submitted(1, HIDDEN, [5, 20])
+    prefetcher.prefetch_next(1, HIDDEN, [5, 20])
     assert sorted(store.under_way) == keys(1, 5, 20)
 
 
-def test_a_layer_takes_rows_from_guesses_before_residents(whole):
-    guesses = {(0, 1): [5, 3], (0, 2): [8, 6]}
-    prefetcher, cache, store, _ = build(whole, guesses, rows=36, reserve=0)
+def test_a_layer_takes_rows_of_prefetches_before_those_of_residents(whole):
+    predictions = {(0, 1): [5, 3], (0, 2): [8, 6]}
+    prefetcher, cache, store, _ = build(whole, predictions, rows=36, reserve=0)
     layer(prefetcher, cache, 0, [0, 1, 2, 3])
     layer(prefetcher, cache, 1, [20, 21, 22])
     assert all(cache.resident(key) for key in [*range(32), *keys(1, 20, 21, 22)])
@@ -137,16 +137,16 @@ def test_a_layer_takes_rows_from_guesses_before_residents(whole):
 
 
 def test_a_later_prediction_replaces_an_earlier_one(whole):
-    guesses = {(0, 2): [8, 6, 4, 2], (1, 1): [8, 7, 5, 3, 6, 0]}
-    prefetcher, cache, store, _ = build(whole, guesses, rows=60)
+    predictions = {(0, 2): [8, 6, 4, 2], (1, 1): [8, 7, 5, 3, 6, 0]}
+    prefetcher, cache, store, _ = build(whole, predictions, rows=60)
     layer(prefetcher, cache, 0, [0, 1, 2, 3])
     layer(prefetcher, cache, 1, [0, 1, 2, 3])
     assert sorted(store.under_way) == keys(2, 3, 5, 6, 7, 8)  # 6 is still likely enough to be kept
 
 
 def test_recall_counts_a_layer_s_k_likeliest_and_is_handed_on(whole):
-    guesses = {(0, 1): [5, 3, 9, 1, 7], (0, 2): [8, 6, 4, 2], (1, 1): [4, 3, 2, 1]}
-    prefetcher, cache, _, statistics = build(whole, guesses)
+    predictions = {(0, 1): [5, 3, 9, 1, 7], (0, 2): [8, 6, 4, 2], (1, 1): [4, 3, 2, 1]}
+    prefetcher, cache, _, statistics = build(whole, predictions)
     layer(prefetcher, cache, 0, [0, 1, 2, 3])
     layer(prefetcher, cache, 1, [5, 7, 3, 30])
     layer(prefetcher, cache, 2, [1, 2, 3, 30])
@@ -163,11 +163,11 @@ def test_after_the_last_layer_nothing_is_under_way(whole):
     layer(prefetcher, cache, 0, [0, 1, 2, 3])
     prefetcher.end_token()
     assert store.under_way == []
-    assert cache.n_spare == 8
+    assert cache.n_free == 8
     assert prefetcher.report().wrong == 4
 
 
-def test_a_token_that_was_broken_off_leaves_no_trace_in_the_counts_of_the_next(whole):
+def test_a_token_that_failed_does_not_change_the_counts_of_the_next(whole):
     prefetcher, cache, _, _ = build(whole, {(0, 1): [5, 3, 9, 1]})
     layer(prefetcher, cache, 0, [0, 1, 2, 3])
     cache.abandon()
@@ -190,11 +190,11 @@ def test_the_trial_is_told_a_token_s_time_and_what_was_not_in_ram(whole):
     layer(prefetcher, cache, 1, [5, 3, 20])
     prefetcher.end_token()
     seconds, to_read = trial.seen
-    assert to_read == 3  # a guess makes no difference: both sides of the trial are counted alike
+    assert to_read == 3  # prefetches count, too: both sides of the trial count alike
     assert seconds > 0
 
 
-def test_a_loss_switches_it_off_and_is_said_once(whole, caplog, monkeypatch):
+def test_a_loss_switches_it_off_with_one_warning(whole, caplog, monkeypatch):
     clock = [0.0]
     monkeypatch.setattr("moebox.offload.prefetch.prefetch.time.perf_counter", lambda: clock[0])
     prefetcher, cache, _, _ = build(whole, {(0, 1): [5, 3, 9, 1]}, trial=Trial())
@@ -213,11 +213,11 @@ def test_a_loss_switches_it_off_and_is_said_once(whole, caplog, monkeypatch):
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_whatever_is_guessed_rows_and_reads_stay_in_order(whole, seed):
-    """Random routing, guesses and ends of reads: weights are right, and no row is lost."""
+def test_any_predictions_leave_rows_and_reads_right(whole, seed):
+    """With random picks, predictions and ends of reads, weights are right and no row is lost."""
     rng = np.random.default_rng(seed)
-    guesses = {}
-    prefetcher, cache, store, _ = build(whole, guesses, rows=24, held=20, chance=0.3)
+    predictions = {}
+    prefetcher, cache, store, _ = build(whole, predictions, rows=24, held=20, chance=0.3)
     for _ in range(60):
         routed = [rng.choice(EXPERTS, TOP_K, replace=False).tolist() for _ in range(LAYERS)]
         for moe in range(LAYERS):
@@ -225,7 +225,7 @@ def test_whatever_is_guessed_rows_and_reads_stay_in_order(whole, seed):
                 if moe + ahead < LAYERS:
                     right = [e for e in routed[moe + ahead] if rng.random() < 0.7]
                     others = [e for e in rng.permutation(EXPERTS).tolist() if e not in right]
-                    guesses[moe, ahead] = (right + others)[: 2 * TOP_K]
+                    predictions[moe, ahead] = (right + others)[: 2 * TOP_K]
         broken_off = int(rng.integers(0, LAYERS)) if rng.random() < 0.1 else LAYERS
         for moe, picks in enumerate(routed[:broken_off]):
             layer(prefetcher, cache, moe, picks)
@@ -238,7 +238,7 @@ def test_whatever_is_guessed_rows_and_reads_stay_in_order(whole, seed):
         else:
             prefetcher.end_token()
         assert store.under_way == []
-        assert cache.n_spare + cache.residency.n_resident == 24
+        assert cache.n_free + cache.residency.n_resident == 24
     report = prefetcher.report()
     assert report.issued >= report.used + report.late
     assert report.used > 0

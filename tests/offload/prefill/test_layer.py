@@ -1,4 +1,4 @@
-"""Prefill on two roads: the same answers wherever experts lie, bytes where the tables say, no races."""
+"""Prompts on two roads: the same answers wherever experts lie, tables that are right, and no races."""
 
 import itertools
 import time
@@ -27,6 +27,7 @@ from helpers.tiers import (
 )
 from moebox.errors import DeviceError
 from moebox.offload.device.stand_in import StandInDevice
+from moebox.offload.memory.gpu_slab import UPLOAD_GROUP
 from moebox.offload.prefill import layer as prefill
 from moebox.offload.prefill.token_expert_pairs import recent_use, sort_pairs
 
@@ -35,7 +36,7 @@ PLACEMENTS = [(0, False), (4, False), (20, False), (64 + 4, False), (4, True), (
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """torch's threads wait for each other at sizes like these, longest where cores are few."""
+    """One thread: at these sizes torch's threads only wait for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -69,7 +70,7 @@ def test_all_resident_needs_neither_road(oracle):
     tiers = build(StandInDevice(), LAYERS * EXPERTS + TOP_K)
     chunk = random_chunk(50, torch.Generator().manual_seed(3))
     assert relative_error(tiers.forward(FIRST, *chunk), oracle.forward(FIRST, *chunk)) < 5e-3
-    tiers.settle()
+    tiers.synchronize()
     (record,) = tiers.prefill.records
     assert (record.uploads, record.cpu, record.floor_s) == (0, 0, 0.0)
     assert record.residents == len(chunk[0].unique())
@@ -83,7 +84,7 @@ def test_the_faster_road_gets_more(oracle, monkeypatch, faster):
     monkeypatch.setattr(tiers.prefill.costs, "learn_cpu", lambda *_: None)
     chunk = random_chunk(60, torch.Generator().manual_seed(4))
     assert relative_error(tiers.forward(FIRST, *chunk), oracle.forward(FIRST, *chunk)) < 5e-3
-    tiers.settle()
+    tiers.synchronize()
     (record,) = tiers.prefill.records
     assert record.cpu + record.uploads == len(chunk[0].unique())
     assert getattr(record, faster) > 0.6 * len(chunk[0].unique())
@@ -111,18 +112,17 @@ def test_uploads_take_the_busiest(monkeypatch):
 def test_no_races(monkeypatch, slots, exclusive):
     races = Races()
     tiers = build(RecordingDevice(races), slots, exclusive)
-    races.steps.clear()  # loading ended with a look at results, so all of it is done
+    races.steps.clear()  # of loading, which has ended
     watch_cpu(races, tiers, monkeypatch)
     tiers.prefill.costs.pcie_gbps = tiers.prefill.costs.cpu_gbps = 1.0
     generator = torch.Generator().manual_seed(6)
     for n_tokens, layer in itertools.product((30, 20), range(FIRST, FIRST + LAYERS)):
         tiers.forward(layer, *random_chunk(n_tokens, generator, skew=2))
-    tiers.settle()
+    tiers.synchronize()
     assert races.find() == []
     records = tiers.prefill.records
     assert slots > LAYERS * EXPERTS or (
-        max(record.uploads for record in records) > prefill.UPLOAD_GROUP
-        and any(record.cpu for record in records)
+        max(record.uploads for record in records) > UPLOAD_GROUP and any(record.cpu for record in records)
     )
 
 
@@ -138,7 +138,7 @@ def test_the_race_detector_finds_a_missing_wait(monkeypatch):
 
 def test_what_prefill_routed_stays_in_the_cache():
     tiers = build(StandInDevice(max_delay_us=0), 24)
-    tiers.prefill.costs.cpu_gbps = 1e-6  # all by upload, so that all may be admitted
+    tiers.prefill.costs.cpu_gbps = 1e-6  # the CPU is so slow that all are uploaded, and so may be admitted
     ids = torch.arange(TOP_K).expand(40, TOP_K).contiguous()
     tiers.forward(FIRST, ids + 20, *random_chunk(40, torch.Generator())[1:])
     tiers.forward(FIRST + 1, ids + 9, *random_chunk(40, torch.Generator())[1:])
@@ -232,7 +232,7 @@ def test_a_late_host_does_not_count_against_the_uploads(monkeypatch):
     tiers = build(StandInDevice(max_delay_us=0), 0)
     tiers.prefill.costs.cpu_gbps = 1e-9
     learned = []
-    monkeypatch.setattr(tiers.prefill.costs, "learn_uploads", lambda n, seconds: learned.append(seconds / n))
+    monkeypatch.setattr(tiers.prefill.costs, "learn_upload", learned.append)
     experts_many = tiers.device.ops.experts_many
     calls = itertools.count()
 
@@ -245,6 +245,6 @@ def test_a_late_host_does_not_count_against_the_uploads(monkeypatch):
     _, *rest = random_chunk(EXPERTS, torch.Generator().manual_seed(12))
     every = (torch.arange(EXPERTS)[:, None] + torch.arange(TOP_K)) % EXPERTS
     tiers.forward(FIRST, every, *rest)
-    tiers.settle()
+    tiers.synchronize()
     assert tiers.prefill.records[0].upload_s > 0.3
     assert learned[0] < 0.3 / EXPERTS

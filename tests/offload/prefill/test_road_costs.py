@@ -1,4 +1,4 @@
-"""The cost model learns what it is told, and the split is the best there is."""
+"""The costs of the roads are learned, and the split is the best one."""
 
 from itertools import product
 
@@ -43,7 +43,7 @@ def test_batches_are_short_and_the_last_is_whole():
     counts = np.full(100, 5, np.int64)
     n = cpu_share(k2(), counts, 0.0, 0.0, batch_s=5e-3)
     assert k2().cpu_s(counts[:n]).sum() <= 5e-3 < k2().cpu_s(counts[: n + 1]).sum()
-    assert cpu_share(k2(), counts[:30], 0.0, 0.0, batch_s=5e-3) == 13  # 7.2 ms, where uploads take 7.8
+    assert cpu_share(k2(), counts[:30], 0.0, 0.0, batch_s=5e-3) == 13  # 7.2 ms; 17 uploads take 7.8
 
 
 def test_few_tokens_cost_bytes_and_many_arithmetic():
@@ -56,7 +56,7 @@ def test_few_tokens_cost_bytes_and_many_arithmetic():
 def test_learns_what_decided():
     costs, truth = k2(), k2(pcie_gbps=30.0, cpu_gbps=20.0, cpu_gflops=900.0)
     for _ in range(30):
-        costs.learn_uploads(16, 16 * truth.upload_s)
+        costs.learn_upload(truth.upload_s)
         for counts in (np.array([1, 2, 3]), np.array([150, 200])):
             costs.learn_cpu(counts, float(truth.cpu_s(counts).sum()))
     for name in ("pcie_gbps", "cpu_gbps", "cpu_gflops"):

@@ -1,4 +1,4 @@
-"""Uploads ahead of a layer's routing: used where they fit, harmless where they do not, and without races."""
+"""Uploads ahead of the next layer: used if they are right, harmless if they are not, and without races."""
 
 import itertools
 
@@ -27,7 +27,7 @@ from moebox.offload.prefill.upload_ring import CERTAIN, Ring
 LAYERS = 4
 DEEP = {"num_hidden_layers": FIRST + LAYERS}
 MANY = CERTAIN * EXPERTS // TOP_K
-"""The fewest tokens that have early uploads."""
+"""The fewest tokens with which experts are uploaded ahead."""
 
 
 @pytest.fixture(autouse=True)
@@ -53,8 +53,8 @@ def narrow_chunk(n_tokens, generator):
     return ids.expand(n_tokens, TOP_K).contiguous(), *random_chunk(n_tokens, generator)[1:]
 
 
-def settled_records(tiers):
-    tiers.settle()
+def all_records(tiers):
+    tiers.synchronize()
     return list(tiers.prefill.records)
 
 
@@ -67,20 +67,20 @@ def test_same_answers(oracle, slots, seed):
         for layer in range(FIRST, FIRST + LAYERS):
             chunk = random_chunk(n_tokens, generator, skew=seed)
             assert_close(tiers.forward(layer, *chunk), oracle.forward(layer, *chunk))
-        records = settled_records(tiers)[-LAYERS:]
+        records = all_records(tiers)[-LAYERS:]
         assert [record.early > 0 for record in records[1:]] == [n_tokens >= MANY] * (LAYERS - 1)
         assert records[0].early == records[0].wasted == 0
         check_places(tiers)
 
 
 @pytest.mark.parametrize(("n_tokens", "early"), [(MANY, STAGING_SLOTS), (MANY - 1, 0)])
-def test_every_early_upload_counts_once(oracle, n_tokens, early):
+def test_every_upload_ahead_counts_once(oracle, n_tokens, early):
     tiers = build(StandInDevice(max_delay_us=0), 0, **DEEP)
     every = (torch.arange(n_tokens)[:, None] + torch.arange(TOP_K)) % EXPERTS
     for layer in range(FIRST, FIRST + LAYERS):
         chunk = (every, *random_chunk(n_tokens, torch.Generator().manual_seed(layer))[1:])
         assert_close(tiers.forward(layer, *chunk), oracle.forward(layer, *chunk))
-    records = settled_records(tiers)
+    records = all_records(tiers)
     assert [record.early for record in records] == [0] + [early] * (LAYERS - 1)
     used = min(n_tokens + TOP_K - 1, EXPERTS)
     for record in records:
@@ -101,49 +101,49 @@ def test_nothing_is_uploaded_twice(monkeypatch):
     )
     for layer in range(FIRST, FIRST + LAYERS):
         tiers.forward(layer, *random_chunk(90, torch.Generator().manual_seed(layer)))
-    assert sum(record.early for record in settled_records(tiers)) > 0
+    assert sum(record.early for record in all_records(tiers)) > 0
     assert len(sources) == len(set(sources))
     assert len(sources) == sum(record.uploads + record.wasted for record in tiers.prefill.records)
 
 
 @pytest.mark.parametrize("slots", [0, 40])
-def test_what_got_no_tokens_is_dropped(oracle, slots):
+def test_an_expert_without_tokens_is_wasted(oracle, slots):
     generator = torch.Generator().manual_seed(4)
     tiers = build(StandInDevice(4, max_delay_us=50), slots, **DEEP)
     for layer in range(FIRST, FIRST + LAYERS):
         chunk = narrow_chunk(MANY, generator)
         assert_close(tiers.forward(layer, *chunk), oracle.forward(layer, *chunk))
-    for record in settled_records(tiers)[1:]:
+    for record in all_records(tiers)[1:]:
         assert record.early + record.wasted == STAGING_SLOTS
         assert record.wasted >= STAGING_SLOTS - TOP_K
     check_places(tiers)
 
 
-def test_exclusive_tiers_have_none(oracle):
+def test_exclusive_tiers_upload_nothing_ahead(oracle):
     generator = torch.Generator().manual_seed(5)
     tiers = build(StandInDevice(5, max_delay_us=50), 24, exclusive=True, **DEEP)
     for layer in range(FIRST, FIRST + LAYERS):
         chunk = random_chunk(90, generator)
         assert_close(tiers.forward(layer, *chunk), oracle.forward(layer, *chunk))
-    assert all(record.early == record.wasted == 0 for record in settled_records(tiers))
+    assert all(record.early == record.wasted == 0 for record in all_records(tiers))
     check_places(tiers)
 
 
-def test_the_most_used_come_first():
+def test_the_highest_scores_are_uploaded_first():
     tiers = build(StandInDevice(max_delay_us=0), 0, **DEEP)
     busy = [EXPERTS + expert for expert in range(31, 31 - STAGING_SLOTS, -1)]
     tiers.gpu.residency.use(np.array(busy, np.int32), np.arange(len(busy), 0, -1, dtype=np.float32))
     tiers.forward(FIRST, *random_chunk(MANY, torch.Generator().manual_seed(6)))
-    groups = tiers.prefill.early.take()
+    groups = tiers.prefill.next_layer.take()
     assert [key for group in groups for key in group.slots] == busy
 
 
-def test_early_ones_are_admitted_as_others():
+def test_experts_uploaded_ahead_are_admitted_like_others():
     tiers = build(StandInDevice(max_delay_us=0), 24 + TOP_K, **DEEP)
     tiers.prefill.costs.cpu_gbps = 1e-6
     generator = torch.Generator().manual_seed(7)
     tiers.forward(FIRST, *random_chunk(MANY, generator))
-    (first, *_), *_ = (list(group.slots) for group in tiers.prefill.early._groups)
+    (first, *_), *_ = (list(group.slots) for group in tiers.prefill.next_layer._groups)
     ids = torch.tensor([first - EXPERTS, *range(TOP_K - 1)]).expand(MANY, TOP_K).contiguous()
     tiers.forward(FIRST + 1, ids, *random_chunk(MANY, generator)[1:])
     slot = tiers.gpu.residency.slot(first)
@@ -151,15 +151,15 @@ def test_early_ones_are_admitted_as_others():
     check_places(tiers)
 
 
-def test_early_uploads_belong_to_the_layer_that_uses_them(oracle):
+def test_uploads_ahead_belong_to_the_layer_that_uses_them(oracle):
     generator = torch.Generator().manual_seed(14)
     tiers = build(StandInDevice(14, max_delay_us=200), 0, **DEEP)
     tiers.forward(FIRST, *random_chunk(MANY, generator))
-    group, *others = tiers.prefill.early._groups
+    group, *others = tiers.prefill.next_layer._groups
     ids = torch.tensor([key - EXPERTS for key in group.slots][:TOP_K]).expand(MANY, TOP_K).contiguous()
     chunk = (ids, *random_chunk(MANY, generator)[1:])
     assert_close(tiers.forward(FIRST + 1, *chunk), oracle.forward(FIRST + 1, *chunk))
-    record = settled_records(tiers)[1]
+    record = all_records(tiers)[1]
     assert (record.early, record.uploads, record.cpu) == (TOP_K, TOP_K, 0)
     assert record.wasted == STAGING_SLOTS - TOP_K
     assert record.upload_s == others[-1].end.seconds_since(group.begin) > 0
@@ -180,10 +180,10 @@ def test_no_races(slots):
     tiers.prefill.costs.pcie_gbps, tiers.prefill.costs.cpu_gbps = 1.0, 1e-6
     generator = torch.Generator().manual_seed(8)
     forward_watched(tiers, MANY, LAYERS, generator)
-    forward_watched(tiers, MANY, 2, generator, narrow_chunk)  # cancelled there
+    forward_watched(tiers, MANY, 2, generator, narrow_chunk)  # the prompt ends after two layers
     forward_watched(tiers, MANY, 2, generator)
     assert races.find() == []
-    records = settled_records(tiers)
+    records = all_records(tiers)
     assert sum(record.early for record in records) > LAYERS * UPLOAD_GROUP
     assert any(record.wasted for record in records)
 
@@ -198,24 +198,24 @@ def test_the_race_detector_finds_a_forgotten_reader(monkeypatch):
     assert "uploads and compute" in races.find()
 
 
-def test_a_chunk_that_ends_early(oracle):
+def test_a_prompt_that_ends_between_layers(oracle):
     generator = torch.Generator().manual_seed(10)
     tiers = build(StandInDevice(10, max_delay_us=200), 12, **DEEP)
     forward_watched(tiers, MANY, 2, generator)
     for layer in range(FIRST, FIRST + LAYERS):
         chunk = random_chunk(MANY, generator)
         assert_close(tiers.forward(layer, *chunk), oracle.forward(layer, *chunk))
-    records = settled_records(tiers)
+    records = all_records(tiers)
     assert (records[2].layer, records[2].early, records[2].wasted) == (0, 0, STAGING_SLOTS)
     check_places(tiers)
 
 
-def test_other_experts_in_ram_after_a_chunk_that_ended_early():
+def test_other_experts_in_ram_after_a_prompt_that_ended_between_layers():
     generator = torch.Generator().manual_seed(11)
     tiers = build(StandInDevice(11, max_delay_us=200), 0, **DEEP)
     forward_watched(tiers, MANY, 1, generator)
-    ends = [group.end for group in tiers.prefill.early._groups]
-    tiers.settle()
+    ends = [group.end for group in tiers.prefill.next_layer._groups]
+    tiers.synchronize()
     assert len(ends) == STAGING_SLOTS // UPLOAD_GROUP
     assert all(end.done() for end in ends)
     tiers.fill_synthetic(seed=1)
@@ -247,21 +247,21 @@ def test_an_interrupt(oracle, step, monkeypatch):
         interrupt_at(step, tiers, patch)
         for layer in range(FIRST, FIRST + LAYERS):
             tiers.forward(layer, *chunk)
-    assert tiers.prefill.early.take() == []
+    assert tiers.prefill.next_layer.take() == []
     check_places(tiers)
     for layer in range(FIRST, FIRST + LAYERS):
         assert_close(tiers.forward(layer, *chunk), oracle.forward(layer, *chunk))
 
 
-def test_a_failed_early_copy_is_not_lost(monkeypatch):
+def test_a_failed_copy_of_an_upload_ahead_is_raised(monkeypatch):
     tiers = build(StandInDevice(max_delay_us=50), 0, **DEEP)
-    start, copy = tiers.prefill.early.start, tiers.device.uploads.copy
+    start, copy = tiers.prefill.next_layer.start, tiers.device.uploads.copy
 
     def fail(keys):
         monkeypatch.setattr(tiers.device.uploads, "copy", lambda target, source: copy(target, source[:5]))
         start(keys)
 
-    monkeypatch.setattr(tiers.prefill.early, "start", fail)
+    monkeypatch.setattr(tiers.prefill.next_layer, "start", fail)
     chunk = random_chunk(MANY, torch.Generator().manual_seed(13))
     with pytest.raises(DeviceError, match="a copy failed"):
         for layer in range(FIRST, FIRST + LAYERS):

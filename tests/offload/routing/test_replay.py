@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from helpers.roads import Rig, Spec, random_ids, run_token
+from helpers.decode_rig import Rig, Spec, play_token, random_ids
 from moebox.errors import RequestError
 from moebox.offload.decode.host_step import FIELDS
 from moebox.offload.routing.replay import POLICIES, hit_curve, hits_of_tokens, replay
@@ -107,9 +107,9 @@ def test_decayed_decides_as_the_decode_roads_do():
     rig = Rig(spec)
     hits = []
     for token, picks in enumerate(ids):
-        run_token(rig, picks, token)
+        play_token(rig, picks, token)
         rig.copier.synchronize()
-        stats = dict(zip(FIELDS, rig.roads.stats.T, strict=True))
+        stats = dict(zip(FIELDS, rig.host.stats.T, strict=True))
         assert (stats["hits"] + stats["uploads"] == spec.top_k).all()
         hits.append(int(stats["hits"].sum()))
 

@@ -51,12 +51,12 @@ def test_guesses_are_the_next_routers(folder, device):
     session.prefill(TOKENS[:PROMPT])
     for position in range(PROMPT, PROMPT + 8):
         session.decode(TOKENS[position])
-        assert (box.guessed[1:, 0] == 1).all()
+        assert (box.predicted[1:, 0] == 1).all()
         for layer in range(1, len(gates)):
             state = box.hidden[layer - 1].to(experts.device.torch_device)
             logits = ops.gemv(state, gates[layer].weight, torch.float32)
             ids, _ = ops.route(logits[None], gates[layer].e_score_correction_bias, engine.config)
-            assert box.guesses[layer].tolist() == ids[0].tolist()
+            assert box.predicted_ids[layer].tolist() == ids[0].tolist()
     report = experts.ahead.report()
     assert 0 < report.found[1] <= report.picked[1] <= 8 * (len(gates) - 1) * engine.config.num_experts_per_tok
     assert report.issued == report.used + report.late + report.wrong
@@ -75,7 +75,7 @@ def test_answers_with_and_without(tmp_path, device):
         trial.on = position % 3 > 0
         logits = session.decode(TOKENS[position])
         assert (logits - expected[position]).norm() <= 4e-2 * expected[position].norm()
-        assert bool(engine.runner.experts.mailbox.guessed[1, 0]) == trial.on
+        assert bool(engine.runner.experts.mailbox.predicted[1, 0]) == trial.on
     assert engine.runner.experts.ahead.report().recall[1] == 1.0
 
 

@@ -102,7 +102,7 @@ def test_logits(folder, cpu_model, tokens, expected, forced, device, name):  # n
     for position in range(PROMPT, len(tokens)):
         forced[0].start(position)
         found.append(session.decode(tokens[position]))
-        check_roads(name, engine.runner.experts.roads.stats)
+        check_roads(name, engine.runner.experts.decode_host.stats)
     assert relative(torch.stack(found), logits[PROMPT - 1 :]) <= TOLERANCE
 
 

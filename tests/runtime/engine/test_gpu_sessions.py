@@ -148,16 +148,16 @@ def test_interrupt_of_a_prefill(engine, small_chunks, monkeypatch, expected):
 
 
 def test_an_error_of_the_device_ends_the_token(engine, monkeypatch, expected):
-    """`DecodeRoads` raises every flag before it reports; the session stays as it was."""
+    """`DecodeHost` raises every flag before it reports; the session stays as it was."""
     session = engine.session()
     session.prefill(TOKENS[:15])
-    roads = engine.runner.experts.roads
+    host = engine.runner.experts.decode_host
 
     def fail(*token):
-        type(roads).run_token(roads, *token)
+        type(host).serve_token(host, *token)
         raise DeviceError("a copy failed")
 
-    monkeypatch.setattr(roads, "run_token", fail)
+    monkeypatch.setattr(host, "serve_token", fail)
     with pytest.raises(DeviceError):
         session.decode(TOKENS[15])
     monkeypatch.undo()

@@ -1,4 +1,4 @@
-"""A small model's experts, a mailbox, and a Python thread that plays the GPU of `offload.roads`."""
+"""A small model's experts, a mailbox, and a Python thread that plays the GPU's part of a decode step."""
 
 from __future__ import annotations
 
@@ -13,17 +13,16 @@ import torch
 from torch import Tensor
 
 from helpers.experts import Routing, random_arrays, reference
-from moebox._kernels import ColdTier, HostCopier, Reader
+from moebox._kernels import ColdReader, HostCopier, RamRows, Reader, mailbox_shapes
 from moebox.kernels.cpu import ThreadPool
-from moebox.offload.decode.host_step import DecodeRoads
-from moebox.offload.residency import Residency
-
-FLAG_WORDS = 16
+from moebox.offload.decode.host_step import DecodeHost
+from moebox.offload.decode.mailbox import MAILBOX_FIELDS, Mailbox
+from moebox.offload.residency import HALF_LIFE_TOKENS, Residency
 
 
 @dataclass
 class Spec:
-    """What a rig is made of."""
+    """What a rig is made of; sizes as in `DecodeHost`."""
 
     layers: int = 3
     n_experts: int = 10
@@ -33,16 +32,16 @@ class Spec:
     slots: int = 12
     reserve: int = 3
     rows: int | None = None
-    """of RAM; None: one for each expert"""
+    """rows of RAM; None: one for each expert"""
     spare: int | None = None
-    """of the rows, kept free to read into: experts beyond slots and rows are in a file only"""
+    """rows that are kept free to read into; experts that fit neither slots nor rows are in a file only"""
     seed: int = 0
     max_delay_us: float = 0.0
     cpu_gbps: float = 50.0
     threads: int = 2
     isa: str | None = None
     recall: float | None = None
-    """share of a layer's picks that the GPU guesses before; None: it guesses nothing"""
+    """share of a layer's picks that the GPU predicts; None: it predicts nothing"""
 
     @property
     def keys(self) -> int:
@@ -50,30 +49,15 @@ class Spec:
         return self.layers * self.n_experts
 
 
-class Mailbox:
-    """The pinned arrays, in plain memory."""
-
-    def __init__(self, spec: Spec) -> None:
-        layers, k = spec.layers, spec.top_k
-        self.routed, self.listed, self.summed, self.uploaded = (
-            torch.zeros(layers, FLAG_WORDS, dtype=torch.int32) for _ in range(4)
-        )
-        self.ids = torch.zeros(layers, k, dtype=torch.int32)
-        self.hits, self.uploads = (torch.zeros(layers, 1 + k, dtype=torch.int32) for _ in range(2))
-        self.weights, self.hit_weights, self.upload_weights = (torch.zeros(layers, k) for _ in range(3))
-        self.part = torch.zeros(layers, 4, dtype=torch.int32)
-        self.part_weight = torch.zeros(layers, 1)
-        self.hidden = torch.zeros(layers, spec.hidden, dtype=torch.bfloat16)
-        self.sums = torch.full((layers, spec.hidden), 7.0)
-        self.guessed = torch.zeros(layers, FLAG_WORDS, dtype=torch.int32)
-        self.guesses = torch.zeros(layers, k, dtype=torch.int32)
-        self.one = torch.ones(FLAG_WORDS, dtype=torch.int32)
-
-    def arrays(self) -> dict[str, Tensor]:
-        """`DecodeRoads`' arguments."""
-        names = "routed listed summed ids weights hits hit_weights uploads upload_weights part"
-        names += " part_weight hidden sums guessed guesses"
-        return {name: getattr(self, name) for name in names.split()}
+def make_mailbox(spec: Spec) -> Mailbox:
+    """All tensors in plain memory; sums that the host does not overwrite show."""
+    shapes = mailbox_shapes(spec.layers, spec.top_k, spec.hidden, spec.top_k)
+    box = Mailbox(
+        {field.name: torch.zeros(shapes[field.name], dtype=field.torch_dtype) for field in MAILBOX_FIELDS}
+    )
+    box.cpu_sums.fill_(7.0)
+    box.one.fill_(1)
+    return box
 
 
 def expert_bytes(arrays: list[Tensor]) -> np.ndarray:
@@ -82,7 +66,7 @@ def expert_bytes(arrays: list[Tensor]) -> np.ndarray:
 
 
 class Rig:
-    """`DecodeRoads` with everything around it, and checks of what it must keep."""
+    """A `DecodeHost` with everything around it, and checks of what it must keep."""
 
     def __init__(self, spec: Spec) -> None:
         self.spec = spec
@@ -92,14 +76,18 @@ class Rig:
         self.nbytes = self.gold.shape[1]
         self.exclusive = spec.rows is not None
         self._place(spec.rows if spec.rows is not None else spec.keys)
-        self.cold = None if spec.spare is None else self._cold_tier()
-        self.box = Mailbox(spec)
+        self.rows = None
+        if self.exclusive:
+            table = self.ram_rows.numpy()
+            self.rows = RamRows(table, len(self.ram), spec.spare or 0, HALF_LIFE_TOKENS, spec.n_experts)
+        self.cold = None if spec.spare is None else self._cold_reader()
+        self.box = make_mailbox(spec)
         self.copier = HostCopier(spec.seed, spec.max_delay_us)
         self.pool = ThreadPool(spec.threads, pin=False)
-        self.roads = self._roads()
+        self.host = self.make_host()
 
     def _place(self, rows: int) -> None:
-        """The first `rows` keys go to RAM, in a shuffled order, the others to slots."""
+        """Shuffle the keys; the first ones go to RAM, as many as there are rows, and the others to slots."""
         spec, stride = self.spec, (self.nbytes + 4095) // 4096 * 4096
         self.ram = torch.zeros(rows, stride, dtype=torch.uint8)
         self.slab = torch.zeros(max(spec.slots, 1), stride, dtype=torch.uint8)
@@ -115,8 +103,8 @@ class Rig:
             slot = self.residency.place(int(key))
             self.slab[slot, : self.nbytes] = torch.from_numpy(self.gold[key])
 
-    def _cold_tier(self) -> ColdTier:
-        """All experts in a file, as long as the rig lives."""
+    def _cold_reader(self) -> ColdReader:
+        """Write all experts to a file, which exists as long as the rig."""
         spec, stride = self.spec, self.ram.shape[1]
         self.file = tempfile.NamedTemporaryFile()  # noqa: SIM115
         padded = np.zeros((spec.keys, stride), np.uint8)
@@ -125,36 +113,31 @@ class Rig:
         self.file.flush()
         self.reader = Reader(2, 4096)
         file = self.reader.add_file([self.file.name])
-        self.rows = Residency(spec.keys, len(self.ram), spec.spare, n_experts=spec.n_experts)
-        for key in self.ram_rows.argsort()[(self.ram_rows < 0).sum() :].tolist():
-            assert self.rows.place(key) == self.ram_rows[key]
         extents = [([(file, key * stride, self.nbytes)], None) for key in range(spec.keys)]
-        return ColdTier(self.rows, self.reader, extents)
+        return ColdReader(self.rows, self.reader, extents)
 
     def delay_reads(self, seed: int) -> None:
-        """Each read takes its time, at random."""
+        """Delay each read by a random time."""
         generator = np.random.default_rng(seed)
         for after in range(200):
             self.reader.inject(self.file.name, "delay", int(generator.integers(0, 2000)), after, 1)
 
-    def _roads(self) -> DecodeRoads:
-        spec, box = self.spec, self.box
-        return DecodeRoads(
+    def make_host(self) -> DecodeHost:
+        """The host's side, of what the rig holds now."""
+        spec = self.spec
+        return DecodeHost(
             self.pool,
             self.residency,
             self.copier,
             shape=(spec.hidden, spec.inner),
+            mailbox=self.box,
             ram=self.ram,
             ram_rows=self.ram_rows,
             slab_address=self.slab.data_ptr(),
             slab_stride=self.slab.stride(0),
-            **box.arrays(),
-            uploaded_address=box.uploaded.data_ptr(),
-            uploaded_stride_bytes=4 * FLAG_WORDS,
-            one_address=box.one.data_ptr(),
             n_experts=spec.n_experts,
             top_k=spec.top_k,
-            exclusive=self.exclusive,
+            rows=self.rows,
             cold=self.cold,
             pcie_gbps=50.0,
             cpu_gbps=spec.cpu_gbps,
@@ -162,12 +145,12 @@ class Rig:
         )
 
     def check_places(self) -> None:
-        """Every expert has a home with its bytes in it; no home is shared. After `settle`."""
+        """Each expert lies in a slot or row of its own, with its bytes. Call it after `wait_for_copies`."""
         rows, table = self.ram_rows.numpy(), self.residency.table()
         assert self.cold is not None or ((rows >= 0) | (table >= 0)).all()
-        assert self.cold is None or np.array_equal(rows, self.rows.table())
-        for home in (rows[rows >= 0], table[table >= 0]):
-            assert len(set(home.tolist())) == len(home)
+        assert self.rows is None or np.array_equal(rows, self.rows.residency.table())
+        for places in (rows[rows >= 0], table[table >= 0]):
+            assert len(set(places.tolist())) == len(places)
         for key in range(self.spec.keys):
             if rows[key] >= 0:
                 assert (self.ram[rows[key], : self.nbytes].numpy() == self.gold[key]).all()
@@ -177,7 +160,7 @@ class Rig:
             assert not ((rows >= 0) & (table >= 0)).any()
 
     def all_raised(self) -> bool:
-        """Every flag that a GPU waits for is up."""
+        """Whether every flag that a GPU waits for is raised."""
         self.copier.synchronize()
         return all(
             bool((flags[:, 0] == 1).all()) for flags in (self.box.listed, self.box.summed, self.box.uploaded)
@@ -186,7 +169,7 @@ class Rig:
 
 @dataclass
 class Layer:
-    """What the playing GPU found in one layer."""
+    """What the GPU thread found in one layer."""
 
     ids: list[int]
     weights: list[float]
@@ -194,15 +177,15 @@ class Layer:
     """slot → weight"""
     uploads: dict[int, float]
     slots: dict[int, int]
-    """slot → the layer's expert whose bytes lay there when it was read"""
-    part: tuple[int, int, float]
-    """the layer's expert that the GPU shares with the CPU, or -1; inner rows of it; its weight"""
+    """slot → the layer's expert whose bytes lay there while the slot was read"""
+    split: tuple[int, int, float]
+    """the split expert, or -1; how many of its inner rows the GPU computes; its weight"""
     hidden: Tensor
     total: Tensor
 
 
 class Gpu(threading.Thread):
-    """Plays one token's program, with random delays; `stop_at` is a layer it never routes."""
+    """Plays the GPU's program of one token, with random delays; it ends before it routes layer `stop_at`."""
 
     def __init__(self, rig: Rig, seed: int, ids: np.ndarray, stop_at: int | None = None) -> None:
         super().__init__(daemon=True)
@@ -229,24 +212,24 @@ class Gpu(threading.Thread):
         box.routed[layer, 0] = 1
         wait(box.listed[layer])
         slots: dict[int, int] = {}
-        hits = self._read(layer, box.hits[layer], box.hit_weights[layer], slots)
+        hits = self._read(layer, box.resident_slots[layer], box.resident_weights[layer], slots)
         wait(box.uploaded[layer])
-        part = self._read_part(layer)
-        self._guess(layer + 1)
-        uploads = self._read(layer, box.uploads[layer], box.upload_weights[layer], slots)
+        split = self._read_split(layer)
+        self._predict(layer + 1)
+        uploads = self._read(layer, box.upload_slots[layer], box.upload_weights[layer], slots)
         wait(box.summed[layer])
-        total = box.sums[layer].clone()
+        total = box.cpu_sums[layer].clone()
         ids = self.ids[layer].tolist()
-        self.layers.append(Layer(ids, weights, hits, uploads, slots, part, hidden, total))
+        self.layers.append(Layer(ids, weights, hits, uploads, slots, split, hidden, total))
 
-    def _guess(self, layer: int) -> None:
+    def _predict(self, layer: int) -> None:
         spec, box = self.rig.spec, self.rig.box
         if spec.recall is not None and layer < spec.layers:
-            box.guesses[layer] = torch.from_numpy(guess(spec, self.ids[layer], self.random))
-            box.guessed[layer, 0] = 1
+            box.predicted_ids[layer] = torch.from_numpy(predict(spec, self.ids[layer], self.random))
+            box.predicted[layer, 0] = 1
 
     def _read(self, layer: int, listed: Tensor, weights: Tensor, slots: dict[int, int]) -> dict[int, float]:
-        """Look at the slots of a list, for some time: the same expert's bytes at both ends of it."""
+        """Read a list's slots twice, with a delay between: each holds the same expert's bytes."""
         chosen = listed[1 : 1 + int(listed[0])].tolist()
         before = [self.expert_in(layer, slot) for slot in chosen]
         self._idle()
@@ -254,15 +237,15 @@ class Gpu(threading.Thread):
         slots.update(zip(chosen, before, strict=True))
         return dict(zip(chosen, weights.tolist(), strict=False))
 
-    def _read_part(self, layer: int) -> tuple[int, int, float]:
-        """The expert that is divided: in RAM for as long as the layer takes."""
-        row, rows = self.rig.box.part[layer, :2].tolist()
+    def _read_split(self, layer: int) -> tuple[int, int, float]:
+        """Read the split expert's row of RAM twice, with a delay between."""
+        row, rows = self.rig.box.split_expert[layer, :2].tolist()
         if row < 0:
             return -1, 0, 0.0
         expert = self._expert_at(layer, self.rig.ram[row])
         self._idle()
         assert self._expert_at(layer, self.rig.ram[row]) == expert >= 0
-        return expert, rows, float(self.rig.box.part_weight[layer, 0])
+        return expert, rows, float(self.rig.box.split_weight[layer, 0])
 
     def expert_in(self, layer: int, slot: int) -> int:
         """Which of the layer's experts lies in the slot; -1: none."""
@@ -279,15 +262,15 @@ class Gpu(threading.Thread):
             time.sleep(self.random.random() * self.rig.spec.max_delay_us * 1e-6)
 
 
-def guess(spec: Spec, picks: np.ndarray, chance: random.Random) -> np.ndarray:
-    """Each pick with the chance of `spec.recall`, else another expert: int32 [k], distinct."""
+def predict(spec: Spec, picks: np.ndarray, chance: random.Random) -> np.ndarray:
+    """Each pick with a probability of `spec.recall`, else another expert: int32 [k], distinct."""
     others = chance.sample([e for e in range(spec.n_experts) if e not in picks], spec.n_experts - spec.top_k)
     named = [int(e) if chance.random() < spec.recall or not others else others.pop() for e in picks]
     return np.array(named, np.int32)
 
 
 def wait(flag: Tensor, limit_s: float = 60.0) -> None:
-    """Until a flag is raised."""
+    """Wait until a flag is raised."""
     values, end = flag.numpy(), time.monotonic() + limit_s
     while values[0] == 0:
         assert time.monotonic() < end, "the flag was never raised"
@@ -309,15 +292,15 @@ def check_layer(rig: Rig, layer: int, seen: Layer) -> None:
         torch.tensor([weights[e] for e in rest]),
     )
     expected = reference(arrays, routing, seen.hidden.unsqueeze(0), torch.zeros(1, spec.hidden))[0]
-    total = seen.total.double() + gpu_part(rig, layer, seen)
-    assert seen.part[0] < 0 or (seen.part[0] in rest and seen.part[2] == weights[seen.part[0]])
+    total = seen.total.double() + gpu_share(rig, layer, seen)
+    assert seen.split[0] < 0 or (seen.split[0] in rest and seen.split[2] == weights[seen.split[0]])
     error = (total - expected).norm()
     assert error <= 5e-3 * expected.norm()
 
 
-def gpu_part(rig: Rig, layer: int, seen: Layer) -> Tensor:
-    """What the GPU adds for the expert that is divided: fp64 [H]."""
-    expert, rows, weight = seen.part
+def gpu_share(rig: Rig, layer: int, seen: Layer) -> Tensor:
+    """What the GPU adds for the split expert: fp64 [H]."""
+    expert, rows, weight = seen.split
     if expert < 0:
         return torch.zeros(rig.spec.hidden, dtype=torch.float64)
     gate_packed, gate_scale, up_packed, up_scale, down_packed, down_scale = rig.arrays[
@@ -330,16 +313,16 @@ def gpu_part(rig: Rig, layer: int, seen: Layer) -> Tensor:
     return reference([first + columns], routing, hidden, torch.zeros(1, rig.spec.hidden))[0]
 
 
-def run_token(
+def play_token(
     rig: Rig, ids: np.ndarray, seed: int, *, injected: bool = False, timeout_s: float = 30.0
 ) -> Gpu:
-    """One token, with every check."""
-    rig.roads.clear()
+    """Serve one token to a GPU thread, and check all that the thread saw."""
+    rig.host.clear_flags()
     shown = np.zeros_like(ids) if injected else ids
     gpu = Gpu(rig, seed, shown)
     gpu.start()
     try:
-        rig.roads.run_token(torch.from_numpy(ids) if injected else None, timeout_s)
+        rig.host.serve_token(torch.from_numpy(ids) if injected else None, timeout_s)
     finally:
         gpu.join(60)
     assert not gpu.is_alive()

@@ -1,4 +1,4 @@
-"""RAM and GPU together smaller than the model: answers, reads that fail, and who keeps a row."""
+"""Cold experts, where RAM and GPU do not hold the model: answers, failing reads, and which rows are kept."""
 
 import itertools
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from helpers.roads import Gpu, Rig, Spec, random_ids, run_token
+from helpers.decode_rig import Gpu, Rig, Spec, play_token, random_ids
 from helpers.tiers import (
     EXPERTS,
     FIRST,
@@ -22,7 +22,7 @@ from helpers.tiers import (
     small_config,
     watch_cpu,
 )
-from moebox._kernels import ColdTier, ReadFailure
+from moebox._kernels import ColdReader, ReadFailure
 from moebox.errors import CheckpointError, PlanError
 from moebox.offload.decode.host_step import FIELDS
 from moebox.offload.device.stand_in import StandInDevice
@@ -30,12 +30,12 @@ from moebox.offload.device.stand_in import StandInDevice
 EIO = 5
 COLD = Spec(slots=6, reserve=3, rows=16, spare=4)
 PLACES = [(0, 12), (0, 40), (4, 20), (12, 12), (20, 30)]
-"""Slots and rows for 64 experts."""
+"""(slots, rows) for 64 experts."""
 
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """torch's threads wait for each other at sizes like these, longest where cores are few."""
+    """One thread: at these sizes torch's threads only wait for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -48,8 +48,8 @@ def oracle():
 
 
 def field(rig, name):
-    """The last token's figure by layer."""
-    return rig.roads.stats[:, FIELDS.index(name)]
+    """A figure of the last token, by layer."""
+    return rig.host.stats[:, FIELDS.index(name)]
 
 
 def relative_error(out, expected):
@@ -57,44 +57,43 @@ def relative_error(out, expected):
 
 
 def test_what_is_used_stays_in_memory():
-    """The same experts again and again need no drive in the end."""
+    """If tokens pick the same experts, the later tokens read nothing."""
     rig, ids = Rig(COLD), random_ids(COLD, np.random.default_rng(0))
-    run_token(rig, ids, 0)
+    play_token(rig, ids, 0)
     assert (field(rig, "cold") > 0).any()
     assert (field(rig, "read_s")[field(rig, "cold") > 0] > 0).all()
     for token in range(1, 4):
-        run_token(rig, ids, token)
+        play_token(rig, ids, token)
     assert (field(rig, "cold") == 0).all()
     assert (field(rig, "read_s") == 0).all()
 
 
-def test_the_sum_hangs_on_no_race():
-    """Reads end in another order: the same bits."""
+def test_the_sum_does_not_depend_on_the_order_of_reads():
     sums = []
     for seed in range(3):
         rig = Rig(Spec(layers=1, n_experts=20, slots=0, reserve=0, rows=12, spare=4))
         rig.delay_reads(seed)
         cold = np.flatnonzero(rig.ram_rows.numpy() < 0)[:4].astype(np.int32)[None]
-        run_token(rig, cold, 7)
+        play_token(rig, cold, 7)
         assert field(rig, "cold") == 4
-        sums.append(rig.box.sums.clone())
+        sums.append(rig.box.cpu_sums.clone())
     assert torch.equal(sums[0], sums[1])
     assert torch.equal(sums[0], sums[2])
 
 
 @pytest.mark.parametrize("after", [0, 1, 5])
 def test_a_read_that_fails_ends_the_token(after):
-    """All flags are raised, no ticket is left, and the next token is right."""
+    """All flags are raised, the key has no row, and the next token is right."""
     rig, generator = Rig(COLD), np.random.default_rng(after)
     rig.reader.inject(rig.file.name, "error", EIO, after, 1)
 
     def tokens():
         for token in range(20):
-            rig.roads.clear()
+            rig.host.clear_flags()
             gpu = Gpu(rig, token, random_ids(COLD, generator))
             gpu.start()
             try:
-                rig.roads.run_token()
+                rig.host.serve_token()
             finally:
                 gpu.join(60)
                 assert not gpu.is_alive()
@@ -106,23 +105,22 @@ def test_a_read_that_fails_ends_the_token(after):
     assert rig.ram_rows[rig.cold.failed] < 0
     rig.check_places()
     for token in range(5):
-        run_token(rig, random_ids(COLD, generator), token)
-    rig.roads.settle()
+        play_token(rig, random_ids(COLD, generator), token)
+    rig.host.wait_for_copies()
     rig.check_places()
 
 
-def test_wrong_tiers():
-    """Each is named."""
+def test_sizes_that_do_not_fit_are_named():
     rig = Rig(COLD)
     with pytest.raises(ValueError, match=r"extents: of 0 experts given, of n_keys=30 needed"):
-        ColdTier(rig.rows, rig.reader, [])
-    rig.cold = ColdTier(rig.rows, rig.reader, [([(0, 0, 5)], None)] * 30)
+        ColdReader(rig.rows, rig.reader, [])
+    rig.cold = ColdReader(rig.rows, rig.reader, [([(0, 0, 5)], None)] * 30)
     with pytest.raises(ValueError, match=r"extents\[0\]: 5 bytes given, an expert's 3456 needed"):
-        rig._roads()
+        rig.make_host()
     rig = Rig(COLD)
-    rig.exclusive = False
+    rig.rows = None
     with pytest.raises(ValueError, match="only where experts are in RAM or on the GPU"):
-        rig._roads()
+        rig.make_host()
 
 
 @pytest.mark.parametrize(("slots", "rows"), PLACES)
@@ -157,13 +155,13 @@ def test_no_races(tmp_path, monkeypatch, slots, rows, faster):
     generator = torch.Generator().manual_seed(6)
     for n_tokens, layer in itertools.product((30, 20), range(FIRST, FIRST + LAYERS)):
         tiers.forward(layer, *random_chunk(n_tokens, generator, skew=2))
-    tiers.settle()
+    tiers.synchronize()
     assert races.find() == []
     assert sum(record.cold for record in tiers.prefill.records) > 8
 
 
 def watch_reads(races, store, monkeypatch):
-    """Reads are steps of the host's, which begins them when it knows that the row is free."""
+    """Record reads as steps of the host, which must know that the row is free when it begins a read."""
     submit = store.submit
 
     def recorded(key, row, *, prefetch=False):
@@ -183,7 +181,7 @@ def test_prompts_and_tokens_take_turns(oracle, tmp_path, slots, rows, seed):
         n_tokens, layers = (
             int(numbers.integers(1, 60)),
             int(numbers.integers(0, LAYERS + 1)),
-        )  # some are cancelled
+        )  # some prompts end early
         for layer in range(FIRST, FIRST + layers):
             chunk = random_chunk(n_tokens, generator)
             assert relative_error(tiers.forward(layer, *chunk), oracle.forward(layer, *chunk)) < 5e-3
@@ -211,7 +209,7 @@ def test_a_prompt_keeps_what_it_used_most(tmp_path):
 
 
 def test_layers_to_come_lose_no_rows(tmp_path):
-    """A prompt that uses everything goes through RAM, and leaves each layer as many rows as it had."""
+    """A prompt that uses all experts reads them through RAM, and each layer keeps its number of rows."""
     tiers = build_cold(StandInDevice(max_delay_us=0), tmp_path / "experts", 0, 36)
     before = [(rows >= 0).sum() for rows in np.split(tiers.ram.rows, LAYERS)]
     every = (torch.arange(EXPERTS)[:, None] + torch.arange(TOP_K)) % EXPERTS
