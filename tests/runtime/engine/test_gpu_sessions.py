@@ -115,14 +115,14 @@ def test_interrupt_of_a_token(engine, monkeypatch, expected, moment):
     """The program that was launched ends whether its host has served it or never began."""
     session = engine.session()
     session.prefill(TOKENS[:15])
-    run_token = engine.runner.experts.run_token
+    serve_token = engine.runner.experts.serve_token
 
     def interrupt():
         if moment == "after":
-            run_token()
+            serve_token()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(engine.runner.experts, "run_token", interrupt)
+    monkeypatch.setattr(engine.runner.experts, "serve_token", interrupt)
     with pytest.raises(KeyboardInterrupt):
         session.decode(5)
     monkeypatch.undo()
