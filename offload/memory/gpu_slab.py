@@ -26,7 +26,7 @@ UPLOAD_GROUP = 8
 STAGING_SLOTS = 2 * UPLOAD_GROUP
 """Slots beside the cache: a ring of two groups."""
 SHRINK = 0.9
-"""Where memory does not suffice, so many times the slots are tried next."""
+"""If memory does not suffice for n slots, `SHRINK * n` are tried next."""
 
 
 class GpuSlab:

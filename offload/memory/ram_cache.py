@@ -113,7 +113,7 @@ class RamCache:
         return self.rows.row(key)
 
     def resident(self, key: int) -> bool:
-        """Whether the key's bytes are in RAM. Those of a prefetch count once the key was demanded."""
+        """Whether the key's bytes are in RAM: they were there from the start, or `wait` has returned them."""
         return bool(self._table[key] >= 0)
 
     def ready(self, key: int) -> bool:
