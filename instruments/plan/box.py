@@ -30,7 +30,8 @@ from moebox.offload.machine.drives import drive_at
 from moebox.offload.machine.floor import Ceilings
 from moebox.offload.machine.hardware import available_ram_bytes, cpu_identity, cpu_name, gpu_identity
 from moebox.offload.machine.profile import Kind, MachineProfile, Part
-from moebox.runtime.engine.cpu_plan import SYSTEM_SHARE, least_rows
+from moebox.runtime.engine.cpu_plan import least_ram_rows
+from moebox.runtime.engine.plan_parts import SYSTEM_SHARE, ram_room_bytes
 from moebox.units import gib
 
 log = logging.getLogger("moebox")
@@ -91,7 +92,7 @@ class Box:
     @property
     def ram_room(self) -> int:
         """Bytes of RAM that moebox may take."""
-        return int(self.free_ram * (1 - SYSTEM_SHARE)) if self.ram is None else self.ram
+        return ram_room_bytes(self.ram, self.free_ram)
 
 
 def find_box(
@@ -246,7 +247,7 @@ class _Known:
     def disk(self) -> ColdReads | None:
         """What reading this model's experts takes; None where they are not here, not INT4
         yet, or so few that RAM must hold them all."""
-        if self.device or not self.folders or self.config.n_keys <= least_rows(self.config):
+        if self.device or not self.folders or self.config.n_keys <= least_ram_rows(self.config):
             return None
         identity = f"{'; '.join(self.drives)}; experts of {self.config.expert_bytes} bytes"
         names = {field.name for field in fields(ColdReads)}

@@ -10,7 +10,7 @@ import torch
 from moebox.config import ModelConfig
 from moebox.instruments.plan.box import Box
 from moebox.offload.memory.ram_slab import row_stride
-from moebox.runtime.engine.cpu_plan import MemoryPlan, plan_memory
+from moebox.runtime.engine.cpu_plan import CpuPlan, plan_cpu_memory
 from moebox.runtime.engine.gpu_plan import RESERVE_BYTES, GpuPlan, plan_gpu_memory
 
 GPU, RAM, DISK = "GPU", "RAM", "disk"
@@ -67,7 +67,7 @@ def place(config: ModelConfig, box: Box, context: int | None, backbone: str, dty
         PlanError: it does not fit, with the numbers.
     """
     if not box.has_gpu:
-        plan = plan_memory(config, dtype, backbone, box.ram, context, box.free_ram)
+        plan = plan_cpu_memory(config, dtype, backbone, box.ram, context, box.free_ram)
         return cpu_places(config, plan)
     return gpu_places(
         config,
@@ -109,7 +109,7 @@ def gpu_places(config: ModelConfig, plan: GpuPlan) -> Places:
     )
 
 
-def cpu_places(config: ModelConfig, plan: MemoryPlan) -> Places:
+def cpu_places(config: ModelConfig, plan: CpuPlan) -> Places:
     """The parts of a plan without a GPU; where experts are missing, some rows are kept free for reads."""
     top_k, rows = config.num_experts_per_tok, plan.rows
     spare = 0 if plan.experts_fit else min(top_k, rows - top_k)

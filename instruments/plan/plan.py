@@ -20,7 +20,7 @@ from moebox.instruments.plan.placement import cpu_places, gpu_places
 from moebox.instruments.plan.report import Plan, Subject, plan_on, predict
 from moebox.instruments.plan.text import plan_line
 from moebox.instruments.plan.what_if import changes
-from moebox.runtime.engine.cpu_plan import MemoryPlan
+from moebox.runtime.engine.cpu_plan import CpuPlan
 from moebox.runtime.model.precision import check_precision
 from moebox.units import GIGA
 
@@ -77,9 +77,9 @@ def make_plan(options: PlanOptions) -> Plan:
 def loaded_line(engine: Engine) -> str:
     """The plan that a loaded model obeys, in one line; with its speed where this box was measured before."""
     config, plan = engine.config, engine.plan
-    places = cpu_places(config, plan) if isinstance(plan, MemoryPlan) else gpu_places(config, plan)
+    places = cpu_places(config, plan) if isinstance(plan, CpuPlan) else gpu_places(config, plan)
     box = find_box(BoxOptions(), config, [engine.folder], measure=False)
-    if box is None or box.has_gpu == isinstance(plan, MemoryPlan):
+    if box is None or box.has_gpu == isinstance(plan, CpuPlan):
         return plan_line(places, config)
     subject = Subject(engine.folder.resolve().name, config, engine.folder)
     made = predict(subject, box, find_curve(config, engine.folder, None), places, engine.dtype)

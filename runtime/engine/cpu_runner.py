@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
-from contextlib import ExitStack
 
 import torch
 from torch import Tensor
@@ -18,8 +16,9 @@ from moebox.offload.disk.store import ExpertStore
 from moebox.offload.prefetch.prefetch import Prefetcher
 from moebox.offload.traffic import Traffic
 from moebox.runtime.engine.base import LoadOptions, Runner
-from moebox.runtime.engine.cpu_plan import CHUNK_TOKENS, MemoryPlan, plan_memory, return_large_blocks
+from moebox.runtime.engine.cpu_plan import CHUNK_TOKENS, CpuPlan, plan_cpu_memory, return_large_blocks
 from moebox.runtime.engine.recording import open_recording
+from moebox.runtime.engine.resources import Resources
 from moebox.runtime.engine.router_lookahead import GateLookahead
 from moebox.runtime.model.kimi_k2 import KimiK2
 from moebox.runtime.model.kv_cache import KVCache
@@ -43,8 +42,7 @@ class CpuRunner:
         pool: computes them.
         dtype: of the backbone.
         chunk_tokens: tokens that go through the model at once.
-        resources: what `close` closes; the runner's end does, too.
-        recorded: closed by `close` only, before the others.
+        resources: closed with the runner.
     """
 
     def __init__(
@@ -53,15 +51,14 @@ class CpuRunner:
         pool: cpu.ThreadPool,
         dtype: torch.dtype,
         chunk_tokens: int = CHUNK_TOKENS,
-        resources: ExitStack | None = None,
-        recorded: ExitStack | None = None,
+        resources: Resources | None = None,
     ) -> None:
         self.model = model
         self.dtype = dtype
         self.chunk_tokens = chunk_tokens
         self._pool = pool
-        self._resources, self._recorded = resources or ExitStack(), recorded or ExitStack()
-        weakref.finalize(self, self._resources.close)
+        self._resources = resources or Resources()
+        self._resources.close_with(self)
 
     def new_cache(self, context: int) -> KVCache:
         """See `Runner.new_cache`; memory is taken as tokens come."""
@@ -101,11 +98,10 @@ class CpuRunner:
 
     def close(self) -> None:
         """See `Runner.close`."""
-        self._recorded.close()
         self._resources.close()
 
 
-def load_on_cpu(checkpoint: Checkpoint, options: LoadOptions) -> tuple[Runner, MemoryPlan]:
+def load_on_cpu(checkpoint: Checkpoint, options: LoadOptions) -> tuple[Runner, CpuPlan]:
     """Load a checkpoint that was checked into RAM; see `Engine.load`."""
     if options.vram:
         raise PlanError(
@@ -114,26 +110,25 @@ def load_on_cpu(checkpoint: Checkpoint, options: LoadOptions) -> tuple[Runner, M
         )
     config = checkpoint.config
     dtype = options.dtype or default_dtype(config, options.backbone)
-    plan = plan_memory(config, dtype, options.backbone, options.ram, options.context)
+    plan = plan_cpu_memory(config, dtype, options.backbone, options.ram, options.context)
     return_large_blocks()
     pool = cpu.ThreadPool(options.threads)
-    with ExitStack() as opened, ExitStack() as recorded:
+    with Resources() as resources:
         recording = open_recording(checkpoint, options.statistics, options.record_trace)
-        recorded.callback(recording.close)
+        resources.add_recording(recording.close)
         store = ExpertStore.open(checkpoint, options.stores, verify=options.verify_reads)
-        opened.callback(store.close)
-        model = load_backbone(checkpoint, None, dtype, options.backbone, options.progress)
+        resources.add(store.close)
+        model = load_backbone(checkpoint, dtype, options.backbone, options.progress)
         experts = CpuExperts.load(config, store, pool, plan.rows, recording.statistics, options.progress)
-        opened.callback(experts.cache.abandon)
-        experts.recorder = recording.recorder
-        recording.placed_by(experts)
+        resources.add(experts.cache.abandon)
+        recording.connect(experts)
         if options.prefetch and not plan.experts_fit:
             guesses = GateLookahead(model)
             experts.prefetcher = Prefetcher(
                 experts.cache, guesses, recording.statistics, config.n_routed_experts
             )
         model.connect(experts)
-        return CpuRunner(model, pool, dtype, plan.chunk_tokens, opened.pop_all(), recorded.pop_all()), plan
+        return CpuRunner(model, pool, dtype, plan.chunk_tokens, resources), plan
 
 
 def default_dtype(config: ModelConfig, backbone: str) -> torch.dtype:

@@ -17,7 +17,7 @@ from moebox.offload.checkpoint.safetensors import Checkpoint
 from moebox.offload.experts import Progress
 from moebox.offload.traffic import Traffic
 from moebox.runtime.engine.base import LoadOptions, Runner
-from moebox.runtime.engine.cpu_plan import MemoryPlan
+from moebox.runtime.engine.cpu_plan import CpuPlan
 from moebox.runtime.engine.cpu_runner import load_on_cpu
 from moebox.runtime.model import precision
 from moebox.runtime.model.kv_cache import bytes_per_token
@@ -50,7 +50,7 @@ class Engine:
         plan: the memory that loading has shared out.
     """
 
-    def __init__(self, checkpoint: Checkpoint, runner: Runner, plan: MemoryPlan | GpuPlan) -> None:
+    def __init__(self, checkpoint: Checkpoint, runner: Runner, plan: CpuPlan | GpuPlan) -> None:
         self.folder = checkpoint.folder
         self.config: ModelConfig = checkpoint.config
         self.runner = runner

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable
-from contextlib import ExitStack
 
 import torch
 from torch import Tensor
@@ -25,6 +24,7 @@ from moebox.runtime.engine.base import LoadOptions
 from moebox.runtime.engine.decode_program import DecodeProgram
 from moebox.runtime.engine.gpu_plan import GpuPlan, plan_gpu_memory
 from moebox.runtime.engine.recording import open_recording
+from moebox.runtime.engine.resources import Resources
 from moebox.runtime.model.compute import GpuProcessor
 from moebox.runtime.model.kimi_k2 import KimiK2
 from moebox.runtime.model.kv_cache import KVCache
@@ -50,8 +50,7 @@ class GpuRunner:
         experts: the tiers.
         memory: lent to one session after the other.
         chunk_tokens: tokens that go through the model at once.
-        resources: what `close` closes; the runner's end does, too.
-        recorded: closed by `close` only, before the others.
+        resources: closed with the runner.
     """
 
     def __init__(
@@ -61,8 +60,7 @@ class GpuRunner:
         experts: GpuExperts,
         memory: CacheMemory,
         chunk_tokens: int,
-        resources: ExitStack | None = None,
-        recorded: ExitStack | None = None,
+        resources: Resources | None = None,
     ) -> None:
         model.connect(experts)
         self.model = model
@@ -74,8 +72,8 @@ class GpuRunner:
         self._inputs = device.pinned((2,), torch.int64)
         self._logits = device.pinned((model.config.vocab_size,), torch.float32)
         self._spare = [memory]
-        self._resources, self._recorded = resources or ExitStack(), recorded or ExitStack()
-        weakref.finalize(self, self._resources.close)
+        self._resources = resources or Resources()
+        self._resources.close_with(self)
 
     def new_cache(self, context: int) -> KVCache:
         """See `Runner.new_cache`: the memory that was planned for, or new memory where that is lent."""
@@ -165,7 +163,6 @@ class GpuRunner:
 
     def close(self) -> None:
         """See `Runner.close`."""
-        self._recorded.close()
         self._resources.close()
 
     def _release(self) -> None:
@@ -245,13 +242,12 @@ def load_on_gpu(name: str, checkpoint: Checkpoint, options: LoadOptions) -> tupl
 def _load_planned(checkpoint: Checkpoint, device: Device, plan: GpuPlan, options: LoadOptions) -> GpuRunner:
     config = checkpoint.config
     processor = GpuProcessor(device.torch_device, device.ops)
-    with ExitStack() as opened, ExitStack() as recorded:
+    with Resources() as resources:
         recording = open_recording(checkpoint, options.statistics, options.record_trace)
-        recorded.callback(recording.close)
-        store = opened.enter_context(
-            ExpertStore.open(checkpoint, options.stores, verify=options.verify_reads)
-        )
-        model = load_backbone(checkpoint, None, torch.bfloat16, "bf16", options.progress, processor)
+        resources.add_recording(recording.close)
+        store = ExpertStore.open(checkpoint, options.stores, verify=options.verify_reads)
+        resources.add(store.close)
+        model = load_backbone(checkpoint, torch.bfloat16, "bf16", options.progress, processor)
         # The experts' slab comes last: it is what shrinks where memory turns out to be short.
         memory = CacheMemory(model, device, plan.context)
         pool = cpu.ThreadPool(options.threads or max(1, cpu.allowed_cpus() - CORES_FOR_UPLOADS))
@@ -260,10 +256,8 @@ def _load_planned(checkpoint: Checkpoint, device: Device, plan: GpuPlan, options
         experts.load(store, recording.statistics, options.progress)
         if options.prefetch:
             experts.upload_ahead()
-        experts.recorder = recording.recorder
-        recording.placed_by(experts)
-        chunk_tokens = plan.chunk_tokens
-        return GpuRunner(model, device, experts, memory, chunk_tokens, opened.pop_all(), recorded.pop_all())
+        recording.connect(experts)
+        return GpuRunner(model, device, experts, memory, plan.chunk_tokens, resources)
 
 
 def _check_options(name: str, options: LoadOptions) -> None:

@@ -33,21 +33,14 @@ PACKED: dict[str, tuple[str, ...]] = {
 class DecoderLayer(nn.Module):
     """Attention, then the dense MLP or the mixture of experts, each on the residual stream."""
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        layer: int,
-        experts: Experts | None,
-        dtype: torch.dtype,
-        processor: Processor,
-    ) -> None:
+    def __init__(self, config: ModelConfig, layer: int, dtype: torch.dtype, processor: Processor) -> None:
         super().__init__()
         norm = partial(RMSNorm, config.hidden_size, config.rms_norm_eps, dtype, processor.device)
         self.input_layernorm = norm()
         self.self_attn = Attention(config, layer, dtype, processor)
         self.post_attention_layernorm = norm()
         self.mlp = (
-            MoE(config, layer, experts, processor)
+            MoE(config, layer, processor)
             if layer in config.moe_layers
             else MLP(config.hidden_size, config.intermediate_size)
         )
@@ -68,14 +61,11 @@ class DecoderLayer(nn.Module):
 class Decoder(nn.Module):
     """Embedding, layers and final norm: what stands under `model.` in a checkpoint."""
 
-    def __init__(
-        self, config: ModelConfig, experts: Experts | None, dtype: torch.dtype, processor: Processor
-    ) -> None:
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, processor: Processor) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
-            DecoderLayer(config, layer, experts, dtype, processor)
-            for layer in range(config.num_hidden_layers)
+            DecoderLayer(config, layer, dtype, processor) for layer in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, processor.device)
         self.rotary = Rotary(config, processor.device)
@@ -84,17 +74,15 @@ class Decoder(nn.Module):
 class KimiK2(nn.Module):
     """The whole model: token ids in, logits out.
 
-    `experts` is asked for each layer's routed experts and may keep them anywhere; `processor` says where
-    all else is computed.
+    `connect` says what computes the routed experts, and comes before the first pass; the `processor`
+    computes everything else.
     """
 
-    def __init__(
-        self, config: ModelConfig, experts: Experts | None, dtype: torch.dtype, processor: Processor = CPU
-    ) -> None:
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, processor: Processor = CPU) -> None:
         super().__init__()
         self.config = config
         self.processor = processor
-        self.model = Decoder(config, experts, dtype, processor)
+        self.model = Decoder(config, dtype, processor)
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
 
     def forward(
@@ -125,10 +113,8 @@ class KimiK2(nn.Module):
 
     @property
     def experts(self) -> Experts:
-        """Who computes the routed experts."""
-        found = next(layer.mlp.experts for layer in self.model.layers if isinstance(layer.mlp, MoE))
-        assert found is not None, "KimiK2.connect comes first"
-        return found
+        """What computes the routed experts of all layers."""
+        return next(layer.mlp.experts for layer in self.model.layers if isinstance(layer.mlp, MoE))
 
     def connect(self, experts: Experts) -> None:
         """Let `experts` compute the routed experts from here on."""

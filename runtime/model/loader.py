@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from moebox.config import ModelConfig
 from moebox.errors import CheckpointError
 from moebox.offload.checkpoint.safetensors import TORCH_DTYPES, Checkpoint, TensorInfo
-from moebox.offload.experts import Experts, Progress
+from moebox.offload.experts import Progress
 from moebox.runtime.model import precision
 from moebox.runtime.model.base import Processor
 from moebox.runtime.model.compute import CPU
@@ -80,7 +80,6 @@ def _is_expert(config: ModelConfig, plain: str) -> bool:
 
 def load_backbone(
     checkpoint: Checkpoint,
-    experts: Experts | None,
     dtype: torch.dtype,
     backbone: str = "bf16",
     progress: Progress | None = None,
@@ -90,7 +89,6 @@ def load_backbone(
 
     Args:
         checkpoint: a quantized checkpoint.
-        experts: who computes the routed experts; None: `KimiK2.connect` comes before the first pass.
         dtype: what matrices are kept and multiplied in, `torch.bfloat16` or `torch.float32`.
         backbone: "bf16", or "int8" or "nf4" for the matrices in `backbone.QUANTIZED`.
         progress: called with ("backbone", bytes done, bytes in all).
@@ -100,7 +98,7 @@ def load_backbone(
         CheckpointError: a tensor is missing, or of another shape or type than the config implies.
     """
     with init_empty_weights():  # 23 GB of weights that are replaced at once need no memory first
-        model = KimiK2(checkpoint.config, experts, dtype, processor)
+        model = KimiK2(checkpoint.config, dtype, processor)
     shapes = checkpoint.config.backbone_shapes()
     sources = {
         parameter: [backbone_info(checkpoint, source, shapes) for source in model.sources(parameter)]

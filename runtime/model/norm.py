@@ -7,13 +7,12 @@ from torch import Tensor, nn
 
 LATENT_EPS = 1e-6
 """Epsilon of `q_a_layernorm` and `kv_a_layernorm`: transformers' class default, not `rms_norm_eps`."""
-CPU = torch.device("cpu")
 
 
 class RMSNorm(nn.Module):
     """`weight * x / sqrt(mean(x^2) + eps)` in fp32, returned in `dtype`; `weight` is fp32 [width]."""
 
-    def __init__(self, width: int, eps: float, dtype: torch.dtype, device: torch.device = CPU) -> None:
+    def __init__(self, width: int, eps: float, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(width, dtype=torch.float32), requires_grad=False)
         self.dtype = dtype

@@ -17,7 +17,7 @@ from moebox.offload.routing.trace import RoutingTrace
 from moebox.quantize.convert import quantize
 from moebox.quantize.synth.write import synth
 from moebox.runtime.api import load
-from moebox.runtime.engine.cpu_plan import budget_for_share, plan_memory
+from moebox.runtime.engine.cpu_plan import budget_for_share, plan_cpu_memory
 from moebox.runtime.engine.engine import Cancelled
 from moebox.runtime.model.compute import CPU
 
@@ -105,11 +105,11 @@ def test_a_long_chunk_is_computed_as_its_parts_are(in_ram, monkeypatch, count):
 def test_chunks_are_longer_where_experts_are_on_disk():
     k2 = shape_config("kimi-k2")
     half = budget_for_share(k2, torch.bfloat16, "bf16", 16384, 0.5)
-    plan = plan_memory(k2, torch.bfloat16, "bf16", half, 16384, free_ram=2 * half)
+    plan = plan_cpu_memory(k2, torch.bfloat16, "bf16", half, 16384, free_ram=2 * half)
     assert (plan.chunk_tokens, plan.rows) == (8192, 11520)
     assert plan.planned_bytes == half
-    assert plan_memory(k2, torch.bfloat16, "bf16", half, 3000, free_ram=2 * half).chunk_tokens == 2048
-    whole = plan_memory(k2, torch.bfloat16, "bf16", None, 16384, free_ram=3 * half)
+    assert plan_cpu_memory(k2, torch.bfloat16, "bf16", half, 3000, free_ram=2 * half).chunk_tokens == 2048
+    whole = plan_cpu_memory(k2, torch.bfloat16, "bf16", None, 16384, free_ram=3 * half)
     assert whole.experts_fit
     assert whole.chunk_tokens == 1024
 

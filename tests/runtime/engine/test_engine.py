@@ -9,7 +9,7 @@ import torch
 import moebox.runtime.engine.cpu_runner as runner_module
 from helpers.runtime import make_checkpoint
 from moebox.errors import CheckpointError, ConfigError, PlanError, RequestError
-from moebox.runtime.engine.cpu_plan import budget_for_share, plan_memory
+from moebox.runtime.engine.cpu_plan import budget_for_share, plan_cpu_memory
 from moebox.runtime.engine.engine import Cancelled, Engine, common_prefix
 
 TOKENS = torch.randint(0, 512, (60,), generator=torch.Generator().manual_seed(2)).tolist()
@@ -199,14 +199,14 @@ def test_budget_that_holds_some_experts(folder, engine, share):
 def test_the_machines_memory_without_a_budget(engine):
     config = engine.config
     all_of_it = budget_for_share(config, torch.bfloat16, "bf16", 512, 1)
-    roomy = plan_memory(config, torch.bfloat16, "bf16", None, None, free_ram=2 * all_of_it)
+    roomy = plan_cpu_memory(config, torch.bfloat16, "bf16", None, None, free_ram=2 * all_of_it)
     assert roomy.experts_fit
     assert roomy.context == config.max_position_embeddings
     some = budget_for_share(config, torch.bfloat16, "bf16", 512, 0.75)
-    tight = plan_memory(config, torch.bfloat16, "bf16", None, 512, free_ram=int(some / 0.95) + 100)
+    tight = plan_cpu_memory(config, torch.bfloat16, "bf16", None, 512, free_ram=int(some / 0.95) + 100)
     assert tight.rows == 12
     with pytest.raises(PlanError, match=r"needs .* \+ 8 of 16 experts .*free memory is"):
-        plan_memory(config, torch.bfloat16, "bf16", None, None, free_ram=1 << 20)
+        plan_cpu_memory(config, torch.bfloat16, "bf16", None, None, free_ram=1 << 20)
 
 
 def test_missing_folder(tmp_path):

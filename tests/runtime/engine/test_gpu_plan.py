@@ -13,7 +13,6 @@ from moebox.offload.routing.identity import ModelIdentity
 from moebox.offload.routing.statistics import RouterStatistics
 from moebox.offload.routing.trace import synthetic_trace
 from moebox.quantize.synth.shapes import synth_config
-from moebox.runtime.engine.cpu_plan import learned_bytes
 from moebox.runtime.engine.gpu_plan import (
     CHUNK_TOKENS,
     RESERVE_BYTES,
@@ -23,6 +22,7 @@ from moebox.runtime.engine.gpu_plan import (
     plan_gpu_memory,
     workspace_bytes,
 )
+from moebox.runtime.engine.plan_parts import learned_bytes
 
 GIB = 1 << 30
 K2 = parse_config(synth_config("kimi-k2", format="int4"))

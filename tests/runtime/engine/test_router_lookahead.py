@@ -18,7 +18,7 @@ from moebox.runtime.model.kimi_k2 import KimiK2
 def random_model(**changes):
     """A model whose routers have random weights; nothing else of it is used."""
     config = small_config(num_hidden_layers=5, **changes)
-    model = KimiK2(config, None, torch.float32)
+    model = KimiK2(config, torch.float32)
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         parameter.data.normal_(generator=generator)

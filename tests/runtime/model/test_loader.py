@@ -83,7 +83,7 @@ def test_next_token_layer_is_left_out(tmp_path):
 def test_parameters_are_what_the_config_implies(tmp_path, q_lora_rank):
     config = Checkpoint.open(make_checkpoint(tmp_path / "model", q_lora_rank=q_lora_rank)).config
     with init_empty_weights():
-        model = KimiK2(config, None, torch.bfloat16)
+        model = KimiK2(config, torch.bfloat16)
     shapes = config.backbone_shapes()
     for name, parameter in model.named_parameters():
         parts = [shapes.pop(source) for source in model.sources(name)]
@@ -92,7 +92,7 @@ def test_parameters_are_what_the_config_implies(tmp_path, q_lora_rank):
 
 
 def test_loaded_values_and_types(folder):
-    model = load_backbone(Checkpoint.open(folder), None, torch.bfloat16)
+    model = load_backbone(Checkpoint.open(folder), torch.bfloat16)
     tensors = load_tensors(folder)
     for name, parameter in model.named_parameters():
         expected = torch.cat([tensors[source].float() for source in model.sources(name)])
@@ -108,7 +108,7 @@ def test_a_shard_that_shrinks_while_it_is_loaded(folder):
     with shard.open("r+b") as file:
         file.truncate(checkpoint.info("lm_head.weight").offset + 100)
     with pytest.raises(CheckpointError, match=rf"{shard.name}: .*: the file ends at byte \d+, its header"):
-        load_backbone(checkpoint, None, torch.bfloat16)
+        load_backbone(checkpoint, torch.bfloat16)
     shard.unlink()
     with pytest.raises(CheckpointError, match="cannot be read: No such file"):
-        load_backbone(checkpoint, None, torch.bfloat16)
+        load_backbone(checkpoint, torch.bfloat16)
