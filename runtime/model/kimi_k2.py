@@ -1,7 +1,7 @@
 """The Kimi K2 family (DeepSeek-V3 architecture): modules under Hugging Face's tensor names.
 
-Shapes: T tokens, H hidden_size. The residual stream is fp32; matrices work in the model's dtype, and
-softmax, router, norms and the sum over experts in fp32.
+Shapes: T tokens, H hidden_size. Matrices are multiplied in the model's dtype; the residual stream, softmax,
+router, norms and the sum over experts are fp32.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ PACKED: dict[str, tuple[str, ...]] = {
     "gate_up_proj": ("gate_proj", "up_proj"),
     "q_kv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa"),
 }
-"""Modules whose weight is made of several of the checkpoint's, row after row."""
+"""Modules whose weight stacks the rows of several weights of the checkpoint."""
 
 
 class DecoderLayer(nn.Module):
-    """Attention, then the dense MLP or the mixture of experts, each on the residual stream."""
+    """Attention, then the dense MLP or the mixture of experts; each adds to the residual stream."""
 
     def __init__(self, config: ModelConfig, layer: int, dtype: torch.dtype, processor: Processor) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class DecoderLayer(nn.Module):
         )
 
     def forward(self, hidden: Tensor, rotations: Sequence[Tensor], cache: KVCache) -> Tensor:
-        """`hidden` fp32 [T, H] -> fp32 [T, H], in place; `rotations` of each part of the chunk."""
+        """`hidden` fp32 [T, H] -> fp32 [T, H], in place; `rotations` has one entry for each part."""
         parts, written = torch.split(hidden, [len(part) for part in rotations]), 0
         for part, turns in zip(parts, rotations, strict=True):
             part.add_(self.self_attn(self.input_layernorm(part), turns, cache, written))
@@ -59,7 +59,7 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embedding, layers and final norm: what stands under `model.` in a checkpoint."""
+    """Embedding, layers and final norm: the tensors under `model.` in a checkpoint."""
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype, processor: Processor) -> None:
         super().__init__()
@@ -93,10 +93,10 @@ class KimiK2(nn.Module):
         Args:
             token_ids: T ids.
             cache: grows by T tokens when the pass has finished, and not before.
-            between_layers: called before each layer; what it raises ends the pass.
+            between_layers: called before each layer; an exception that it raises ends the pass.
 
         Returns:
-            Normed hidden states [T, H], for `logits`.
+            The hidden states after the final norm, [T, H]: the input of `logits`.
         """
         hidden = self.model.embed_tokens(torch.tensor(token_ids, device=self.processor.device)).float()
         rotations, start = [], len(cache)
@@ -117,13 +117,13 @@ class KimiK2(nn.Module):
         return next(layer.mlp.experts for layer in self.model.layers if isinstance(layer.mlp, MoE))
 
     def connect(self, experts: Experts) -> None:
-        """Let `experts` compute the routed experts from here on."""
+        """Let `experts` compute the routed experts of all layers."""
         for layer in self.model.layers:
             if isinstance(layer.mlp, MoE):
                 layer.mlp.experts = experts
 
     def sources(self, parameter: str) -> list[str]:
-        """The checkpoint's tensors (names without prefix) whose rows make up a parameter."""
+        """Names, without prefix, of the checkpoint's tensors whose rows a parameter stacks."""
         module, _, attribute = parameter.rpartition(".")
         parent, _, name = module.rpartition(".")
         parts: tuple[str, ...] = PACKED.get(name, (name,))

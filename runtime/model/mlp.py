@@ -56,7 +56,7 @@ class MoE(nn.Module):
         )
 
     def forward(self, parts: Sequence[Tensor]) -> Tensor:
-        """Parts `[t, H]` of a chunk, T tokens in all -> fp32 [T, H]."""
+        """The parts `[t, H]` of a chunk of T tokens -> fp32 [T, H]."""
         expert_ids, weights = (joined(choices) for choices in zip(*map(self.gate, parts), strict=True))
         routed = self.experts.forward(self.layer, expert_ids, weights, joined(parts))
         if self.shared_experts is not None:
@@ -66,5 +66,5 @@ class MoE(nn.Module):
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor:
-    """The rows of all parts; a single one is not copied."""
+    """The rows of all parts; a single part is not copied."""
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))

@@ -1,4 +1,4 @@
-"""RMSNorm (arXiv 1910.07467), with the two epsilons of the family."""
+"""RMSNorm (arXiv 1910.07467). The family has two epsilons: the config's, and one for latents."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`x [T, width]`, any float dtype -> [T, width].
 
-        sqrt(mean(x^2) + eps) is the hypotenuse of |x| and sqrt(width * eps), over sqrt(width): half the
-        passes over x, and a fifth of the time, of `F.rms_norm`.
+        sqrt(mean(x^2) + eps) = hypot(|x|, sqrt(width * eps)) / sqrt(width). This takes half as many passes
+        over x as `F.rms_norm`, and a fifth of the time.
         """
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
         norm = torch.hypot(norm, self.least_norm)
         return torch.addcdiv(self.zero, x, norm, value=self.root_width).mul_(self.weight).type(self.dtype)
 
-    __call__ = forward  # no hooks: spares a fifth of a small norm's time
+    __call__ = forward  # without torch's hooks, which take a fifth of a small norm's time
