@@ -1,4 +1,4 @@
-"""What a loaded model keeps of its routing: router statistics, and a trace where one was asked for."""
+"""What a loaded model records of its routing: router statistics, and a trace where one was asked for."""
 
 from __future__ import annotations
 

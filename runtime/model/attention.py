@@ -59,8 +59,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rotations: Tensor, cache: KVCache, written: int = 0) -> Tensor:
         """`x [T, H] -> [T, H]`.
 
-        The tokens' latents are appended to the cache, behind those of the `written` tokens before them in this
-        pass.
+        The tokens' latents are appended to the cache, behind the `written` tokens that the same pass appended
+        before.
         """
         rank, nope = self.config.kv_lora_rank, self.config.qk_nope_head_dim
         both = self.q_kv_a_proj(x)

@@ -25,8 +25,11 @@ from moebox.runtime.model.kimi_k2 import PACKED
 
 PRECISIONS = ("bf16", "int8", "nf4")
 NF4_BLOCK = 64
+"""The number of inputs of an nf4 matrix is a multiple of this."""
 NF4_OUTPUTS = 32
+"""The number of outputs of an nf4 matrix is a multiple of this."""
 NF4_BYTES_PER_WEIGHT = 0.5 + 1 / 64 + 4 / (64 * 256)
+"""Four bits, an 8-bit scale for each block of 64, and an fp32 scale for each 256 blocks."""
 
 _QUANTIZED = re.compile(
     r"lm_head$|self_attn\.(q_kv_a_proj|q_b_proj|o_proj)$|mlp\.(shared_experts\.)?(gate_up_proj|down_proj)$"
@@ -42,7 +45,7 @@ def check_precision(backbone: str) -> None:
 
 
 def is_quantized(module_name: str, shape: Sequence[int], backbone: str) -> bool:
-    """Whether the module of this name, whose weight has the shape [out, in], is quantized in this precision."""
+    """Whether the module of this name, with a weight of shape [out, in], is quantized in this precision."""
     if backbone == "bf16" or _QUANTIZED.search(module_name) is None:
         return False
     return backbone == "int8" or (shape[1] % NF4_BLOCK == 0 and shape[0] % NF4_OUTPUTS == 0)
@@ -81,7 +84,7 @@ def planned_bytes(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, backbo
 
 
 def _parameter_shapes(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """The model's parameters: several tensors of a checkpoint may be one parameter, row after row."""
+    """Shapes of the model's parameters, some of which stack the rows of several tensors of a checkpoint."""
     wholes = {part: whole for whole, parts in PACKED.items() for part in parts} | {"q_proj": "q_kv_a_proj"}
     parameters: dict[str, tuple[int, ...]] = {}
     for name, (rows, *rest) in shapes.items():
