@@ -220,8 +220,8 @@ class Session:
     ) -> Tensor:
         """Compute the whole conversation so far, and predict the token that follows.
 
-        The cache keeps the longest prefix that it shares with `token_ids`; the other tokens, at least the last
-        one, are computed in chunks. After an error, a cancellation or an interrupt the session keeps the
+        The cache keeps the longest prefix that it shares with `token_ids`; the other tokens, at least the
+        last one, are computed in chunks. After an error, a cancellation or an interrupt the session keeps the
         chunks that were finished, and the next prefill continues from there.
 
         Args:

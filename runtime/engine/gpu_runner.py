@@ -105,7 +105,7 @@ class GpuRunner:
     ) -> Tensor:
         if not isinstance(cache, DeviceCache):
             raise TypeError("the cache was not made by this runner")
-        # Torch has little to do on the CPU here, and its threads would spin on the cores of the experts' pool.
+        # Torch has little to do on the CPU here; its threads would spin on the cores of the experts' pool.
         torch.set_num_threads(1)
         if len(token_ids) == 1:
             if between_layers is not None:

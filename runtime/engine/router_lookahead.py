@@ -21,7 +21,7 @@ from collections.abc import Iterator
 import torch.nn.functional as F
 from torch import Tensor
 
-from moebox.offload.prefetch.prefetch import LAYERS_AHEAD
+from moebox.offload.routing.counts import LAYERS_AHEAD
 from moebox.runtime.model.kimi_k2 import KimiK2
 from moebox.runtime.model.mlp import MoE
 from moebox.runtime.model.router import Router, mask_groups

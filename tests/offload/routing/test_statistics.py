@@ -12,7 +12,12 @@ import pytest
 
 from moebox.errors import RequestError
 from moebox.offload.routing import counts
-from moebox.offload.routing.counts import HALF_LIFE_TOKENS, PAIRED_TOKENS, RECENT_TOKENS, RoutingCounts
+from moebox.offload.routing.counts import (
+    PAIRED_TOKENS,
+    RECENT_TOKENS,
+    STATISTICS_HALF_LIFE_TOKENS,
+    RoutingCounts,
+)
 from moebox.offload.routing.identity import ModelIdentity
 from moebox.offload.routing.statistics import SEED_SHARE, STATISTICS_FILE, RouterStatistics
 from moebox.offload.routing.trace import synthetic_trace
@@ -35,7 +40,7 @@ def constant(tokens, *layers):
     return np.tile(np.array(layers, np.int32), (tokens, 1, 1))
 
 
-def expected_uses(ids, half_life=HALF_LIFE_TOKENS):
+def expected_uses(ids, half_life=STATISTICS_HALF_LIFE_TOKENS):
     uses = np.zeros((LAYERS, EXPERTS))
     for age, token in enumerate(ids[::-1]):
         for layer, experts in enumerate(token):
@@ -53,8 +58,8 @@ def assert_same(one, other, ages=True):
 
 
 def test_uses_decay_with_every_token(fresh, monkeypatch):
-    monkeypatch.setattr(counts, "HALF_LIFE_TOKENS", 10.0)
-    monkeypatch.setattr(counts, "PART_TOKENS", 1)
+    monkeypatch.setattr(counts, "STATISTICS_HALF_LIFE_TOKENS", 10.0)
+    monkeypatch.setattr(counts, "SAME_WEIGHT_TOKENS", 1)
     ids = picks(900)
 
     for start in range(0, 900, 25):  # weights grow by 2^90 meanwhile
