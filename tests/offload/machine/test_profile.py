@@ -10,6 +10,7 @@ import time
 
 import pytest
 
+from helpers import version_0_1
 from moebox.offload.machine.hardware import cpu_identity
 from moebox.offload.machine.profile import MachineProfile, Part, profile_path
 
@@ -30,6 +31,15 @@ def test_what_is_saved_comes_back(path):
     assert again.drive_depth("disk 1") == 4
     assert again.find("drive", "disk 2") is None
     assert again.drive_depth("disk 2") is None
+
+
+def test_a_file_of_version_0_1_opens():
+    profile = MachineProfile.load(version_0_1.FOLDER / "machine.json")
+    drives = ["disk 1"]
+    ceilings = profile.ceilings(cpu="two cores, 2 threads", gpu="some GPU 0123", drives=drives)
+    assert (ceilings.ram_gbps, ceilings.cpu_tflops) == (20.5, 0.25)
+    assert (ceilings.hbm_gbps, ceilings.pcie_gbps, ceilings.nvme_gbps) == (4000.0, 55.0, 6.5)
+    assert profile.drive_depth("disk 1") == 4
 
 
 def test_it_lies_in_the_data_folder(monkeypatch, tmp_path):

@@ -10,6 +10,7 @@ from multiprocessing import get_context
 import numpy as np
 import pytest
 
+from helpers import version_0_1
 from moebox.errors import RequestError
 from moebox.offload.routing import counts
 from moebox.offload.routing.counts import (
@@ -356,6 +357,27 @@ def test_saving_happens_with_the_first_prompt_and_then_now_and_then(fresh, tmp_p
     assert saved() == 3
     fresh.add(picks(16), prefill=True)
     assert saved() == 31
+
+
+def test_a_file_of_version_0_1_opens():
+    saved = RoutingCounts.load(version_0_1.FOLDER / STATISTICS_FILE)
+    ids = version_0_1.picks()
+    assert (saved.digest, saved.top_k, saved.tokens) == (MODEL.digest, TOP_K, 40)
+    np.testing.assert_allclose(saved.uses, expected_uses(ids), rtol=3e-3)  # tokens are added in blocks
+    for layer, expert in np.ndindex(LAYERS, EXPERTS):
+        assert saved.last_use[layer, expert] == np.flatnonzero((ids[:, layer] == expert).any(1))[-1]
+    assert saved.pairs.sum() == pytest.approx(40 * (LAYERS - 1) * TOP_K**2, rel=3e-3)
+    assert np.array_equal(saved.recent, ids[version_0_1.PROMPT_TOKENS :])
+    assert saved.recall.tolist() == [[3, 4], [1, 4]]
+    assert np.array_equal(saved.placement.tiers.ravel(), np.arange(LAYERS * EXPERTS) % 3)
+
+
+def test_the_statistics_of_version_0_1_go_on(tmp_path):
+    (tmp_path / STATISTICS_FILE).write_bytes((version_0_1.FOLDER / STATISTICS_FILE).read_bytes())
+    statistics = RouterStatistics.open(MODEL, tmp_path)
+    statistics.add(picks(5), prefill=False)
+    assert statistics.save()
+    assert RouterStatistics.open(MODEL, tmp_path).tokens == 45
 
 
 def test_merging_another_boxs_file(fresh, tmp_path):

@@ -5,6 +5,7 @@ import re
 import numpy as np
 import pytest
 
+from helpers import version_0_1
 from moebox.errors import RequestError
 from moebox.offload.routing.trace import RoutingTrace, TraceRouting, age_classes, synthetic_trace
 
@@ -92,6 +93,12 @@ def test_file_without_a_field_is_refused_by_name(tmp_path):
 
     with pytest.raises(RequestError, match=r"trace\.npz: not a routing trace"):
         RoutingTrace.load(tmp_path / "trace.npz")
+
+
+def test_a_file_of_version_0_1_opens():
+    trace = RoutingTrace.load(version_0_1.FOLDER / "trace.npz")
+    assert (trace.n_experts, trace.source) == (version_0_1.EXPERTS, "tiny")
+    assert np.array_equal(trace.ids, version_0_1.picks())
 
 
 def test_missing_file_is_an_error_that_names_it(tmp_path):
