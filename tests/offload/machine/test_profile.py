@@ -1,4 +1,4 @@
-"""The machine's profile: kept, merged, set against the machine that it was measured on, never a crash."""
+"""The machine's profile: saved, merged, looked up by part; faults of its file stop nothing."""
 
 import json
 import logging
@@ -20,7 +20,7 @@ def path(tmp_path):
     return tmp_path / "data" / "machine.json"
 
 
-def test_what_is_saved_comes_back(path):
+def test_save_and_load_keep_the_profile(path):
     profile = MachineProfile()
     profile.put("cpu", "two cores", {"ram_gbps": 20.5, "cpu_tflops": 0.3})
     profile.put("drive", "disk 1", {"gbps": 6.5, "depth": 4})
@@ -56,7 +56,7 @@ def test_a_new_measurement_replaces_the_old_one(path):
     assert MachineProfile.load(path).find("cpu", "c").figures == {"ram_gbps": 2.0}
 
 
-def test_saving_keeps_what_others_measured_meanwhile(path):
+def test_saving_keeps_measurements_of_other_processes(path):
     mine, other = MachineProfile.load(path), MachineProfile.load(path)
     other.put("drive", "disk", {"gbps": 3.0, "depth": 2})
     assert other.save(path)
@@ -93,7 +93,7 @@ def test_of_two_measurements_the_newer_stays(path):
         '{"format": 1, "parts": [{"kind": "cpu", "identity": "i", "measured": "m", "figures": {"a": NaN}}]}',
     ],
 )
-def test_a_damaged_file_is_said_and_replaced(path, text, caplog):
+def test_a_damaged_file_is_logged_and_replaced(path, text, caplog):
     path.parent.mkdir()
     path.write_text(text)
     profile = MachineProfile.load(path)
@@ -104,13 +104,13 @@ def test_a_damaged_file_is_said_and_replaced(path, text, caplog):
     assert MachineProfile.load(path).find("cpu", "c")
 
 
-def test_bytes_that_are_no_text_are_a_damaged_file(path):
+def test_a_file_that_is_not_text_counts_as_damaged(path):
     path.parent.mkdir()
     path.write_bytes(b"\xff\xfe\x00")
     assert MachineProfile.load(path).to_dict()["parts"] == []
 
 
-def test_where_it_cannot_be_written_the_run_goes_on(tmp_path, caplog):
+def test_a_file_that_cannot_be_written_is_logged(tmp_path, caplog):
     (tmp_path / "data").write_text("a file where the folder should be")
     profile = MachineProfile()
     profile.put("cpu", "c", {"ram_gbps": 1.0})
@@ -119,7 +119,7 @@ def test_where_it_cannot_be_written_the_run_goes_on(tmp_path, caplog):
     assert "not kept" in caplog.text
 
 
-def test_no_figure_that_is_no_number():
+def test_a_figure_that_is_no_number_is_refused():
     with pytest.raises(ValueError, match="finite"):
         MachineProfile().put("cpu", "c", {"ram_gbps": float("inf")})
 
