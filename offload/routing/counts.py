@@ -32,7 +32,7 @@ SAME_WEIGHT_TOKENS = 64
 RESCALE_AT_DOUBLINGS = 32.0
 """Doublings of a use's weight after which all sums are scaled down; fp32 has room for 127."""
 LAYERS_AHEAD = 2
-"""A prediction names the picks of so many layers after the current one."""
+"""Layers after the current one whose picks are predicted."""
 
 _ARRAYS = ("uses", "last_use", "pairs", "recent", "recall")
 

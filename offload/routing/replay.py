@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from moebox._kernels import Policy, replay_hits
 from moebox.errors import RequestError
-from moebox.offload.residency import HALF_LIFE_TOKENS
+from moebox.offload.residency import SCORE_HALF_LIFE_TOKENS
 from moebox.offload.routing.trace import RoutingTrace
 
 POLICIES = ("decayed", "lru", "lfu", "belady")
@@ -82,4 +82,4 @@ def hits_of_tokens(trace: RoutingTrace, slots: int, policy: str = "decayed") -> 
     if slots < 1:
         raise RequestError(f"replay with {slots} slots")
     ids = np.ascontiguousarray(trace.ids)
-    return replay_hits(ids, trace.n_experts, slots, _KNOWN[policy], HALF_LIFE_TOKENS)
+    return replay_hits(ids, trace.n_experts, slots, _KNOWN[policy], SCORE_HALF_LIFE_TOKENS)

@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from moebox.errors import RequestError
 from moebox.files import locked, replace_file
-from moebox.offload.residency import HALF_LIFE_TOKENS as SCORE_HALF_LIFE_TOKENS
+from moebox.offload.residency import SCORE_HALF_LIFE_TOKENS
 from moebox.offload.routing.counts import (
     RECENT_TOKENS,
     Floats,
