@@ -40,8 +40,8 @@ LARGEST_CHUNK_TOKENS = 8 * PART_TOKENS
 """The limit of a chunk where experts are on disk, since every chunk reads them again. A large chunk is
 computed in parts of `PART_TOKENS`, as smaller ones are."""
 CHUNK_SHARE = 0.05
-"""Share of the experts' memory that a chunk's values between two layers may take, the first part's not
-counted."""
+"""Share of the experts' memory that a chunk may take for its values between two layers, in addition to those
+of its first part."""
 LARGE_BLOCK_BYTES = 4 << 20
 """Freed blocks of this size go back to the system at once: `return_large_blocks`."""
 _M_MMAP_THRESHOLD = -3
@@ -53,7 +53,7 @@ class CpuPlan(BackbonePlan):
 
     Attributes:
         unquantized_backbone_bytes: the backbone in the model's dtype, without int8 or nf4.
-        learned_bytes: what is learned of the router.
+        learned_bytes: router statistics and value model.
         rows: experts that RAM holds.
         n_keys: experts of the model.
         row_bytes: RAM of one expert.

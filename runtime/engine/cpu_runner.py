@@ -19,7 +19,7 @@ from moebox.runtime.engine.base import LoadOptions, Runner
 from moebox.runtime.engine.cpu_plan import CHUNK_TOKENS, CpuPlan, plan_cpu_memory, return_large_blocks
 from moebox.runtime.engine.recording import open_recording
 from moebox.runtime.engine.resources import Resources
-from moebox.runtime.engine.router_lookahead import GateLookahead
+from moebox.runtime.engine.router_lookahead import RouterLookahead
 from moebox.runtime.model.kimi_k2 import KimiK2
 from moebox.runtime.model.kv_cache import KVCache
 from moebox.runtime.model.linear import native_bf16
@@ -123,9 +123,9 @@ def load_on_cpu(checkpoint: Checkpoint, options: LoadOptions) -> tuple[Runner, C
         resources.add(experts.cache.abandon)
         recording.connect(experts)
         if options.prefetch and not plan.experts_fit:
-            guesses = GateLookahead(model)
+            predictor = RouterLookahead(model)
             experts.prefetcher = Prefetcher(
-                experts.cache, guesses, recording.statistics, config.n_routed_experts
+                experts.cache, predictor, recording.statistics, config.n_routed_experts
             )
         model.connect(experts)
         return CpuRunner(model, pool, dtype, plan.chunk_tokens, resources), plan

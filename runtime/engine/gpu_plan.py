@@ -53,7 +53,7 @@ class GpuPlan(BackbonePlan):
         hot: experts that stay in VRAM.
         warm: experts that stay in RAM.
         cold: experts that lie on disk only.
-        learned_bytes: RAM for what is learned of the router.
+        learned_bytes: RAM for router statistics and value models.
     """
 
     staging_bytes: int
@@ -196,7 +196,7 @@ def _share_experts(config: ModelConfig, plan: GpuPlan, slots: int, ram_room: int
 
 
 def _rows(config: ModelConfig, ram_room: int, residencies: int) -> tuple[int, int]:
-    """Experts that RAM holds beside what is learned of the router, and the bytes of the latter."""
+    """Experts that RAM holds beside router statistics and value models, and the bytes of these."""
     learned = learned_bytes(config, residencies)
     return min(max(ram_room - learned, 0) // row_stride(config), config.n_keys), learned
 

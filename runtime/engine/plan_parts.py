@@ -74,10 +74,10 @@ def clamp_context(config: ModelConfig, tokens: int) -> int:
 
 
 def learned_bytes(config: ModelConfig, residencies: int) -> int:
-    """RAM for what is learned of the router.
+    """RAM for what is learned of the router, in bytes.
 
-    2 * (uses + pairs + recent) + residencies * 12 * L * E**2 bytes: the known and the new statistics
-    (`offload/routing/counts.py`), and the value model of each residency
+    `2 * (uses + pairs + recent) + residencies * 12 * L * E**2`: the statistics of earlier runs and of this
+    run (`offload/routing/counts.py`), and the value model of each residency
     (`offload/csrc/residency/value_model.h`).
     """
     layers, experts = len(config.moe_layers), config.n_routed_experts

@@ -23,7 +23,7 @@ class RecordedExperts(Protocol):
     recorder: RoutingRecorder | None
 
     def placement(self) -> npt.NDArray[np.uint8]:
-        """uint8 [L, E] of `counts.TIERS`."""
+        """uint8 [L, E] of indices of `experts.TIERS`."""
         ...
 
 
@@ -40,7 +40,7 @@ class Recording:
     recorder: RoutingRecorder | None = None
 
     def connect(self, experts: RecordedExperts) -> None:
-        """Record what `experts` are asked for, and with the statistics where each expert lies."""
+        """Record the picks of `experts`; the statistics also save where each expert lies."""
         experts.recorder = self.recorder
         if self.statistics is not None:
             reference = weakref.ref(experts)  # the statistics may outlive the experts

@@ -30,8 +30,8 @@ NAMED_PER_PICK = 2
 """A prediction names this many times k experts; less likely ones are seldom picked."""
 
 
-class GateLookahead:
-    """Implements `Predictor` of `offload/prefetch/prefetch.py` with the routers of a loaded model."""
+class RouterLookahead:
+    """Implements `Predictor` of `offload/prefetch/base.py` with the routers of a loaded model."""
 
     def __init__(self, model: KimiK2) -> None:
         self.config = model.config

@@ -11,7 +11,7 @@ from moebox.offload.routing.identity import ModelIdentity
 from moebox.offload.routing.statistics import RouterStatistics
 from moebox.quantize.convert import quantize
 from moebox.runtime.engine.cpu_plan import budget_for_share
-from moebox.runtime.engine.router_lookahead import GateLookahead
+from moebox.runtime.engine.router_lookahead import RouterLookahead
 from moebox.runtime.model.kimi_k2 import KimiK2
 
 
@@ -29,7 +29,7 @@ def random_model(**changes):
 def test_names_the_picks_of_the_next_routers_for_this_state(groups):
     model = random_model(**groups)
     hidden = torch.randn(1, model.config.hidden_size).bfloat16()
-    predictions = list(GateLookahead(model).predict(1, hidden))
+    predictions = list(RouterLookahead(model).predict(1, hidden))
     assert [ahead for ahead, _ in predictions] == [1, 2]
     for ahead, named in predictions:
         gate = model.model.layers[model.config.first_k_dense_replace + 1 + ahead].mlp.gate
@@ -41,7 +41,7 @@ def test_names_the_picks_of_the_next_routers_for_this_state(groups):
 def test_the_likeliest_comes_first():
     model = random_model()
     hidden = torch.randn(1, model.config.hidden_size)
-    [(_, named)] = GateLookahead(model).predict(2, hidden)
+    [(_, named)] = RouterLookahead(model).predict(2, hidden)
     gate = model.model.layers[-1].mlp.gate
     scores = (gate.weight @ hidden[0]).sigmoid() + gate.e_score_correction_bias
     assert named == scores.argsort(descending=True)[: len(named)].tolist()
@@ -50,13 +50,13 @@ def test_the_likeliest_comes_first():
 def test_no_layer_after_the_last_is_predicted():
     model = random_model()
     hidden = torch.randn(1, model.config.hidden_size)
-    lookahead = GateLookahead(model)
+    lookahead = RouterLookahead(model)
     assert [len(list(lookahead.predict(moe, hidden))) for moe in range(4)] == [2, 2, 1, 0]
 
 
 def test_names_no_more_experts_than_there_are():
     model = random_model(n_routed_experts=6)
-    [(_, named)] = GateLookahead(model).predict(2, torch.randn(1, model.config.hidden_size))
+    [(_, named)] = RouterLookahead(model).predict(2, torch.randn(1, model.config.hidden_size))
     assert sorted(named) == list(range(6))
 
 
