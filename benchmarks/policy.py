@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 import moebox
-from moebox.offload.residency import HALF_LIFE_TOKENS, Residency
+from moebox.offload.residency import SCORE_HALF_LIFE_TOKENS, Residency
 from moebox.offload.routing.replay import POLICIES, hit_curve, hits_of_tokens
 from moebox.offload.routing.trace import RoutingTrace, synthetic_trace
 
@@ -157,7 +157,7 @@ def learning(trace: RoutingTrace) -> dict[str, list[float]]:
 def cost_us(layers: int = 60, n_experts: int = 384, top_k: int = 8) -> dict[str, float]:
     """CPU microseconds per layer, called from Python, 10 % resident: eviction, and the value model."""
     slots = round(0.1 * layers * n_experts)
-    residency = Residency(layers * n_experts, slots + top_k, top_k, HALF_LIFE_TOKENS, n_experts)
+    residency = Residency(layers * n_experts, slots + top_k, top_k, SCORE_HALF_LIFE_TOKENS, n_experts)
     spent = {"evict": 0.0, "foresee": 0.0}
     for warm, token in enumerate(synthetic_trace(60, layers, n_experts, top_k).keys()):
         residency.tick += 1

@@ -1,7 +1,7 @@
-"""Which expert holds which slot or row, and how fast a use is forgotten."""
+"""The table of experts in slots or rows, and the half-life of their scores."""
 
 from __future__ import annotations
 
-from moebox._kernels import HALF_LIFE_TOKENS, Residency
+from moebox._kernels import SCORE_HALF_LIFE_TOKENS, Residency
 
-__all__ = ["HALF_LIFE_TOKENS", "Residency"]
+__all__ = ["SCORE_HALF_LIFE_TOKENS", "Residency"]

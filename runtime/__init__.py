@@ -1,1 +1,1 @@
-"""The model, its tokenizer and template, sampling and the terminal chat."""
+"""What answers: the model, its engine, text, sampling, and the terminal."""

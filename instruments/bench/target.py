@@ -27,11 +27,12 @@ from moebox.offload.machine.hardware import available_ram_bytes
 from moebox.offload.memory.ram_slab import RamSlab, row_stride
 from moebox.offload.routing.trace import TraceRouting
 from moebox.runtime.engine.base import Runner
-from moebox.runtime.engine.cpu_plan import describe, usable_ram
+from moebox.runtime.engine.cpu_plan import describe
 from moebox.runtime.engine.cpu_runner import CpuRunner
 from moebox.runtime.engine.engine import Engine
 from moebox.runtime.engine.gpu_plan import GpuPlan, describe_fixed, plan_gpu_memory
 from moebox.runtime.engine.gpu_runner import CORES_FOR_UPLOADS, CacheMemory, GpuRunner
+from moebox.runtime.engine.plan_parts import ram_room_bytes
 from moebox.runtime.model.compute import GpuProcessor
 from moebox.runtime.model.kimi_k2 import KimiK2
 from moebox.runtime.model.mlp import MoE
@@ -327,7 +328,7 @@ def _check_all_held(held: int, keys: int) -> None:
 
 
 def _check_ram(config: ModelConfig, rows: int, free_ram: int) -> None:
-    needed, room = rows * row_stride(config), usable_ram(free_ram)
+    needed, room = rows * row_stride(config), ram_room_bytes(None, free_ram)
     if needed > room:
         raise PlanError(
             f"{rows:,} experts take {gib(needed)} of RAM, {gib(room)} are free",

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from moebox.config import ModelConfig, parse_config
 from moebox.kernels import cpu
 from moebox.offload.cpu_experts import CpuExperts
-from moebox.offload.experts import Experts
 from moebox.offload.memory.ram_cache import RamCache
 from moebox.offload.memory.ram_slab import RamSlab
 from moebox.quantize.synth.shapes import synth_config
@@ -45,16 +44,15 @@ def synthetic_model(
     config: ModelConfig,
     dtype: torch.dtype,
     processor: Processor = CPU,
-    experts: Experts | None = None,
     seed: int = 0,
 ) -> KimiK2:
     """A model whose backbone is random and lies in the processor's memory; equal seeds give equal weights.
 
     Matrices have a standard deviation of 1/sqrt(columns), so that hidden states keep their size; norms are 1
-    and the routers' biases are 0. `experts` is as for `load_backbone`.
+    and the routers' biases 0.
     """
     with init_empty_weights():
-        model = KimiK2(config, experts, dtype, processor)
+        model = KimiK2(config, dtype, processor)
     generator = torch.Generator(processor.device).manual_seed(seed)
     block = torch.empty(BLOCK, dtype=dtype, device=processor.device).normal_(generator=generator)
     for name, parameter in list(model.named_parameters()):

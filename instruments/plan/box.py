@@ -31,7 +31,8 @@ from moebox.offload.machine.drives import drive_at
 from moebox.offload.machine.floor import Ceilings
 from moebox.offload.machine.hardware import available_ram_bytes, cpu_identity, cpu_name, gpu_identity
 from moebox.offload.machine.profile import Kind, MachineProfile, Part
-from moebox.runtime.engine.cpu_plan import SYSTEM_SHARE, least_rows, usable_ram
+from moebox.runtime.engine.cpu_plan import least_ram_rows
+from moebox.runtime.engine.plan_parts import SYSTEM_SHARE, ram_room_bytes
 from moebox.units import gib
 
 log = logging.getLogger("moebox")
@@ -100,7 +101,7 @@ class Box:
     @property
     def ram_room(self) -> int:
         """Bytes of RAM that moebox may take."""
-        return usable_ram(self.free_ram, self.ram)
+        return ram_room_bytes(self.ram, self.free_ram)
 
 
 def find_box(
@@ -276,7 +277,7 @@ class _BoxFigures:
         None with a GPU, without the model's folder, for experts that are not INT4 yet, and for a model so
         small that RAM holds all of its experts.
         """
-        if self.device or not self.folders or self.config.n_keys <= least_rows(self.config):
+        if self.device or not self.folders or self.config.n_keys <= least_ram_rows(self.config):
             return None
         identity = f"{'; '.join(self.drives)}; experts of {self.config.expert_bytes} bytes"
         names = {field.name for field in fields(ColdReads)}

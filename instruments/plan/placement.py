@@ -10,7 +10,7 @@ import torch
 from moebox.config import ModelConfig
 from moebox.instruments.plan.box import Box
 from moebox.offload.memory.ram_slab import row_stride
-from moebox.runtime.engine.cpu_plan import MemoryPlan, plan_memory
+from moebox.runtime.engine.cpu_plan import CpuPlan, plan_cpu_memory
 from moebox.runtime.engine.gpu_plan import RESERVE_BYTES, GpuPlan, plan_gpu_memory
 
 GPU, RAM, DISK = "GPU", "RAM", "disk"
@@ -70,7 +70,7 @@ def place_memory(
         PlanError: it does not fit, with the numbers.
     """
     if not box.has_gpu:
-        plan = plan_memory(config, dtype, backbone, box.ram, context, box.free_ram)
+        plan = plan_cpu_memory(config, dtype, backbone, box.ram, context, box.free_ram)
         return cpu_placement(config, plan)
     return gpu_placement(
         config,
@@ -109,7 +109,7 @@ def gpu_placement(config: ModelConfig, plan: GpuPlan) -> MemoryPlacement:
     )
 
 
-def cpu_placement(config: ModelConfig, plan: MemoryPlan) -> MemoryPlacement:
+def cpu_placement(config: ModelConfig, plan: CpuPlan) -> MemoryPlacement:
     """The parts of a plan without a GPU; unless all experts fit, some rows are kept free for reads."""
     top_k, rows = config.num_experts_per_tok, plan.rows
     spare = 0 if plan.experts_fit else min(top_k, rows - top_k)
@@ -130,7 +130,7 @@ def cpu_placement(config: ModelConfig, plan: MemoryPlan) -> MemoryPlacement:
     )
 
 
-def _model_parts(place: str, plan: GpuPlan | MemoryPlan) -> tuple[MemoryPart, ...]:
+def _model_parts(place: str, plan: GpuPlan | CpuPlan) -> tuple[MemoryPart, ...]:
     """What lies where the backbone lies, besides experts."""
     return (
         MemoryPart(place, BACKBONE, plan.backbone_bytes),

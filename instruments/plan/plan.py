@@ -20,7 +20,7 @@ from moebox.instruments.plan.placement import cpu_placement, gpu_placement
 from moebox.instruments.plan.report import Plan, PlannedModel, plan_on, predict
 from moebox.instruments.plan.text import plan_line
 from moebox.instruments.plan.what_if import changes
-from moebox.runtime.engine.cpu_plan import MemoryPlan
+from moebox.runtime.engine.cpu_plan import CpuPlan
 from moebox.runtime.model.precision import check_precision
 from moebox.units import GIGA
 
@@ -77,8 +77,8 @@ def make_plan(options: PlanOptions) -> Plan:
 def loaded_line(engine: Engine) -> str:
     """The plan that a loaded model obeys, in one line; with its speed if this box was measured before."""
     config, plan = engine.config, engine.plan
-    on_cpu = isinstance(plan, MemoryPlan)
-    placement = cpu_placement(config, plan) if isinstance(plan, MemoryPlan) else gpu_placement(config, plan)
+    on_cpu = isinstance(plan, CpuPlan)
+    placement = cpu_placement(config, plan) if isinstance(plan, CpuPlan) else gpu_placement(config, plan)
     box = find_box(BoxOptions(), config, [engine.folder], measure=False)
     if box is None or box.has_gpu == on_cpu:
         return plan_line(placement, config)

@@ -28,7 +28,7 @@ from moebox.offload.disk.store import ExpertStore
 from moebox.offload.machine.floor import Ceilings, backbone_bytes
 from moebox.offload.memory.ram_slab import RamSlab
 from moebox.offload.routing.trace import TraceRouting, synthetic_trace
-from moebox.runtime.engine.cpu_plan import least_rows
+from moebox.runtime.engine.cpu_plan import least_ram_rows
 from moebox.runtime.engine.cpu_runner import CpuRunner, default_dtype
 from moebox.runtime.model.kv_cache import KVCache
 from moebox.runtime.model.loader import check_quantized
@@ -91,7 +91,7 @@ def probe_disk(folder: Path, stores: Sequence[Path] = (), threads: int | None = 
     check_quantized(checkpoint)
     config = checkpoint.config
     with ExpertStore.open(checkpoint) as store:
-        rows = least_rows(config)
+        rows = least_ram_rows(config)
         experts = CpuExperts.load(config, store, cpu.ThreadPool(threads), rows)
         seconds = _cold_layers(experts)
         experts.cache.abandon()

@@ -10,7 +10,7 @@ from moebox.instruments.plan.box import RAM_STEP, Box, ram_to_buy, with_gpu
 from moebox.instruments.plan.gpus import PRESETS, next_larger
 from moebox.instruments.plan.hits import HitPredictor
 from moebox.instruments.plan.report import Change, Plan, plan_on
-from moebox.runtime.engine.cpu_plan import SYSTEM_SHARE
+from moebox.runtime.engine.plan_parts import SYSTEM_SHARE
 from moebox.units import gib
 
 SHORTER_CONTEXT = 32768

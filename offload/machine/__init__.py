@@ -1,1 +1,1 @@
-"""offload/machine"""
+"""What this machine has and can do."""

@@ -1,4 +1,4 @@
-"""How fast a drive is read by the number of reads under way: an expert each, past the page cache."""
+"""Measures how fast a drive is read at several queue depths, without the page cache."""
 
 from __future__ import annotations
 
@@ -19,40 +19,45 @@ from moebox.units import GIGA
 
 DEPTHS = (1, 2, 4, 8, 16, 32)
 NEARLY_ALL = 0.95
-"""Part of the best bandwidth that the chosen depth must reach: fewer reads under way, fewer threads."""
+"""Share of the best bandwidth that the chosen depth must reach: a smaller depth needs fewer threads."""
 READ_BYTES = 24_772_608
 """One expert of Kimi K2."""
 LEAST_BYTES = 256 << 20
-"""Smaller files in all say little: a drive, or the host of a virtual one, keeps them in its cache."""
+"""Files of fewer bytes in all are not measured: the drive, or its host, may have them in a cache."""
 ROUNDS = 2
-"""All depths are measured so often, since others may use the drive now and then; the better figure counts."""
+"""Times that each depth is measured; the best figure counts, since other programs may use the drive."""
 DEPTH_S = 0.25
-"""How long each depth is measured in a round."""
+"""Time for which each depth is measured in a round."""
 LONGEST_S = 10.0
-"""Nothing more is begun after so many seconds: the drive is a slow one."""
+"""Time after which no further depth is measured, for slow drives."""
 _QUEUED = 3
 _PAGE = 4096
 
 
 @dataclass(frozen=True)
 class DriveSpeed:
-    """GB/s by queue depth; `direct` where it was read with O_DIRECT, else the page cache had its part."""
+    """A drive's read bandwidth.
+
+    Attributes:
+        by_depth: queue depth -> GB/s, in ascending order of depth.
+        direct: whether all reads used O_DIRECT; otherwise some may have come from the page cache.
+    """
 
     by_depth: dict[int, float]
     direct: bool
 
     @property
     def gbps(self) -> float:
-        """The best."""
+        """The best bandwidth."""
         return max(self.by_depth.values())
 
     @property
     def depth(self) -> int:
-        """The smallest queue depth that reaches nearly all of it."""
+        """The smallest queue depth that reaches `NEARLY_ALL` of the best bandwidth."""
         return next(depth for depth, gbps in self.by_depth.items() if gbps >= NEARLY_ALL * self.gbps)
 
     def figures(self) -> dict[str, float]:
-        """What the machine's profile keeps of a drive."""
+        """The figures that the machine's profile keeps of a drive."""
         by_depth = {f"depth_{depth}_gbps": gbps for depth, gbps in self.by_depth.items()}
         return {"gbps": self.gbps, "depth": self.depth, **by_depth}
 
@@ -60,11 +65,12 @@ class DriveSpeed:
 def measure_drive(
     files: Sequence[Path], piece_bytes: int, depths: tuple[int, ...] = DEPTHS
 ) -> DriveSpeed | None:
-    """Read random parts of files that lie on one drive; None where they are too small to tell.
+    """Measure a drive by reading random parts of files that lie on it; None where the files are too small.
 
     Args:
-        piece_bytes: what is read at once, a multiple of 4096; a depth counts such reads.
-        depths: ascending.
+        files: on one drive.
+        piece_bytes: bytes of one read, a multiple of 4096; a queue depth counts such reads.
+        depths: queue depths, ascending.
 
     Raises:
         CheckpointError: a file cannot be read.
@@ -91,7 +97,7 @@ def measure_drive(
 
 
 def _places(sizes: Sequence[int], read_bytes: int) -> Iterator[tuple[int, int, int]]:
-    """Runs (file, offset, bytes) in random order, each once before the first one comes again."""
+    """All runs (file, offset, bytes) in a random order, again and again."""
     places = [
         (file, offset, read_bytes)
         for file, size in enumerate(sizes)
@@ -106,7 +112,7 @@ def _gbps(
     places: Iterator[tuple[int, int, int]],
     buffers: Sequence[np.ndarray[tuple[int], np.dtype[np.uint8]]],
 ) -> float:
-    """Reads follow each other so closely that more pieces wait than are under way."""
+    """Bandwidth of one measurement. Reads are queued ahead, so that the drive always has enough of them."""
     nbytes, began_s = 0, time.perf_counter()
     tickets = deque((reader.submit([next(places)], buffer), buffer) for buffer in buffers)
     while tickets:

@@ -1,4 +1,4 @@
-"""Which drive a file lies on, and what kind of drive it is."""
+"""Finds the drive on which a file lies, and its kind."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ _NO_DRIVE = ("tmpfs", "ramfs", "overlay", "nfs", "nfs4", "cifs", "smb3", "9p", "
 
 @dataclass(frozen=True)
 class Drive:
-    """A drive, or the file system where no drive of this machine can be seen behind it.
+    """A drive, or a file system behind which no drive of this machine is visible.
 
     Attributes:
         name: the kernel's name, such as "nvme0n1" or "md0"; of a file system its type, such as "nfs4".
-        identity: model, serial number and size as far as the system tells them: what figures are kept under.
-        filesystem: the file system's type, "" where it is not known.
-        rotational: a spinning disk.
+        identity: model, serial number and size, as far as the system reports them; the name under which the
+            machine's profile keeps the drive's figures.
+        filesystem: the file system's type; "" where it is not known.
+        rotational: whether it is a spinning disk.
         nbytes: the drive's size; 0 where there is no drive.
-        members: the drives that it is made of (RAID, LVM, encryption), by the kernel's name.
+        members: the kernel's names of the drives of which it is made (RAID, LVM, encryption).
     """
 
     name: str
@@ -44,8 +45,8 @@ class _Mount:
 def drive_at(path: Path, sys: Path = SYS, mountinfo: Path = MOUNTINFO) -> Drive:
     """The drive behind `path`, or behind its nearest parent that exists.
 
-    A partition counts as its whole drive. Behind overlays and network file systems no drive is visible; their
-    identity is type and source of the mount.
+    The drive of a partition is the whole drive. Behind overlays and network file systems no drive is visible;
+    their identity is the mount's type and source.
     """
     path = path.resolve()
     while not path.exists():
@@ -61,7 +62,7 @@ def drive_at(path: Path, sys: Path = SYS, mountinfo: Path = MOUNTINFO) -> Drive:
 
 
 def _mount(device: str, path: Path, mountinfo: Path) -> _Mount | None:
-    """The mount with a device number, else the one that `path` lies in: btrfs gives subvolumes their own."""
+    """The mount with this device number, else the mount that has `path`: btrfs gives subvolumes others."""
     mounts = _mounts(mountinfo)
     around = [mount for mount in mounts if path.is_relative_to(mount.point)]
     closest = max(around, key=lambda mount: len(mount.point.parts), default=None)
@@ -87,13 +88,13 @@ def _block_folder(device: str, sys: Path) -> Path | None:
 
 
 def _whole(folder: Path) -> Path:
-    """A drive's own folder below /sys: a partition's lies in it."""
+    """The folder below /sys of the whole drive: a partition's folder lies in the drive's."""
     folder = folder.resolve()
     return folder.parent if (folder / "partition").exists() else folder
 
 
 def _source_folder(mount: _Mount | None, sys: Path) -> Path | None:
-    """btrfs and others mount a device under a number of their own; the source's name leads to it."""
+    """The folder below /sys of a mount's source: btrfs and others mount a device under another number."""
     if mount is None or mount.filesystem in _NO_DRIVE or not mount.source.startswith("/dev/"):
         return None
     try:

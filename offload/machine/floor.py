@@ -1,10 +1,10 @@
-"""The floor: how fast a token or a prompt could be, from bytes over measured bandwidths.
+"""The floor: the least time of a token or a prompt, from bytes and operations over measured rates.
 
 For one token (docs/architecture.md, "The floor"):
-`t = backbone/B_hbm + hits/B_hbm + misses/(B_cpu + B_pcie)`, and no faster than `nvme/B_nvme`.
-For a prompt, per layer: bytes over `B_pcie + share of B_cpu`, or operations over rate, whichever is longer.
-All bandwidths are measured on the box, reading only. Bytes are bytes, rates 1e9 bytes or 1e12 operations per
-second, times seconds.
+`t = max(backbone / B_hbm + hits / B_hbm + misses / (B_cpu + B_pcie), cold / B_nvme)`.
+For a prompt, in each layer: the longer of bytes over `B_pcie + share of B_cpu` and operations over rate.
+All bandwidths are measured on the box, reading only. Times are in seconds, rates in 1e9 bytes or 1e12
+operations per second.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What the box can do, measured; 0 is a part that the box lacks or that was not measured.
+    """Measured rates of the box; 0 where the box lacks the part, or where it was not measured.
 
     Attributes:
-        ram_gbps: RAM read by the thread pool alone.
+        ram_gbps: RAM read by the thread pool, without other traffic.
         hbm_gbps: GPU memory, reading only.
-        hbm_copy_gbps: GPU memory, a copy's reads and writes together.
-        pcie_gbps, pcie_down_gbps: upload from pinned memory alone, and the way back alone.
-        ram_beside_gbps, pcie_beside_gbps: both at the same time.
-        nvme_gbps: the disk.
-        cpu_tflops: the pool's rate for many tokens.
+        hbm_copy_gbps: GPU memory, a copy's reads and writes added up.
+        pcie_gbps, pcie_down_gbps: uploads from pinned memory, and downloads, each without other traffic.
+        ram_beside_gbps, pcie_beside_gbps: RAM read by the pool, and uploads, both at the same time.
+        nvme_gbps: the drives.
+        cpu_tflops: the thread pool's experts, for many tokens.
         gpu_tflops: bf16 matrix products on the GPU.
     """
 
@@ -54,17 +54,17 @@ class Ceilings:
 
     @property
     def fast_gbps(self) -> float:
-        """Where the backbone lies: GPU memory by its better figure, or RAM."""
+        """Bandwidth of the memory that has the backbone: GPU memory, by its better figure, or RAM."""
         return max(self.hbm_gbps, self.hbm_copy_gbps) or self.ram_gbps
 
     @property
     def both_roads_gbps(self) -> float:
-        """B_cpu + B_pcie, each alone: what the floor divides by. Together they may do less."""
+        """B_cpu + B_pcie, each measured alone: the floor's divisor. Together the roads may reach less."""
         return self.ram_gbps + self.pcie_gbps
 
     @property
     def together_gbps(self) -> float:
-        """Both roads measured at the same time; with one road only, that one."""
+        """B_cpu + B_pcie, measured at the same time; where that was not measured, `both_roads_gbps`."""
         return self.ram_beside_gbps + self.pcie_beside_gbps or self.both_roads_gbps
 
     def to_dict(self) -> dict[str, float]:
@@ -74,7 +74,14 @@ class Ceilings:
 
 @dataclass(frozen=True)
 class DecodeBytes:
-    """What one token moves: backbone read, experts resident beside it, experts in RAM, experts on disk."""
+    """Bytes that one token reads.
+
+    Attributes:
+        backbone: of the backbone.
+        hits: of resident experts.
+        ram_misses: of experts in RAM.
+        nvme_misses: of experts on a drive.
+    """
 
     backbone: float
     hits: float
@@ -82,17 +89,20 @@ class DecodeBytes:
     nvme_misses: float = 0.0
 
     def scaled(self, factor: float) -> DecodeBytes:
-        """As many times as much of each."""
+        """All parts times `factor`."""
         parts = (self.backbone, self.hits, self.ram_misses, self.nvme_misses)
         return DecodeBytes(*(factor * part for part in parts))
 
 
 @dataclass(frozen=True)
 class DecodeFloor:
-    """Seconds that one token takes at least, and what they are made of.
+    """The least time of one token, and its parts.
 
-    `together_s` is the same with the roads' bandwidths measured at the same time: what a perfect split could
-    reach on this box. The floor itself takes each road alone.
+    Attributes:
+        seconds: `max(backbone_s + hits_s + misses_s, nvme_s)`.
+        backbone_s, hits_s, misses_s, nvme_s: time to read each part of `DecodeBytes`.
+        together_s: `seconds` with the bandwidths of both roads measured at the same time, which a perfect
+            split could reach.
     """
 
     seconds: float
@@ -122,10 +132,15 @@ def decode_floor(moved: DecodeBytes, ceilings: Ceilings) -> DecodeFloor:
 
 @dataclass(frozen=True)
 class PrefillFloor:
-    """Seconds that one layer of a chunk takes at least: the longer of moving bytes and computing.
+    """The least time of one layer of a chunk.
 
-    `cpu_experts` of the missing experts go to the CPU in the split that makes `moving_s` shortest, which may
-    cut through one expert.
+    Attributes:
+        seconds: the longer of moving and computing; without a GPU their sum.
+        moving_s: time in which the missing experts are computed by the CPU or uploaded.
+        computing_s: time of the GPU's operations, with those of uploaded experts; without a GPU, of all
+            operations but the experts'.
+        cpu_experts: missing experts for the CPU in the split with the least `moving_s`; one expert may be
+            divided.
     """
 
     seconds: float
@@ -137,17 +152,17 @@ class PrefillFloor:
 def prefill_floor(
     counts: Sequence[int], expert_bytes: int, expert_flops: float, other_flops: float, ceilings: Ceilings
 ) -> PrefillFloor:
-    """One layer: missing experts on both roads at once, everything else computed meanwhile.
+    """The floor of one layer: both roads take missing experts, while the GPU computes everything else.
 
-    The experts with fewest tokens go to the CPU, each at `max(bytes / B_cpu, flops / F_cpu)`; the others are
-    uploaded at B_pcie. Where both would finish together lies the floor of moving. Without a GPU the CPU takes
-    all of them and everything else.
+    The experts with fewest tokens go to the CPU, each in `max(bytes / B_cpu, flops / F_cpu)`; the others are
+    uploaded at B_pcie. `moving_s` is least where both roads end at the same time. Without a GPU the CPU
+    computes all experts and everything else.
 
     Args:
         counts: tokens of each missing expert.
         expert_bytes: bytes of one expert.
         expert_flops: operations of one expert for one token.
-        other_flops: operations of the rest of the layer, with experts that are resident.
+        other_flops: operations of the rest of the layer, resident experts included.
         ceilings: `gpu_tflops` and `cpu_tflops` of 0 leave that bound out.
     """
     cpu_s = [_cpu_seconds(count, expert_bytes, expert_flops, ceilings) for count in sorted(counts)]
@@ -161,12 +176,12 @@ def prefill_floor(
 
 
 def _split(cpu_s: list[float], upload_s: float) -> tuple[float, float]:
-    """The CPU works from the front, uploads from the back: when and where they meet."""
+    """Time and place at which the CPU, from the front, and uploads, from the back, meet."""
     spent = 0.0
     for done, seconds in enumerate(cpu_s):
         left = len(cpu_s) - done
         if spent + seconds >= (left - 1) * upload_s:
-            # They meet within this expert: x of it on the CPU, the rest is uploaded.
+            # They meet within this expert: the CPU computes a share x of it, the rest is uploaded.
             x = min(max((left * upload_s - spent) / (seconds + upload_s), 0.0), 1.0)
             return spent + x * seconds, done + x
         spent += seconds
@@ -183,13 +198,19 @@ def _over(amount: float, rate: float, unit: float = GIGA) -> float:
 
 
 def expert_flops(config: ModelConfig) -> float:
-    """Operations of one routed expert for one token: a multiply and an add per weight."""
+    """Operations of one routed expert for one token: a multiplication and an addition for each weight."""
     return 2.0 * sum(rows * columns for rows, columns in config.expert_shapes().values())
 
 
 @dataclass(frozen=True)
 class BackboneBytes:
-    """What a token reads of the backbone: in each MoE layer, in all dense layers, in final norm and head."""
+    """Bytes that a token reads of the backbone.
+
+    Attributes:
+        moe_layer: of one MoE layer.
+        dense_layers: of all dense layers together.
+        head: of the final norm and the head.
+    """
 
     moe_layer: float
     dense_layers: float
@@ -201,9 +222,9 @@ class BackboneBytes:
 
 
 def backbone_bytes(config: ModelConfig, item_bytes: int = 2) -> BackboneBytes:
-    """Count a token's backbone; matrices take `item_bytes` an element, routers and norms are fp32.
+    """Bytes that a token reads of the backbone, where matrices take `item_bytes` for each element.
 
-    Of the embedding a token reads one row, which is left out.
+    Routers and norms are fp32. The one row that a token reads of the embedding is left out.
     """
     moe_layer = dense_layers = head = 0.0
     for name, shape in config.backbone_shapes().items():
@@ -219,7 +240,7 @@ def backbone_bytes(config: ModelConfig, item_bytes: int = 2) -> BackboneBytes:
 
 
 def layer_flops(config: ModelConfig, tokens: int, cached: int = 0) -> float:
-    """Operations of an MoE layer besides its routed experts, for `tokens` that follow `cached` others."""
+    """Operations of an MoE layer without its routed experts, for `tokens` that follow `cached` others."""
     stem = config.layer_name(config.first_k_dense_replace) + "."
     shapes = [shape for name, shape in config.backbone_shapes().items() if name.startswith(stem)]
     matrices = sum(math.prod(shape) for shape in shapes if len(shape) == 2)

@@ -1,4 +1,4 @@
-"""What this machine has: CPU and GPU by name, and memory that is free, within the limits of a container."""
+"""The machine's CPU and GPU by name, and its free memory within the limits of a container."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CPUINFO = Path("/proc/cpuinfo")
 
 
 def cpu_name(cpuinfo: Path = CPUINFO) -> str:
-    """The CPU's model as it calls itself."""
+    """The CPU's model name."""
     try:
         lines = cpuinfo.read_text().splitlines()
     except OSError:
@@ -27,26 +27,29 @@ def cpu_name(cpuinfo: Path = CPUINFO) -> str:
 
 
 def cpu_identity(threads: int | None = None) -> str:
-    """CPU and threads, under which the machine's profile keeps their figures; by default all allowed ones."""
+    """The name under which the machine's profile keeps figures of the CPU with so many threads.
+
+    None stands for all threads that this process may use.
+    """
     return f"{cpu_name()}, {threads or allowed_cpus()} threads"
 
 
 def gpu_identity(device: torch.device) -> str:
-    """Name and UUID of a CUDA device, under which the machine's profile keeps its figures."""
+    """The name under which the machine's profile keeps a CUDA device's figures: its name and UUID."""
     if device.type != "cuda":
         return "stand-in"
     return f"{torch.cuda.get_device_name(device)} {torch.cuda.get_device_properties(device).uuid}"
 
 
 def available_ram_bytes(cgroup_root: Path = CGROUP_ROOT, membership: Path = MEMBERSHIP) -> int:
-    """Bytes that this process can still take without swapping: the machine's, or its cgroup's if less."""
+    """Bytes that this process can take without swapping: the lesser of the machine's and its cgroups'."""
     available = int(psutil.virtual_memory().available)
     return min([available, *(limit.headroom_bytes for limit in cgroup_limits(cgroup_root, membership))])
 
 
 @dataclass(frozen=True)
 class CgroupLimit:
-    """A limit of memory that holds for this process: the file that sets it, and what is used of it."""
+    """A memory limit of this process: the file that sets it, its bytes, and the bytes in use."""
 
     file: Path
     limit_bytes: int
@@ -54,16 +57,16 @@ class CgroupLimit:
 
     @property
     def headroom_bytes(self) -> int:
-        """What it still leaves."""
+        """Bytes up to the limit."""
         return max(self.limit_bytes - self.used_bytes, 0)
 
 
 def cgroup_limits(root: Path = CGROUP_ROOT, membership: Path = MEMBERSHIP) -> list[CgroupLimit]:
-    """Each memory limit on the way from the root to this process's cgroup."""
+    """The memory limits of this process's cgroup and of all cgroups above it."""
     limits = []
     for controller, limit, usage in (
         ("", "memory.max", "memory.current"),
-        ("", "memory.high", "memory.current"),  # beyond it the kernel slows the process down
+        ("", "memory.high", "memory.current"),  # above it the kernel slows the process down
         ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
     ):
         folder = root / controller
@@ -71,14 +74,14 @@ def cgroup_limits(root: Path = CGROUP_ROOT, membership: Path = MEMBERSHIP) -> li
         for path in dict.fromkeys([folder, *(folder / own for own in _ancestors(own))]):
             limit_bytes, used_bytes = _read_number(path / limit), _read_number(path / usage)
             if limit_bytes is not None and used_bytes is not None:
-                # Page cache is counted as used, but the kernel gives it back on demand.
+                # The page cache counts as used, but the kernel frees it when a process needs memory.
                 used_bytes -= _reclaimable_bytes(path)
                 limits.append(CgroupLimit(path / limit, limit_bytes, used_bytes))
     return limits
 
 
 def _own_cgroup(membership: Path, controller: str) -> str:
-    """The process's path below a controller's hierarchy: lines are `id:controllers:path`."""
+    """The process's path below a controller's hierarchy, from lines `id:controllers:path`."""
     try:
         lines = membership.read_text().splitlines()
     except OSError:

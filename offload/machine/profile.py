@@ -1,15 +1,16 @@
-"""What was measured of this machine, kept between runs: `machine.json` in the user's data folder.
+"""The machine's profile: measured figures of its parts, kept in `machine.json` in the user's data folder.
 
-Bandwidths hold for the part that they were measured on, a CPU with so many threads, a GPU, a drive; each is
-kept under that part's identity (`hardware.cpu_identity`, `hardware.gpu_identity`, `drives.drive_at`) with its
-date. Rates are 1e9 bytes or 1e12 operations per second, as in `floor.Ceilings`.
+A part is a CPU with a number of threads, a GPU, or a drive. Its figures are kept with their date under the
+part's identity (`hardware.cpu_identity`, `hardware.gpu_identity`, `drives.drive_at`). Rates are in 1e9 bytes
+or 1e12 operations per second, as in `floor.Ceilings`.
 
 Figures by kind of part:
 
 - cpu: `ram_gbps`, `cpu_tflops`
-- gpu: the other fields of `Ceilings` but `nvme_gbps`
-- drive: `gbps` at queue depth `depth`, the smallest that reaches nearly all of it; `depth_N_gbps` for others
-- run: what runs of a model lost against the floor
+- gpu: the other fields of `Ceilings`, except `nvme_gbps`
+- drive: the best bandwidth `gbps`; `depth`, the smallest queue depth that nearly reaches it; and
+  `depth_N_gbps` for each measured depth N
+- run: how far runs of a model were from the floor
 """
 
 from __future__ import annotations
@@ -40,13 +41,13 @@ _CEILINGS = frozenset(field.name for field in fields(Ceilings))
 
 @dataclass(frozen=True)
 class Part:
-    """What was measured of one part of the machine.
+    """The figures of one part of the machine.
 
     Attributes:
-        kind: what it is.
-        identity: which one it is; figures of another one say nothing about it.
-        measured: when, in UTC, ISO 8601 to the second.
-        figures: name -> finite number, units in the names.
+        kind: the kind of part.
+        identity: distinguishes the part from others of its kind.
+        measured: time of the measurement, in UTC, ISO 8601 to the second.
+        figures: name, with unit -> finite number.
     """
 
     kind: Kind
@@ -56,16 +57,17 @@ class Part:
 
 
 class MachineProfile:
-    """The parts that were measured, at most one figure set for each."""
+    """The parts that were measured; for each kind and identity at most one."""
 
     def __init__(self, parts: Iterable[Part] = ()) -> None:
         self._parts = {(part.kind, part.identity): part for part in parts}
 
     @classmethod
     def load(cls, path: Path | None = None) -> MachineProfile:
-        """Read the user's profile, or the one at `path`; empty where there is none.
+        """Read the user's profile, or the one at `path`.
 
-        A file that cannot be used is said by name and counts as none: the next `save` replaces it.
+        The profile is empty where there is no file. It is empty, too, where the file cannot be used; a
+        warning names the file, and the next `save` replaces it.
         """
         path = path or profile_path()
         try:
@@ -79,14 +81,15 @@ class MachineProfile:
             return cls()
 
     def save(self, path: Path | None = None) -> bool:
-        """Write the profile at once, with what other processes have measured since; False if it cannot be.
+        """Merge the profile with the file, of each part the newer measurement, and replace the file.
 
-        Of each part the newer measurement is kept, here too. Why it cannot be written is said by name.
+        Returns:
+            Whether the file was written. Where it was not, a warning says why.
         """
         path = path or profile_path()
         try:
             with locked(path):
-                with suppress(OSError, ValueError):  # none yet, or a damaged one, which `load` tells of
+                with suppress(OSError, ValueError):  # no file, or a damaged one, of which `load` warns
                     self._take_newer(_read(path))
                 replace_file(path, (json.dumps(self.to_dict(), indent=1) + "\n").encode())
         except OSError as error:
@@ -95,7 +98,7 @@ class MachineProfile:
         return True
 
     def put(self, kind: Kind, identity: str, figures: Mapping[str, float]) -> Part:
-        """Note what was measured just now, in place of earlier figures of that part; `save` keeps it.
+        """Replace the figures of a part by those measured now. `save` writes them to the file.
 
         Raises:
             ValueError: a figure is not a finite number.
@@ -106,23 +109,23 @@ class MachineProfile:
         return part
 
     def find(self, kind: Kind, identity: str) -> Part | None:
-        """What is known of a part; None where nothing is."""
+        """The figures of a part; None where it was not measured."""
         return self._parts.get((kind, identity))
 
     def drive_depth(self, identity: str) -> int | None:
-        """The drive's queue depth; None where it was not measured."""
+        """The drive's best queue depth; None where it was not measured."""
         part = self.find("drive", identity)
         return int(part.figures["depth"]) if part and part.figures.get("depth", 0) >= 1 else None
 
     def ceilings(
         self, cpu: str | None = None, gpu: str | None = None, drives: Sequence[str] = ()
     ) -> Ceilings | None:
-        """What the machine can do, from the figures of its parts; None while its RAM was not measured.
+        """The machine's rates, from the figures of its parts; None where its RAM was not measured.
 
         Args:
-            cpu: identity of CPU and threads; by default this machine's with all threads that are allowed.
-            gpu: identity of the GPU that is used.
-            drives: identities of the drives that hold the model; their bandwidths add up.
+            cpu: identity of CPU and threads; None: this machine's, with all threads that are allowed.
+            gpu: identity of the GPU that is used; None: no GPU.
+            drives: identities of the drives that have the model; their bandwidths are added.
         """
         figures = self._ceilings("cpu", cpu or cpu_identity())
         if not figures.get("ram_gbps"):
@@ -147,7 +150,7 @@ class MachineProfile:
 
 
 def profile_path() -> Path:
-    """Where the user's profile is kept."""
+    """The path of the user's profile."""
     return data_folder() / PROFILE_FILE
 
 

@@ -17,7 +17,7 @@ from moebox.config import ModelConfig
 from moebox.errors import PlanError
 from moebox.offload.device.base import Device
 from moebox.offload.memory.ram_slab import RamSlab, row_stride
-from moebox.offload.residency import HALF_LIFE_TOKENS, Residency
+from moebox.offload.residency import SCORE_HALF_LIFE_TOKENS, Residency
 
 log = logging.getLogger("moebox")
 
@@ -54,7 +54,9 @@ class GpuSlab:
         self.slab = _allocate(device, n_slots, self.stride)
         self.n_slots = len(self.slab) - STAGING_SLOTS
         reserve = min(config.num_experts_per_tok, self.n_slots // 2)
-        self.residency = Residency(n_keys, self.n_slots, reserve, HALF_LIFE_TOKENS, config.n_routed_experts)
+        self.residency = Residency(
+            n_keys, self.n_slots, reserve, SCORE_HALF_LIFE_TOKENS, config.n_routed_experts
+        )
 
     @property
     def address(self) -> int:

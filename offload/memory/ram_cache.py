@@ -18,7 +18,7 @@ from moebox.offload.disk.base import Store
 from moebox.offload.experts import Progress
 from moebox.offload.memory.ram_slab import RamSlab
 from moebox.offload.memory.rows import RamRows
-from moebox.offload.residency import HALF_LIFE_TOKENS, Residency
+from moebox.offload.residency import SCORE_HALF_LIFE_TOKENS, Residency
 
 
 @dataclass
@@ -50,7 +50,7 @@ class RamCache:
         ram: RamSlab,
         store: Store | None = None,
         reserve: int = 0,
-        half_life: float = HALF_LIFE_TOKENS,
+        half_life: float = SCORE_HALF_LIFE_TOKENS,
     ) -> None:
         """Take over what the slab holds; `reserve` counts only where experts are missing.
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from moebox import _kernels
 from moebox.offload.memory.ram_slab import RamSlab
-from moebox.offload.residency import HALF_LIFE_TOKENS
+from moebox.offload.residency import SCORE_HALF_LIFE_TOKENS
 
 
 class RamRows(_kernels.RamRows):
@@ -21,7 +21,7 @@ class RamRows(_kernels.RamRows):
         residency: a slot of it is a row. It has a row for a key as soon as the row is the key's.
     """
 
-    def __init__(self, ram: RamSlab, reserve: int = 0, half_life: float = HALF_LIFE_TOKENS) -> None:
+    def __init__(self, ram: RamSlab, reserve: int = 0, half_life: float = SCORE_HALF_LIFE_TOKENS) -> None:
         """Take over what the slab holds. `reserve` rows are free before a step of decoding reads."""
         self.ram = ram
         super().__init__(ram.rows, ram.n_rows, reserve, half_life, ram.config.n_routed_experts)

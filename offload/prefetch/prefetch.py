@@ -22,12 +22,10 @@ from torch import Tensor
 from moebox.offload.memory.ram_cache import RamCache
 from moebox.offload.prefetch.ab_trial import Trial
 from moebox.offload.prefetch.base import Predictor
+from moebox.offload.routing.counts import LAYERS_AHEAD
 from moebox.offload.routing.statistics import RouterStatistics
 
 log = logging.getLogger("moebox")
-
-LAYERS_AHEAD = 2
-"""Layers whose picks are predicted while one layer is computed."""
 
 
 @dataclass

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moebox.offload.prefill.road_costs import Counts
-from moebox.offload.residency import HALF_LIFE_TOKENS
+from moebox.offload.residency import SCORE_HALF_LIFE_TOKENS
 
 
 @dataclass
@@ -60,9 +60,9 @@ def recent_use(ids: npt.NDArray[np.int64], n_experts: int) -> npt.NDArray[np.flo
         ids: int64 [T, k].
 
     Returns:
-        fp32 [E], the sum over an expert's tokens t of `2 ** (-(T - 1 - t) / HALF_LIFE_TOKENS)`.
+        fp32 [E], the sum over an expert's tokens t of `2 ** (-(T - 1 - t) / SCORE_HALF_LIFE_TOKENS)`.
     """
     n_tokens, top_k = ids.shape
     ages = np.arange(n_tokens - 1, -1, -1)
-    weights = np.repeat(np.exp2(-ages / HALF_LIFE_TOKENS), top_k)
+    weights = np.repeat(np.exp2(-ages / SCORE_HALF_LIFE_TOKENS), top_k)
     return np.bincount(ids.reshape(-1), weights, n_experts).astype(np.float32)

@@ -1,1 +1,1 @@
-"""offload/routing"""
+"""What the router picked: recorded, counted, and replayed."""

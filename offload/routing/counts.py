@@ -1,4 +1,4 @@
-"""What was learned of a router, as numbers: aged, added up, and turned into a file's bytes and back.
+"""Counts of a router's picks: they decay, are added up, and are stored in a file.
 
 Shapes: L MoE layers, E n_routed_experts, k num_experts_per_tok. `layer` counts MoE layers from 0.
 """
@@ -18,21 +18,21 @@ from moebox.offload.routing.trace import NPZ_ERRORS
 
 FILE_FORMAT = 1
 
-HALF_LIFE_TOKENS = 16384.0
-"""Tokens after which a use counts half: statistics outlive a conversation, but not the user's habits."""
+STATISTICS_HALF_LIFE_TOKENS = 16384.0
+"""Tokens after which a use counts half: more than a conversation has, so that statistics last from one to the
+next, and few enough to follow a user whose topics change."""
 
 RECENT_TOKENS = 4096
-"""Decoded tokens whose picks are kept whole, to be replayed."""
+"""Decoded tokens whose picks are kept one by one, to be replayed."""
 
 PAIRED_TOKENS = 256
-"""Of a longer prompt's chunk so many tokens, evenly spread, count for which expert follows which."""
-PART_TOKENS = 64
-"""Tokens that are added with one weight: few beside the half-life."""
-RESCALE_AT = 32.0
-"""Doublings of the weight of a use after which all weights are brought down again: fp32 ends at 127."""
-
+"""The most tokens of a prompt's chunk, evenly spread, that count for the pairs of experts."""
+SAME_WEIGHT_TOKENS = 64
+"""Tokens that are added with one weight; they are few beside the half-life."""
+RESCALE_AT_DOUBLINGS = 32.0
+"""Doublings of a use's weight after which all sums are scaled down; fp32 has room for 127."""
 LAYERS_AHEAD = 2
-
+"""Layers after the current one whose picks are predicted."""
 
 _ARRAYS = ("uses", "last_use", "pairs", "recent", "recall")
 
@@ -45,12 +45,12 @@ Shorts = npt.NDArray[np.int16]
 
 @dataclass(frozen=True)
 class Placement:
-    """Where each expert lay.
+    """Where each expert lay when a process saved its statistics.
 
     Attributes:
-        tiers: uint8 [L, E], an index of `TIERS`.
-        at_s: when, in seconds since 1970.
-        process: whose.
+        tiers: uint8 [L, E], indices of `experts.TIERS`.
+        at_s: the time, in seconds since 1970.
+        process: the id of the process.
     """
 
     tiers: npt.NDArray[np.uint8]
@@ -60,19 +60,22 @@ class Placement:
 
 @dataclass(frozen=True)
 class RoutingCounts:
-    """A model's routing up to some token.
+    """A model's routing, up to the token of number `tokens`.
+
+    A count decays with the tokens after it: n tokens later it is `2**(-n / STATISTICS_HALF_LIFE_TOKENS)`.
 
     Attributes:
-        digest: of the model.
+        digest: `ModelIdentity.digest`.
         top_k: k.
-        tokens: how many were seen, prompts included.
-        uses: float64 [L, E]: how often each expert was picked, decayed to now.
-        last_use: int64 [L, E]: number of the token that last picked it, -1: none did.
-        pairs: float32 [L - 1, E, E]: how often a token that picked the first expert picked the second one
-            layer on, decayed to now. Of long prompts some tokens only.
+        tokens: tokens seen, those of prompts included.
+        uses: float64 [L, E]: decayed counts of each expert's picks.
+        last_use: int64 [L, E]: number of the last token that picked the expert; -1: no token did.
+        pairs: float32 [L - 1, E, E]: decayed counts of tokens that picked the first expert in a layer and the
+            second expert in the next one. Of a prompt's chunk at most `PAIRED_TOKENS` tokens count.
         recent: int16 [n, L, k]: picks of the last decoded tokens, n up to `RECENT_TOKENS`.
-        recall: int64 [2, 2]: one and two layers ahead, picks that a prediction had named, and all picks.
-        placement: where each expert lay when this was saved, if a model was running.
+        recall: int64 [LAYERS_AHEAD, 2]: for predictions one and two layers ahead, the picks that were
+            predicted, and all picks.
+        placement: where each expert lay when this was saved; None where no model was loaded.
     """
 
     digest: str
@@ -87,7 +90,7 @@ class RoutingCounts:
 
     @classmethod
     def empty(cls, digest: str, layers: int, n_experts: int, top_k: int) -> RoutingCounts:
-        """Nothing seen yet."""
+        """The counts of a model that has seen no token."""
         return cls(
             digest,
             top_k,
@@ -101,17 +104,17 @@ class RoutingCounts:
 
     @property
     def layers(self) -> int:
-        """L."""
+        """L, the number of MoE layers."""
         return int(self.uses.shape[0])
 
     @property
     def n_experts(self) -> int:
-        """E."""
+        """E, the number of routed experts of a layer."""
         return int(self.uses.shape[1])
 
     def aged(self, tokens: int) -> RoutingCounts:
-        """The same after so many more tokens without anything learned from them."""
-        factor = 0.5 ** (tokens / HALF_LIFE_TOKENS)
+        """These counts, decayed by `tokens` more tokens of which no pick is counted."""
+        factor = 0.5 ** (tokens / STATISTICS_HALF_LIFE_TOKENS)
         return replace(
             self,
             tokens=self.tokens + tokens,
@@ -120,16 +123,16 @@ class RoutingCounts:
         )
 
     def followed_by(self, newer: RoutingCounts) -> RoutingCounts:
-        """These, and then what `newer` saw; the placement is `newer`'s where it has one."""
+        """These counts and those of the tokens that followed; `newer`'s placement, where it has one."""
         aged = self.aged(newer.tokens)
         later = np.where(newer.last_use >= 0, newer.last_use + self.tokens, -1)
         return aged._plus(newer, np.maximum(self.last_use, later))
 
     def beside(self, other: RoutingCounts) -> RoutingCounts:
-        """These and what was seen elsewhere at the same time; ages count from now on both sides."""
+        """These counts and those of another process or box, as if the last tokens of both were the same."""
         tokens = self.tokens + other.tokens
         moved = [np.where(one.last_use >= 0, one.last_use + tokens - one.tokens, -1) for one in (self, other)]
-        # The other's conversations count as the older ones.
+        # The other's decoded tokens count as the older ones.
         recent = np.concatenate([other.recent, self.recent])[-RECENT_TOKENS:]
         merged = replace(self, tokens=tokens)._plus(other, np.maximum(*moved))
         return replace(merged, recent=recent, placement=self.placement)
@@ -146,7 +149,7 @@ class RoutingCounts:
         )
 
     def to_bytes(self) -> bytes:
-        """An uncompressed .npz, whose checksums tell damage."""
+        """The bytes of an uncompressed .npz file, whose checksums show damage."""
         file = io.BytesIO()
         placed = self.placement
         np.savez(
@@ -166,7 +169,7 @@ class RoutingCounts:
         """Read the file at `path`.
 
         Raises:
-            OSError: it cannot be read.
+            OSError: the file cannot be read.
             RequestError: as `from_bytes`; the message names the file.
         """
         try:
@@ -176,10 +179,10 @@ class RoutingCounts:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> RoutingCounts:
-        """Read what `to_bytes` wrote.
+        """Read what `to_bytes` returned.
 
         Raises:
-            RequestError: damaged, of another format, or not of this kind; the message names no file.
+            RequestError: damaged, of another format, or no router statistics; the message names no file.
         """
         try:
             with np.load(io.BytesIO(data), allow_pickle=False) as fields:
@@ -199,7 +202,7 @@ class RoutingCounts:
         return counts
 
     def _check(self) -> None:
-        """Raise `RequestError` unless shapes, types and values can be true."""
+        """Raise `RequestError` where a shape, a dtype or a value is impossible."""
         if self.uses.ndim != 2:
             raise RequestError(f"not router statistics: uses {list(self.uses.shape)}")
         like = RoutingCounts.empty(self.digest, self.layers, self.n_experts, max(self.top_k, 0))
@@ -226,9 +229,17 @@ def _placement(tiers: npt.NDArray[np.uint8], placed: Doubles) -> Placement | Non
 
 
 class RoutingTally:
-    """What was seen since the file was last read or written.
+    """Counts of the tokens since the statistics' file was last read or written.
 
-    A use by token t weighs 2^(t / half-life - scaled), so that older uses need not be touched.
+    A use by token t adds `2**(t / STATISTICS_HALF_LIFE_TOKENS - scaled)`: the weight grows, so that earlier
+    sums need no update. Divided by `unit`, the weight of a use now, the sums are decayed counts.
+
+    Args:
+        layers, n_experts, top_k: L, E and k.
+
+    Attributes:
+        tokens: tokens counted.
+        uses, pairs, last_use, recall: as in `RoutingCounts`, but `uses` and `pairs` are sums of weights.
     """
 
     def __init__(self, layers: int, n_experts: int, top_k: int) -> None:
@@ -236,7 +247,7 @@ class RoutingTally:
         self.uses = np.zeros((layers, n_experts))
         self.pairs: Floats = np.zeros((max(0, layers - 1), n_experts, n_experts), np.float32)
         self.last_use: Longs = np.full((layers, n_experts), -1, np.int64)
-        self.recall: Longs = np.zeros((2, 2), np.int64)
+        self.recall: Longs = np.zeros((LAYERS_AHEAD, 2), np.int64)
         self._recent: list[Shorts] = []
         self._recent_tokens = 0
         self._top_k = top_k
@@ -246,16 +257,16 @@ class RoutingTally:
 
     @property
     def unit(self) -> float:
-        """Weight of a use now."""
-        return float(2.0 ** (self.tokens / HALF_LIFE_TOKENS - self._scaled))
+        """The weight with which a use is added now."""
+        return float(2.0 ** (self.tokens / STATISTICS_HALF_LIFE_TOKENS - self._scaled))
 
     @property
     def discount(self) -> float:
-        """What a use before these tokens still counts."""
-        return float(0.5 ** (self.tokens / HALF_LIFE_TOKENS))
+        """Decay of counts from before these tokens."""
+        return float(0.5 ** (self.tokens / STATISTICS_HALF_LIFE_TOKENS))
 
     def counts(self) -> RoutingCounts:
-        """The same with uses weighed as of now."""
+        """The decayed counts; their digest is left empty."""
         return RoutingCounts(
             "",
             self._top_k,
@@ -273,19 +284,19 @@ class RoutingTally:
         return np.concatenate([none, *self._recent])[-RECENT_TOKENS:]
 
     def add(self, ids: Int32s, prefill: bool) -> None:
-        """See `RouterStatistics.add`."""
+        """Count the picks int32 [T, L, k] of tokens that follow each other, of a prompt or decoded."""
         paired_every = -(-len(ids) // PAIRED_TOKENS) if prefill else 1
-        for start in range(0, len(ids), PART_TOKENS):
-            self._add_part(ids[start : start + PART_TOKENS], paired_every)
+        for start in range(0, len(ids), SAME_WEIGHT_TOKENS):
+            self._add_with_one_weight(ids[start : start + SAME_WEIGHT_TOKENS], paired_every)
         if not prefill:
             self._remember(ids)
 
-    def _add_part(self, ids: Int32s, paired_every: int) -> None:
+    def _add_with_one_weight(self, ids: Int32s, paired_every: int) -> None:
         self._rescale()
         unit = self.unit
         keys = ids + self._first_key
         self.uses += unit * np.bincount(keys.ravel(), minlength=self.uses.size).reshape(self.uses.shape)
-        # Of repeated keys the last value stays: the latest token's.
+        # Where a key is repeated, numpy keeps the last value assigned: the latest token's.
         numbers = np.arange(self.tokens, self.tokens + len(ids))
         self.last_use.reshape(-1)[keys.ravel()] = np.repeat(numbers, keys[0].size)
         paired = ids[::paired_every].astype(np.int64)
@@ -294,8 +305,8 @@ class RoutingTally:
         self.tokens += len(ids)
 
     def _rescale(self) -> None:
-        excess = self.tokens / HALF_LIFE_TOKENS - self._scaled
-        if excess > RESCALE_AT:
+        excess = self.tokens / STATISTICS_HALF_LIFE_TOKENS - self._scaled
+        if excess > RESCALE_AT_DOUBLINGS:
             self.uses *= 0.5**excess
             self.pairs *= np.float32(0.5**excess)
             self._scaled += excess

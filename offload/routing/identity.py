@@ -1,4 +1,4 @@
-"""Which model statistics belong to, and the folder where moebox keeps what it learned of a model."""
+"""The identity of a model, and the folder that keeps what moebox learned of it."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ _NAME_CHARACTERS = 80
 
 @dataclass(frozen=True)
 class ModelIdentity:
-    """A model, as far as its routing goes.
+    """What distinguishes a model's routing from another model's.
 
     Attributes:
-        name: the checkpoint folder's name, for people.
-        digest: 16 hex digits that tell models apart; a moved or renamed folder keeps its own.
+        name: the checkpoint folder's name, to be shown.
+        digest: 16 hex digits that differ between models. A checkpoint that moebox wrote keeps its digest when
+            its folder is moved or renamed.
         layers, n_experts, top_k: L, E and k.
     """
 
@@ -38,7 +39,7 @@ class ModelIdentity:
 
         Args:
             folder: with `config.json`, and `moebox.json` or an index.
-            config: where `config.json` was read before.
+            config: the checkpoint's, where it was read before.
 
         Raises:
             ConfigError, CheckpointError: as `load_config`, `load_manifest` and `read_index`.
@@ -55,7 +56,7 @@ class ModelIdentity:
         return self.layers, self.n_experts, self.top_k
 
     def folder(self) -> Path:
-        """Where this model's statistics are kept; not created here."""
+        """The folder of this model's statistics; it may not exist yet."""
         models = data_folder() / "models"
         known = sorted(models.glob(f"*-{self.digest}"))
         plain = re.sub(r"[^A-Za-z0-9._-]+", "-", self.name).strip("-.")[:_NAME_CHARACTERS]
@@ -66,7 +67,7 @@ def _contents(folder: Path, name: str) -> object:
     manifest = load_manifest(folder)
     if manifest is not None:
         return sorted(str(shard.get("sha256")) for shard in manifest.shards.values())
-    # Fine-tunes of one model share their index: without hashes only the folder's name tells them apart.
+    # Fine-tunes of one model have the same index: without hashes only the folders' names differ.
     return [name, read_index(folder)]
 
 

@@ -1,4 +1,4 @@
-"""Recording what the router picks: buffered on the way of a token, handed on in blocks.
+"""Records what the router picks. Picks are buffered while tokens are computed, and go to sinks in blocks.
 
 Shapes: T tokens, L MoE layers, k num_experts_per_tok. `moe` counts MoE layers from 0.
 """
@@ -24,37 +24,38 @@ from moebox.offload.routing.trace import TRACE_FORMAT
 log = logging.getLogger("moebox")
 
 BLOCK_TOKENS = 32
-"""Decoded tokens that are handed on together: a sink's cost per call is shared by so many."""
+"""Decoded tokens that go to the sinks together, because each call of a sink takes time."""
 
 KEPT_SHARE = 0.4
-"""Of the tokens of a trace that a full drive ended: a little less than half, since they are copied."""
+"""Share of a trace's tokens that is kept where the drive is full. It is below half, since the kept tokens are
+copied into the trace."""
 
 Int32s = npt.NDArray[np.int32]
 
 
 class Sink(Protocol):
-    """Gets what was picked, in the order of the tokens."""
+    """Receives picks, in the order of the tokens."""
 
     def add(self, ids: Int32s, prefill: bool) -> None:
         """Take the picks int32 [T, L, k] of tokens that follow each other.
 
         Args:
-            ids: all of a prompt's chunk, or all decoded.
-            prefill: of a prompt.
+            ids: picks of one chunk of a prompt, or of decoded tokens.
+            prefill: whether the tokens are a prompt's.
         """
         ...
 
     def close(self) -> None:
-        """Nothing follows."""
+        """Finish: no picks follow."""
         ...
 
 
 class RoutingRecorder:
-    """Collects a model's picks and hands them on to its sinks. For one thread at a time.
+    """Collects a model's picks, and gives them to its sinks. Not thread-safe.
 
     Args:
         layers, n_experts, top_k: L, E and k.
-        sinks: who gets them; closed with the recorder.
+        sinks: closed with the recorder.
     """
 
     def __init__(self, layers: int, n_experts: int, top_k: int, sinks: Sequence[Sink]) -> None:
@@ -65,33 +66,33 @@ class RoutingRecorder:
         self._tokens = 0
 
     def layer(self, moe: int, ids: npt.NDArray[np.integer]) -> None:
-        """Picks [T, k] of one layer; layers come in order, from 0 on for each chunk of tokens.
+        """Record the picks [T, k] of MoE layer `moe`. For each chunk of tokens the layers follow from 0 on.
 
-        A chunk whose layers do not all come, since its pass ended early, is dropped.
+        The picks of a pass that ended before its last layer are dropped.
         """
         if moe == 0:
             self._chunk = []
         elif moe != len(self._chunk) or len(ids) != len(self._chunk[0]):
-            self._chunk = []  # of a pass whose beginning was not seen
+            self._chunk = []  # the pass's first layers were not recorded
             return
-        self._chunk.append(ids.copy())  # prompts on a GPU pass the same buffer for every layer
+        self._chunk.append(ids.copy())  # a GPU's prompts use the same buffer for every layer
         if moe == self.layers - 1:
             self._finish()
 
     def token(self, ids: npt.NDArray[np.integer]) -> None:
-        """Picks [L, k] of a decoded token."""
+        """Record the picks [L, k] of a decoded token."""
         self._decode([ids.copy()])
 
     def flush(self) -> None:
-        """Hand on what is buffered."""
+        """Give the sinks what is buffered."""
         if self._tokens:
-            # Joined here and not token by token: in caches full of experts every call of numpy is slow.
+            # Joined here, not after each token: a call of numpy is slow while experts fill the CPU's caches.
             ids = np.concatenate(self._decoded).reshape(self._tokens, self.layers, self.top_k)
             self._decoded, self._tokens = [], 0
-            self._hand_on(ids, prefill=False)
+            self._give(ids, prefill=False)
 
     def close(self) -> None:
-        """Hand on what is buffered, and close the sinks."""
+        """Give the sinks what is buffered, and close them."""
         self.flush()
         for sink in self._sinks:
             sink.close()
@@ -103,7 +104,7 @@ class RoutingRecorder:
             self._decode(chunk)
         else:
             self.flush()
-            self._hand_on(np.stack(chunk, axis=1), prefill=True)
+            self._give(np.stack(chunk, axis=1), prefill=True)
 
     def _decode(self, picks: list[npt.NDArray[np.integer]]) -> None:
         self._decoded += picks
@@ -111,25 +112,25 @@ class RoutingRecorder:
         if self._tokens == BLOCK_TOKENS:
             self.flush()
 
-    def _hand_on(self, ids: npt.NDArray[np.integer], prefill: bool) -> None:
+    def _give(self, ids: npt.NDArray[np.integer], prefill: bool) -> None:
         picks = ids.astype(np.int32)
         for sink in self._sinks:
             sink.add(picks, prefill)
 
 
 class TraceSink:
-    """Writes a `RoutingTrace` file: all tokens of prompts and answers, in order.
+    """Implements `Sink`: writes a `RoutingTrace` file with all tokens of prompts and answers, in order.
 
-    The picks go to `.NAME.partial` beside the file as they come; closing turns that into the file. A drive
-    that fails is said once; the run goes on, and the first part of the tokens becomes the trace.
+    Picks are appended to `.NAME.partial` beside the file, from which `close` makes the file. Where a write
+    fails, one warning is logged and recording stops; the first tokens become the trace.
 
     Args:
-        path: the trace, replaced when closing.
+        path: the trace; `close` replaces it.
         n_experts: E.
-        source: where it comes from, e.g. the model's name.
+        source: stored in the trace, e.g. the model's name.
 
     Raises:
-        OSError: nothing can be written there, or another process records to the same file.
+        OSError: the partial file cannot be written, or another process is recording to it.
     """
 
     def __init__(self, path: Path, n_experts: int, source: str = "") -> None:
@@ -147,7 +148,6 @@ class TraceSink:
         self._file.truncate(0)
 
     def add(self, ids: Int32s, prefill: bool) -> None:
-        """See `Sink.add`."""
         if self._file is None:
             return
         data = ids.astype(self._dtype).tobytes()
@@ -162,7 +162,7 @@ class TraceSink:
         self._stop(reason)
 
     def _stop(self, reason: str) -> None:
-        """Record no more, and let go of so much that what stays can be written once again."""
+        """Stop recording, and shorten the partial file, so that the drive has room for the trace."""
         self.tokens = int(self.tokens * KEPT_SHARE)
         log.warning("%s: %s; recording stops, the first %d tokens stay", self.path, reason, self.tokens)
         if self._file is not None:
@@ -172,7 +172,7 @@ class TraceSink:
             self._file = None
 
     def close(self) -> None:
-        """Write the trace; without tokens there is none."""
+        """Write the trace, unless no token was recorded."""
         if self._file is not None:
             self._file.close()
             self._file = None

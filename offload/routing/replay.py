@@ -1,8 +1,9 @@
-"""Routing traces replayed against a cache of experts: what share of the picks it would hit.
+"""Replays routing traces against a cache of experts, and counts the picks that hit.
 
-A layer's picks are looked up together. Misses are loaded beside what the cache holds; when the next layer's
-picks are looked up, the weakest go until the rest fit, so that a miss weaker than all residents is computed
-and forgotten. So it is in the GPU's tier (`HostStep`), and all policies are replayed like that.
+The picks of a layer are looked up together. Misses get room beside the experts in the cache. Before the next
+layer's picks are looked up, the cache evicts experts until the others fit: a miss that the policy values less
+than all residents is evicted at once. The GPU's cache does the same while a token is decoded
+(`HostStep`), and here every policy does.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ import numpy.typing as npt
 
 from moebox._kernels import Policy, replay_hits
 from moebox.errors import RequestError
-from moebox.offload.residency import HALF_LIFE_TOKENS
+from moebox.offload.residency import SCORE_HALF_LIFE_TOKENS
 from moebox.offload.routing.trace import RoutingTrace
 
 POLICIES = ("decayed", "lru", "lfu", "belady")
-"""decayed: what the tiers do. lru: the least recently used goes. lfu: the least often used since the trace
-began goes. belady: whoever is needed again last goes, which no policy that sees only the past can beat."""
+"""Which expert a cache evicts. decayed: the expert that the value model rates lowest, as the tiers do. lru:
+the least recently used. lfu: the least often used since the trace began. belady: the expert that is needed
+again last; no policy that knows only the past hits more."""
 
 _KNOWN = {policy.name: policy for policy in Policy}
 
@@ -30,16 +32,16 @@ def hit_curve(
     policies: Sequence[str] = POLICIES,
     warmup: int | None = None,
 ) -> dict[str, list[float]]:
-    """Share of picks that caches of several sizes hit, for each policy.
+    """Shares of picks that caches of several sizes hit, for each policy.
 
     Args:
-        trace: what was picked.
-        budgets: shares of all experts that fit, each above 0 and at most 1.
-        policies: of `POLICIES`, or "score": the decayed score alone, which neither foresees nor knows layers.
-        warmup: tokens at the start that fill the cache without being counted; None: a tenth of them.
+        trace: the picks.
+        budgets: sizes of the cache as shares of all experts, each above 0 and at most 1.
+        policies: of `POLICIES`, or "score": the decayed score without the value model.
+        warmup: tokens at the start that fill the cache and are not counted; None: a tenth of all tokens.
 
     Returns:
-        For each policy, one share from 0 to 1 per budget.
+        For each policy, one share from 0 to 1 for each budget.
 
     Raises:
         RequestError: a budget out of range, or as `replay`.
@@ -61,16 +63,16 @@ def slots_of(budget: float, n_keys: int) -> int:
 
 
 def replay(trace: RoutingTrace, slots: int, policy: str = "decayed", warmup: int = 0) -> float:
-    """Share of picks that a cache of `slots` experts over all layers hits.
+    """Share of picks that a cache of `slots` experts, shared by all layers, hits.
 
     Args:
-        trace: what was picked.
-        slots: experts that stay from layer to layer, at least 1.
+        trace: the picks.
+        slots: experts that stay in the cache from layer to layer, at least 1.
         policy: as in `hit_curve`.
-        warmup: tokens at the start that fill the cache without being counted.
+        warmup: tokens at the start that fill the cache and are not counted.
 
     Raises:
-        RequestError: another policy, no slots, or nothing left to count.
+        RequestError: another policy, no slots, or a warm-up of all tokens.
     """
     if not 0 <= warmup < trace.tokens:
         raise RequestError(f"replay with a warm-up of {warmup} of {trace.tokens} tokens")
@@ -79,10 +81,10 @@ def replay(trace: RoutingTrace, slots: int, policy: str = "decayed", warmup: int
 
 
 def hits_of_tokens(trace: RoutingTrace, slots: int, policy: str = "decayed") -> npt.NDArray[np.int32]:
-    """Hits of each token, int32 [T], of its L * k picks; arguments and errors as `replay`."""
+    """Hits among the L * k picks of each token, int32 [T]; arguments and errors as `replay`."""
     if policy not in _KNOWN:
         raise RequestError(f"policy {policy!r}; there are {', '.join(POLICIES)}")
     if slots < 1:
         raise RequestError(f"replay with {slots} slots")
     ids = np.ascontiguousarray(trace.ids)
-    return replay_hits(ids, trace.n_experts, slots, _KNOWN[policy], HALF_LIFE_TOKENS)
+    return replay_hits(ids, trace.n_experts, slots, _KNOWN[policy], SCORE_HALF_LIFE_TOKENS)

@@ -1,7 +1,7 @@
-"""Router statistics: what a model's router did, kept in the user's data folder from run to run.
+"""Router statistics: which experts a model's router picked, kept in the user's data folder from run to run.
 
-They seed the tiers at start and draw the heat map of `moebox stats`. They decide speed only, never answers,
-so nothing that goes wrong with their file stops a run.
+They decide where experts lie when a model is loaded, and `moebox stats` shows them. They affect speed only,
+never answers, so no fault of their file stops a run.
 
 Shapes: T tokens, L MoE layers, E n_routed_experts, k num_experts_per_tok; a key is `layer * E + expert`.
 """
@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from moebox.errors import RequestError
 from moebox.files import locked, replace_file
-from moebox.offload.residency import HALF_LIFE_TOKENS as SCORE_HALF_LIFE_TOKENS
+from moebox.offload.residency import SCORE_HALF_LIFE_TOKENS
 from moebox.offload.routing.counts import (
     RECENT_TOKENS,
     Floats,
@@ -38,65 +38,70 @@ log = logging.getLogger("moebox")
 
 STATISTICS_FILE = "statistics.npz"
 SAVE_EVERY_S = 300.0
-
+"""Least time between two saves that prompts cause."""
 SEED_SHARE = 0.25
-"""Of the score that an expert has on average: what is used now soon counts more than what usually is."""
+"""Share of its average score with which an expert starts, so that the picks of the current run soon count
+more than those of earlier runs."""
 
 Stamp = tuple[int, int, int]
+"""Inode, modification time and size of a file: they differ after the file was replaced."""
 PlacementSource = Callable[[], npt.NDArray[np.uint8] | None]
+"""Where each expert lies now, uint8 [L, E] of indices of `experts.TIERS`; None: the model is gone."""
 
 
 class RouterStatistics:
-    """A model's statistics: what its file held when it was opened, and what was seen since.
+    """A model's statistics: those of its file, and what was recorded since.
 
-    A `Sink` of `offload/routing/recorder.py`. Not for several threads at once. Other processes may use the
-    same file.
+    Implements `Sink` of `offload/routing/recorder.py`. Not thread-safe. Other processes may use the same
+    file.
 
     Args:
-        identity: which model.
-        path: the file that `save` writes; `open` also reads it.
+        identity: the model's.
+        path: the file that `save` writes. `open` reads it, too.
+
+    Attributes:
+        identity, path: as given.
+        placement: asked where the experts lie when the statistics are saved; None: no model is loaded.
     """
 
     def __init__(self, identity: ModelIdentity, path: Path) -> None:
         self.identity = identity
         self.path = path
         self.placement: PlacementSource | None = None
-        """Asked when the statistics are saved: where each expert lies, uint8 [L, E] of `counts.TIERS`."""
         self._known = self._nothing()
         self._seen = RoutingTally(*identity.shape)
         self._stamp: Stamp | None = None
         self._saved_s = -math.inf
-        self._said = False
+        self._warned = False
 
     @classmethod
     def open(cls, identity: ModelIdentity, folder: Path | None = None) -> RouterStatistics:
-        """A model's statistics from `folder`, by default its own in the user's data folder.
+        """Read a model's statistics from `folder`, by default the model's in the user's data folder.
 
-        A file that cannot be read, is damaged or of another model is said and not used; the latter two are
-        set aside, so that new statistics can be saved.
+        A file that cannot be read, is damaged or is of another model is not used, and a warning says so. In
+        the latter two cases the file is renamed, so that new statistics can be saved.
         """
         statistics = cls(identity, (folder or identity.folder()) / STATISTICS_FILE)
         try:
             statistics._read_or_set_aside()
         except OSError as error:
-            statistics._say(f"cannot be read: {error.strerror or error}; going on without router statistics")
+            statistics._warn_once(
+                f"cannot be read: {error.strerror or error}; going on without router statistics"
+            )
         return statistics
 
     @property
     def tokens(self) -> int:
-        """How many were seen, prompts included, in all runs."""
+        """Tokens of all runs, those of prompts included."""
         return self._known.tokens + self._seen.tokens
 
     def counts(self) -> RoutingCounts:
-        """Everything up to now, with the placement as of now where a model is running."""
+        """The counts of all runs up to now, with the current placement where a model is loaded."""
         return self._known.followed_by(replace(self._seen.counts(), placement=self._placement()))
 
     def add(self, ids: Int32s, prefill: bool) -> None:
-        """Learn from the picks int32 [T, L, k] of tokens that follow each other.
-
-        Saves after the first prompt, which tells others where experts lie, and later now and then after one:
-        for K2 that takes some tenths of a second.
-        """
+        # The first prompt saves, so that other processes see the placement. Later prompts seldom do, because
+        # for K2 saving takes some tenths of a second.
         self._seen.add(ids, prefill)
         if prefill and time.monotonic() - self._saved_s > SAVE_EVERY_S:
             self.save()
@@ -105,18 +110,22 @@ class RouterStatistics:
         """Save."""
         self.save()
 
-    def uses(self, layers: int | slice = slice(None)) -> npt.NDArray[np.float64]:
-        """Decayed number of uses of each expert, float64 [L, E], or of some `layers`."""
-        uses: npt.NDArray[np.float64] = self._known.uses[layers] * self._seen.discount
-        return uses + self._seen.uses[layers] / self._seen.unit
+    def uses(self) -> npt.NDArray[np.float64]:
+        """Decayed counts of each expert's picks, float64 [L, E]."""
+        uses: npt.NDArray[np.float64] = self._known.uses * self._seen.discount
+        return uses + self._seen.uses / self._seen.unit
 
     def order(self) -> list[int]:
-        """All keys, the most used first; what was never used comes last, by key."""
+        """All keys, the most used first; keys with equal counts are in ascending order."""
         order: list[int] = np.argsort(-self.uses().ravel(), kind="stable").tolist()
         return order
 
     def seed_scores(self) -> Floats:
-        """fp32 [L * E]: `SEED_SHARE` of the score that each key has, on average, in a long run."""
+        """Scores for a cache that was just loaded: fp32 [L * E].
+
+        An expert that is picked with probability p at each token has the average score
+        `p / (1 - 2**(-1 / SCORE_HALF_LIFE_TOKENS))` in a long run; the seed is `SEED_SHARE` of it.
+        """
         uses = self.uses()
         per_token = uses / np.maximum(uses.sum(1, keepdims=True), 1e-30) * self.identity.top_k
         scores = SEED_SHARE * per_token / (1 - 0.5 ** (1 / SCORE_HALF_LIFE_TOKENS))
@@ -124,26 +133,26 @@ class RouterStatistics:
         return seeds
 
     def note_recall(self, ahead: int, found: int, picked: int) -> None:
-        """Of `picked` experts, a prediction `ahead` (1 or 2) layers before had named `found`."""
+        """Count a prediction, made `ahead` (1 or 2) layers before, that named `found` of `picked` picks."""
         self._seen.recall[ahead - 1] += found, picked
 
     def recall(self, ahead: int) -> float | None:
-        """Share of picks that predictions `ahead` layers before have named; None: nothing was predicted."""
+        """Share of picks that predictions `ahead` layers before named; None: there was no prediction."""
         found, picked = self._known.recall[ahead - 1] + self._seen.recall[ahead - 1]
         return float(found / picked) if picked else None
 
     def trace(self) -> RoutingTrace | None:
-        """The last decoded tokens, up to `RECENT_TOKENS`; None: there are none."""
+        """The picks of the last decoded tokens, up to `RECENT_TOKENS`; None: no token was decoded."""
         recent = np.concatenate([self._known.recent, self._seen.recent()])[-RECENT_TOKENS:]
         if not len(recent):
             return None
         return RoutingTrace(recent.astype(np.int32), self.identity.n_experts, self.identity.name)
 
     def save(self) -> bool:
-        """Write the file, with what other processes wrote meanwhile; returns whether that worked.
+        """Write the file, with what other processes have written since; returns whether it was written.
 
-        At any moment the file is the old one or the new one, whole. What fails is said once; what was learned
-        is kept, and goes into the next save.
+        The file is replaced at once: at any moment it is the old one or the new one. The first failure is
+        logged; the counts stay, and are part of the next save.
         """
         self._saved_s = time.monotonic()
         if not (self._seen.tokens or self._seen.recall.any()):
@@ -154,12 +163,12 @@ class RouterStatistics:
                     self._read_or_set_aside()
                 self._write(self.counts())
         except OSError as error:
-            self._say(f"the router statistics cannot be saved: {error.strerror or error}")
+            self._warn_once(f"the router statistics cannot be saved: {error.strerror or error}")
             return False
         return True
 
     def merge(self, other: RoutingCounts) -> None:
-        """Add what was learned elsewhere, and save.
+        """Add the counts of another process or box, and save.
 
         Raises:
             RequestError: `other` is of another model, or the file cannot be written.
@@ -170,9 +179,9 @@ class RouterStatistics:
             self._write(self.counts().beside(other))
 
     def reset(self) -> None:
-        """Forget everything, and remove the file.
+        """Forget all counts, and remove the file.
 
-        Another process that runs the model saves what it has seen since its own last save.
+        Another process that runs the model will still save what it has counted since its last save.
 
         Raises:
             RequestError: the file cannot be removed.
@@ -197,8 +206,8 @@ class RouterStatistics:
         self._stamp = _stamp(self.path)
 
     def _read_or_set_aside(self) -> None:
-        """Take what the file holds as known; a file that is of no use makes room for a new one."""
-        stamp = _stamp(self.path)  # before reading: a file that is replaced meanwhile is read again
+        """Read the known counts from the file; a file that cannot be used is renamed."""
+        stamp = _stamp(self.path)  # before reading: a file that is replaced while it is read is read again
         try:
             known = RoutingCounts.load(self.path)
             check_model(known, self.identity)
@@ -210,7 +219,7 @@ class RouterStatistics:
         self._known, self._stamp = known, stamp
 
     def _set_aside(self, what: str, stamp: Stamp | None) -> None:
-        if _stamp(self.path) != stamp:  # another process has been quicker
+        if _stamp(self.path) != stamp:  # another process has replaced it
             return
         aside = self.path.with_name(f"{self.path.name}.set-aside")
         self.path.replace(aside)
@@ -219,10 +228,10 @@ class RouterStatistics:
     def _nothing(self) -> RoutingCounts:
         return RoutingCounts.empty(self.identity.digest, *self.identity.shape)
 
-    def _say(self, message: str) -> None:
-        if not self._said:
+    def _warn_once(self, message: str) -> None:
+        if not self._warned:
             log.warning("%s: %s", self.path, message)
-        self._said = True
+        self._warned = True
 
     def _placement(self) -> Placement | None:
         tiers = self.placement() if self.placement else None
@@ -240,7 +249,7 @@ def check_model(counts: RoutingCounts, identity: ModelIdentity) -> None:
 
 
 def _stamp(path: Path) -> Stamp | None:
-    """What changes whenever the file is replaced; None: there is none."""
+    """The file's stamp; None: there is no file."""
     try:
         status = path.stat()
     except OSError:

@@ -1,12 +1,13 @@
-"""Routing traces: which experts each token picked, recorded or made up; `replay.py` tries caches on them.
+"""Routing traces: which experts each token picked, recorded or synthetic. `replay.py` replays them.
 
 Shapes: T tokens, L MoE layers, E n_routed_experts, k num_experts_per_tok. `layer` counts MoE layers from 0.
 
 The synthetic generator reproduces the locality that others publish for large mixtures of experts: 41-45 % of
 a token's picks repeat at the next token, and an LRU cache over the experts of all layers hits about 40, 57,
-74 and 86 % with 5.5, 11, 22 and 44 % of them resident. These figures come from different models, and together
-they say something about time that each alone does not: two to three tokens of K2 fill 5.5 %, so that an
-expert which skips a token must seldom return at once, and often within the ten tokens after. So it is here.
+74 and 86 % with 5.5, 11, 22 and 44 % of them resident. These figures come from different models. Together
+they imply how soon an expert returns: two to three tokens of K2 fill a cache of 5.5 %, so that an expert
+which is not picked again at once is seldom picked at the token after, and often within the ten tokens after
+that.
 """
 
 from __future__ import annotations
@@ -31,19 +32,20 @@ Floats = npt.NDArray[np.float32]
 TRACE_FORMAT = 1
 
 REPEAT_SHARE = 0.42
-"""Picks of a token that repeat at the next one."""
+"""Share of a token's picks that the next token repeats."""
 LRU_CURVE = ((0.055, 0.425), (0.11, 0.6), (0.22, 0.75), (0.44, 0.865))
-"""(share of all experts resident, share of picks within its reach); a replay hits slightly less."""
+"""(share of all experts that an LRU cache holds, share of picks that hit it); a replay hits slightly less."""
 REPEAT_SPREAD = 30.0
-"""Concentration of the Beta distribution of a token's share of repeats: tokens differ, the mean holds."""
+"""Concentration of the Beta distribution of a token's share of repeats; the mean is `REPEAT_SHARE`."""
 POPULARITY_SIGMA = 1.5
-"""Experts differ in use by a lognormal factor of this width: with it the decayed score beats LRU by as much
-as on tiny-k2's own routing of English text (0.05 where the picks of 4.3 tokens fit), as K2's 9 % do."""
+"""Sigma of the lognormal factor by which experts differ in use. With it the decayed score's hit rate is as
+much above LRU's as on tiny-k2's routing of English text: by 0.05 in a cache for the picks of 4.3 tokens,
+which is 9 % of K2's experts."""
 POPULARITY_TOKENS = 250
-"""Tokens after which an expert's popularity has forgotten all but 1/e of what it was."""
-DRIFT_EVERY = 10
-BOUND_SHIFT = 0.5
-"""Tokens: what an LRU cache reaches back to varies from token to token, so a class starts a little later."""
+"""Tokens after which the correlation of an expert's log popularity with its present value is 1/e."""
+DRIFT_EVERY_TOKENS = 10
+BOUND_SHIFT_TOKENS = 0.5
+"""Added to the bounds of age classes, because the age up to which an LRU cache holds experts varies."""
 
 NPZ_ERRORS = (
     OSError,
@@ -59,20 +61,21 @@ NPZ_ERRORS = (
     zlib.error,
     zipfile.BadZipFile,
 )
-"""What numpy and zipfile raise for files that are none of their own, cut off, damaged, or lack a field."""
+"""Errors of numpy and zipfile for a file of another format, a cut or damaged one, or one without a field."""
 
 
 @dataclass(frozen=True)
 class RoutingTrace:
-    """What a router picked.
+    """The picks of a router.
 
     Attributes:
         ids: int32 [T, L, k], the k different experts of each token and MoE layer.
         n_experts: E.
-        source: where it comes from: a model's name, or how it was made.
+        source: the name of the model, or how the trace was made.
 
     Raises:
-        RequestError: another shape or dtype, an id outside 0..E-1, or an expert twice in one pick.
+        RequestError: another shape or dtype, an id outside 0..E-1, or an expert that a token picks twice in a
+            layer.
     """
 
     ids: Int32s
@@ -98,29 +101,29 @@ class RoutingTrace:
 
     @property
     def tokens(self) -> int:
-        """T."""
+        """T, the number of tokens."""
         return int(self.ids.shape[0])
 
     @property
     def layers(self) -> int:
-        """L."""
+        """L, the number of MoE layers."""
         return int(self.ids.shape[1])
 
     @property
     def top_k(self) -> int:
-        """k."""
+        """k, the number of experts that a token picks in a layer."""
         return int(self.ids.shape[2])
 
     def repeat_share(self) -> float:
-        """Share of a token's picks that the token before had picked, mean over tokens and layers."""
+        """Share of a token's picks that the token before has picked, too: mean over tokens and layers."""
         return float((self.ids[1:, :, :, None] == self.ids[:-1, :, None, :]).any(-1).mean())
 
     def keys(self) -> Int32s:
-        """int32 [T, L, k]: `layer * E + expert`, one number per expert of the model."""
+        """Expert keys, `layer * E + expert`: int32 [T, L, k]."""
         return self.ids + (np.arange(self.layers, dtype=np.int32) * self.n_experts)[:, None]
 
     def check(self, layers: int, n_experts: int, top_k: int, tokens: int) -> None:
-        """Raise `RequestError` unless the trace is of this shape and has at least so many tokens."""
+        """Raise `RequestError` unless the trace has this shape and at least `tokens` tokens."""
         held, wanted = (self.layers, self.n_experts, self.top_k), (layers, n_experts, top_k)
         if held != wanted:
             raise RequestError(
@@ -151,7 +154,7 @@ class RoutingTrace:
         """Read what `save` wrote.
 
         Raises:
-            RequestError: no such file, not a trace, or contents that are none; the message names the file.
+            RequestError: no such file, not a trace, or impossible contents; the message names the file.
         """
         try:
             with np.load(path, allow_pickle=False) as data:
@@ -173,12 +176,13 @@ class RoutingTrace:
 
 
 def synthetic_trace(tokens: int, layers: int, n_experts: int, top_k: int, seed: int = 0) -> RoutingTrace:
-    """A trace with the published locality, as far as the shape allows; the same seed gives the same trace.
+    """Make a trace with the published locality. The same seed gives the same trace.
 
-    Each token keeps a share of the last token's picks. The others are drawn by age: the curve of LRU hits
-    says how much of the picks falls between two cache sizes, and so between two ages. Which picks are kept,
-    and which expert of an age class returns, depends on popularity, which differs between experts and
-    drifts. Shapes whose top k alone fills a cache of the curve (tiny ones) leave that part of it out.
+    Each token repeats a share of the last token's picks. The other picks are drawn by age, the number of
+    tokens since an expert's last pick: the curve of LRU hits gives the share of picks between two cache
+    sizes, and so between two ages. Popularity, which differs between experts and drifts, decides which picks
+    are repeated and which expert of an age class is picked. Where k experts alone fill a cache size of the
+    curve, as in tiny shapes, that point of the curve is left out.
     """
     draw = _Draw(np.random.default_rng(seed), layers, n_experts, top_k)
     ids = np.stack([draw.token(index) for index in range(tokens)])
@@ -186,7 +190,7 @@ def synthetic_trace(tokens: int, layers: int, n_experts: int, top_k: int, seed: 
 
 
 class _Draw:
-    """State of the generator: when each expert was last picked, and how popular it is."""
+    """State of the generator: the last pick of each expert, and its popularity."""
 
     def __init__(self, rng: np.random.Generator, layers: int, n_experts: int, top_k: int) -> None:
         self.rng, self.top_k = rng, top_k
@@ -197,7 +201,7 @@ class _Draw:
         self.masses = np.array(masses, np.float32)
         self.log_popularity = self._normals()
         self.popularity = np.exp(POPULARITY_SIGMA * self.log_popularity)
-        # At the start the experts have ages as if the trace had run for ever: a random order, spread evenly.
+        # At the start experts have random ages, spread evenly, as in the middle of a long trace.
         order = rng.permuted(np.tile(np.arange(n_experts), (layers, 1)), axis=1)
         self.last = -(order * ages[-1] // n_experts) - 2
         self.picks = np.argsort(order, axis=1)[:, :top_k]
@@ -205,7 +209,7 @@ class _Draw:
 
     def token(self, index: int) -> Int32s:
         """The picks [L, k] of token `index`."""
-        if index % DRIFT_EVERY == 0:
+        if index % DRIFT_EVERY_TOKENS == 0:
             self._drift()
         race = self.rng.standard_exponential(self.shape, dtype=np.float32) / self._weights(index)
         first_or_never = np.where(self._kept(), np.float32(-1), np.float32(np.inf))
@@ -215,7 +219,7 @@ class _Draw:
         return self.picks.astype(np.int32)
 
     def _kept(self) -> npt.NDArray[np.bool_]:
-        """[L, k]: which of the last token's picks repeat; the popular ones rather than others."""
+        """[L, k]: which of the last token's picks are repeated; popular experts are more likely to be."""
         share = self.rng.beta(REPEAT_SHARE * REPEAT_SPREAD, (1 - REPEAT_SHARE) * REPEAT_SPREAD)
         count = self.rng.binomial(self.top_k, share, size=(self.shape[0], 1))
         race = self.rng.standard_exponential(self.picks.shape, dtype=np.float32)
@@ -223,7 +227,10 @@ class _Draw:
         return race.argsort(axis=1).argsort(axis=1) < count
 
     def _weights(self, index: int) -> Floats:
-        """[L, E]: chances of those that the last token did not pick; each age class has its mass in all."""
+        """Unnormalised probabilities, [L, E], of experts that the last token did not pick.
+
+        Those of an age class sum to the mass of the class, and are proportional to popularity.
+        """
         layers, _ = self.shape
         n_classes = len(self.masses)
         ages = np.minimum(index - self.last, len(self.class_of_age) - 1)
@@ -236,7 +243,7 @@ class _Draw:
         return weights
 
     def _drift(self) -> None:
-        keep = np.float32(np.exp(-DRIFT_EVERY / POPULARITY_TOKENS))
+        keep = np.float32(np.exp(-DRIFT_EVERY_TOKENS / POPULARITY_TOKENS))
         self.log_popularity = keep * self.log_popularity + np.sqrt(1 - keep**2) * self._normals()
         self.popularity = np.exp(POPULARITY_SIGMA * self.log_popularity)
 
@@ -247,12 +254,12 @@ class _Draw:
 def age_classes(n_experts: int, top_k: int) -> tuple[list[float], list[float]]:
     """The curve of LRU hits as classes of age.
 
-    An LRU cache holds what was used within some number of tokens. Each further token back adds
-    k * (1 - hits) experts, which gives the age up to which a cache of each size reaches; what the curve gains
-    between two sizes is the mass of the picks of those ages.
+    An LRU cache holds the experts that were picked within some number of tokens, its reach. One more token of
+    reach adds k * (1 - hits) experts, which gives the reach of each cache size. The mass of the ages between
+    two reaches is the difference of their hits.
 
     Returns:
-        Upper bounds of the ages, in tokens, n of them; masses of the n + 1 classes, the last without bound.
+        n upper bounds of ages, in tokens; the masses of the n + 1 classes, the last of which has no bound.
     """
     knots = [(size * n_experts, hits) for size, hits in LRU_CURVE if size * n_experts > 1.5 * top_k]
     sizes, hits = zip((float(top_k), REPEAT_SHARE), *knots, (float(n_experts), 1.0), strict=True)
@@ -261,28 +268,32 @@ def age_classes(n_experts: int, top_k: int) -> tuple[list[float], list[float]]:
     while len(bounds) < len(knots):
         gained = top_k * (1 - float(np.interp(held, sizes, hits)))
         while len(bounds) < len(knots) and held + gained >= sizes[len(bounds) + 1]:
-            bounds.append(age + (sizes[len(bounds) + 1] - held) / gained + BOUND_SHIFT)
+            bounds.append(age + (sizes[len(bounds) + 1] - held) / gained + BOUND_SHIFT_TOKENS)
         held, age = held + gained, age + 1
     return bounds, [upper - lower for lower, upper in pairwise(hits)]
 
 
 class TraceRouting:
-    """Hands a trace to the experts instead of the router's picks: prompts first, then token by token.
+    """Replaces a router's picks by those of a trace, first for prompts, then for one token after another.
 
-    A chunk of T tokens goes through all layers before the next chunk starts, which is how the position is
-    known; a trace that is used up starts again.
+    All layers of a chunk ask before the next chunk's first layer does, so that a layer with a lower number
+    begins a new chunk. After its last token the trace starts again.
+
+    Attributes:
+        trace: the picks.
+        position: the number of the next token.
+        last: what `prefill` returned last.
     """
 
     def __init__(self, trace: RoutingTrace) -> None:
         self.trace = trace
         self.position = 0
         self.last = torch.empty(0, trace.top_k, dtype=torch.int64)
-        """What `prefill` returned last."""
         self._chunk = 0
         self._layer = -1
 
     def prefill(self, layer: int, tokens: int) -> Tensor:
-        """Picks int64 [T, k] of MoE layer `layer` for the next `tokens` tokens."""
+        """Picks int64 [T, k] of MoE layer `layer` for the next T = `tokens` tokens."""
         if layer <= self._layer:
             self._next_chunk()
         self._layer, self._chunk = layer, tokens
@@ -297,7 +308,7 @@ class TraceRouting:
         return torch.from_numpy(picks)
 
     def rewind(self, position: int = 0) -> None:
-        """Go on at the token of this number."""
+        """Continue at the token of this number."""
         self.position, self._chunk, self._layer = position, 0, -1
 
     def _next_chunk(self) -> None:

@@ -35,12 +35,12 @@ class LoadOptions:
 
 
 class Runner(Protocol):
-    """Runs a loaded model, wherever its weights are.
+    """Runs the passes of a loaded model, wherever its weights are.
 
     Attributes:
         model: the backbone's modules.
-        dtype: what they compute in.
-        chunk_tokens: tokens that go through the model at once.
+        dtype: the dtype in which they compute.
+        chunk_tokens: the most tokens that `forward` takes.
     """
 
     model: KimiK2
@@ -63,24 +63,28 @@ class Runner(Protocol):
         last_only: bool = False,
         between_layers: Callable[[], None] | None = None,
     ) -> Tensor:
-        """Run tokens that follow the cache, and commit them to it when they are done.
+        """Run tokens that follow those in the cache, and commit them to it.
 
         Args:
             token_ids: 1 to `chunk_tokens` ids.
             cache: made by `new_cache`.
-            last_only: only the last token's logits are wanted.
-            between_layers: called before each layer, or before the only step of a runner that cannot stop
-                between layers; what it raises ends the pass.
+            last_only: compute the logits of the last token only.
+            between_layers: called before each layer, or once before a pass that cannot stop between layers;
+                an exception that it raises ends the pass.
 
         Returns:
-            fp32 [T, vocab_size] on the CPU, or [1, vocab_size] of the last.
+            Logits, fp32 [T, vocab_size] on the CPU; with `last_only` [1, vocab_size].
+
+        Raises:
+            CheckpointError: an expert could not be read.
+            RequestError: there is no memory left for the pass.
         """
         ...
 
     def traffic(self) -> Traffic:
-        """Where experts were found and what moved since loading began; differences count."""
+        """Counts of where experts were found and of bytes moved, since loading began."""
         ...
 
     def close(self) -> None:
-        """End reads, and save what was learned of the routing; nothing is computed afterwards."""
+        """End reads, and save what was learned of the routing; the runner computes nothing afterwards."""
         ...

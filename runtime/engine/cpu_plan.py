@@ -1,6 +1,7 @@
-"""What a box without a GPU holds: backbone, cache and a chunk's values, and experts in all RAM that is left.
+"""Whether a model fits a box without a GPU: decided from the config, before anything is loaded.
 
-Experts beyond it stay on disk and are read as they are routed (`offload/memory/ram_cache.py`).
+RAM = backbone + cache for the context + workspace of a chunk + router statistics; what is left holds
+experts. Experts beyond it stay on disk and are read as they are routed (`offload/memory/ram_cache.py`).
 """
 
 from __future__ import annotations
@@ -17,53 +18,49 @@ from moebox.errors import PlanError
 from moebox.kernels.cpu import BATCH_PAIRS, PART_TOKENS
 from moebox.offload.machine.hardware import available_ram_bytes
 from moebox.offload.memory.ram_slab import row_stride
-from moebox.offload.routing.counts import RECENT_TOKENS
+from moebox.runtime.engine.plan_parts import (
+    SMALLEST_CONTEXT,
+    BackbonePlan,
+    check_budget,
+    check_context,
+    clamp_context,
+    learned_bytes,
+    ram_room_bytes,
+    tokens_in_cache_share,
+)
 from moebox.runtime.model.compute import CPU_SCORES_BYTES
 from moebox.runtime.model.kv_cache import bytes_per_token
 from moebox.runtime.model.precision import planned_bytes
 from moebox.units import gib
 
 CHUNK_TOKENS = PART_TOKENS
-"""Tokens of a prompt that go through the CPU at once: bounds memory, and how much an interrupt loses."""
+"""Tokens of a prompt that go through the CPU at once: limits the memory that a chunk takes, and the work that
+an interrupt loses."""
 LARGEST_CHUNK_TOKENS = 8 * PART_TOKENS
-"""Where experts are on disk: each chunk reads them again. It is computed in parts, as smaller ones are."""
+"""The limit of a chunk where experts are on disk, since every chunk reads them again. A large chunk is
+computed in parts of `PART_TOKENS`, as smaller ones are."""
 CHUNK_SHARE = 0.05
-"""Of the memory for experts, what the values between layers of a chunk may take beyond the first part's."""
-SMALLEST_CONTEXT = 512
-"""Tokens of cache that a plan must have room for, unless the model or the caller asks for less."""
-SYSTEM_SHARE = 0.05
-"""Part of the free memory that is left to the system."""
-CACHE_SHARE = 0.15
-"""Part of the memory beside the backbone that the cache may take where experts have to stay on disk and no
-context was asked for."""
+"""Share of the experts' memory that a chunk may take for its values between two layers, in addition to those
+of its first part."""
 LARGE_BLOCK_BYTES = 4 << 20
-"""See `return_large_blocks`."""
+"""Freed blocks of this size go back to the system at once: `return_large_blocks`."""
 _M_MMAP_THRESHOLD = -3
 
 
 @dataclass(frozen=True)
-class MemoryPlan:
+class CpuPlan(BackbonePlan):
     """What a load takes of RAM, in bytes, tokens and experts.
 
     Attributes:
-        backbone_bytes, unquantized_backbone_bytes: as loaded, and in the model's dtype.
-        context: tokens that a conversation may hold.
-        kv_bytes: cache of one that fills it.
-        chunk_tokens: of a prompt, that go through the model together.
-        workspace_bytes: values of a chunk on its way, at most.
-        learned_bytes: what is known of the router.
+        unquantized_backbone_bytes: the backbone in the model's dtype, without int8 or nf4.
+        learned_bytes: router statistics and value model.
         rows: experts that RAM holds.
-        n_keys: experts there are.
-        row_bytes: of one.
-        program_bytes: what the process held before; it comes on top of the budget.
+        n_keys: experts of the model.
+        row_bytes: RAM of one expert.
+        program_bytes: RAM that the process held before; it comes on top of the budget.
     """
 
-    backbone_bytes: int
     unquantized_backbone_bytes: int
-    context: int
-    kv_bytes: int
-    chunk_tokens: int
-    workspace_bytes: int
     learned_bytes: int
     rows: int
     n_keys: int
@@ -72,7 +69,7 @@ class MemoryPlan:
 
     @property
     def experts_bytes(self) -> int:
-        """The experts' rows in RAM."""
+        """RAM of the experts' rows."""
         return self.rows * self.row_bytes
 
     @property
@@ -82,37 +79,37 @@ class MemoryPlan:
 
     @property
     def planned_bytes(self) -> int:
-        """All that the model takes: what a budget must hold."""
+        """RAM that the model takes in all: what a budget must hold."""
         parts = (self.backbone_bytes, self.kv_bytes, self.workspace_bytes, self.learned_bytes)
         return sum(parts) + self.experts_bytes
 
 
-def plan_memory(
+def plan_cpu_memory(
     config: ModelConfig,
     dtype: torch.dtype,
     backbone: str,
     ram: int | None,
     context: int | None,
     free_ram: int | None = None,
-) -> MemoryPlan:
-    """Share RAM out; sizes in bytes, `context` in tokens, None for what is free or reasonable.
+) -> CpuPlan:
+    """Share RAM out.
 
     Args:
-        ram: budget of all that the model takes.
-        free_ram: what the machine has to give; None: this one, now.
+        dtype: the backbone's, before int8 or nf4.
+        backbone: one of `precision.PRECISIONS`.
+        ram: bytes that the model may take in all; None: what is free.
+        context: tokens that a conversation may hold; None: what memory allows.
+        free_ram: free bytes of the machine; None: those of this machine, now.
 
     Raises:
         PlanError: with the numbers, when it does not fit.
     """
     check_context(config, context)
     available = available_ram_bytes() if free_ram is None else free_ram
-    if ram is not None and ram > available:
-        raise PlanError(
-            f"RAM budget of {gib(ram)}, but only {gib(available)} are free", "Give a smaller budget."
-        )
-    room = usable_ram(available, ram)
+    check_budget("RAM", ram, available)
+    room = ram_room_bytes(ram, available)
     smallest = context or min(SMALLEST_CONTEXT, config.max_position_embeddings)
-    least = _plan(config, dtype, backbone, smallest, least_rows(config))
+    least = _plan(config, dtype, backbone, smallest, least_ram_rows(config))
     if least.planned_bytes > room:
         raise PlanError(
             f"the model needs {gib(least.planned_bytes)} ({describe(least)}); "
@@ -122,7 +119,7 @@ def plan_memory(
         )
     tokens = context or _affordable_context(config, dtype, backbone, room)
 
-    def plan(rows: int) -> MemoryPlan:
+    def plan(rows: int) -> CpuPlan:
         return _plan(config, dtype, backbone, tokens, rows)
 
     whole = plan(config.n_keys)
@@ -131,27 +128,22 @@ def plan_memory(
     return plan(bisect_right(range(whole.rows), room, key=lambda rows: plan(rows).planned_bytes) - 1)
 
 
-def usable_ram(free_bytes: int, budget: int | None = None) -> int:
-    """Bytes of RAM that a model may take: its budget, or `free_bytes` without the system's share."""
-    return int(free_bytes * (1 - SYSTEM_SHARE)) if budget is None else budget
-
-
-def least_rows(config: ModelConfig) -> int:
-    """Experts that RAM must hold at least: those of one token's layer, and as many again on their way."""
+def least_ram_rows(config: ModelConfig) -> int:
+    """Experts that RAM must hold at least, 2 k: a layer computes k of them while k others are read."""
     return min(2 * config.num_experts_per_tok, config.n_keys)
 
 
 def budget_for_share(
     config: ModelConfig, dtype: torch.dtype, backbone: str, context: int, share: float
 ) -> int:
-    """The least `ram` with which a share (0 to 1) of all experts has a row."""
-    rows = max(least_rows(config), round(share * config.n_keys))
+    """The least `ram`, in bytes, with which a share (0 to 1) of all experts has a row."""
+    rows = max(least_ram_rows(config), round(share * config.n_keys))
     return _plan(config, dtype, backbone, context, rows).planned_bytes
 
 
-def _plan(config: ModelConfig, dtype: torch.dtype, backbone: str, context: int, rows: int) -> MemoryPlan:
+def _plan(config: ModelConfig, dtype: torch.dtype, backbone: str, context: int, rows: int) -> CpuPlan:
     shapes, chunk = config.backbone_shapes(), _chunk_tokens(config, context, rows)
-    return MemoryPlan(
+    return CpuPlan(
         backbone_bytes=planned_bytes(shapes, dtype, backbone),
         unquantized_backbone_bytes=planned_bytes(shapes, dtype, "bf16"),
         context=context,
@@ -167,7 +159,7 @@ def _plan(config: ModelConfig, dtype: torch.dtype, backbone: str, context: int, 
 
 
 def _chunk_tokens(config: ModelConfig, context: int, rows: int) -> int:
-    """Where experts are on disk the largest power of two that memory and context are worth."""
+    """The smallest chunk; where experts are on disk, doubled while context and `CHUNK_SHARE` allow."""
     chunk = CHUNK_TOKENS
     room = CHUNK_SHARE * rows * row_stride(config)
     while rows < config.n_keys and 2 * chunk <= min(context, LARGEST_CHUNK_TOKENS):
@@ -178,30 +170,29 @@ def _chunk_tokens(config: ModelConfig, context: int, rows: int) -> int:
 
 
 def _between_layers(config: ModelConfig) -> int:
-    """Bytes that a token has in its chunk: residual, norm and experts' sum in fp32, and the next norm."""
+    """Bytes that a token takes between two layers: residual, norm, experts' sum and next norm, in fp32."""
     return 16 * config.hidden_size
 
 
 def _affordable_context(config: ModelConfig, dtype: torch.dtype, backbone: str, room: int) -> int:
-    """What is left beside all experts; where they do not fit, a share of the memory."""
+    """Tokens for which there is room beside all experts; where not all fit, those of the cache's share."""
     smallest = min(SMALLEST_CONTEXT, config.max_position_embeddings)
     without, with_one = (_plan(config, dtype, backbone, tokens, 0).planned_bytes for tokens in (0, 1))
     per_token, left = with_one - without, room - without
     beside_all = (left - config.n_keys * row_stride(config)) // per_token
-    beside_least = (left - least_rows(config) * row_stride(config)) // per_token
-    share = min(int(left * CACHE_SHARE) // per_token, beside_least)
-    affordable = beside_all if beside_all >= smallest else max(smallest, share)
-    return min(config.max_position_embeddings, affordable)
+    beside_least = (left - least_ram_rows(config) * row_stride(config)) // per_token
+    share = min(tokens_in_cache_share(left, per_token), beside_least)
+    return clamp_context(config, beside_all if beside_all >= smallest else share)
 
 
 def workspace_bytes(config: ModelConfig, chunk: int, context: int) -> int:
-    """RAM that a chunk's intermediate values take at most, in a layer of any kind, computed in fp32."""
+    """The most RAM that a chunk's intermediate values take in any layer, computed in fp32."""
     hidden, heads = config.hidden_size, config.num_attention_heads
-    # Bytes a token of a part: what is added to the residual; then the widest of attention (queries,
-    # positional parts through complex numbers, mixed values) and dense MLP.
+    # Bytes for each token of a part: what is added to the residual; then the wider of attention (queries,
+    # positional parts as complex numbers, mixed values) and the dense MLP.
     queries = heads * (8 * config.qk_head_dim + 16 * config.qk_rope_head_dim + 8 * config.v_head_dim)
     widest = max(queries, 12 * config.intermediate_size)
-    # A head's keys and values for all of the context, its latents in fp32, and scores on their way.
+    # For the whole context one head's keys and values and the latents, in fp32; then four times the scores.
     latent = config.kv_lora_rank + config.qk_rope_head_dim
     attention = 4 * context * (latent + 3 * config.qk_head_dim + config.v_head_dim) + 4 * CPU_SCORES_BYTES
     part = min(chunk, PART_TOKENS)
@@ -210,20 +201,11 @@ def workspace_bytes(config: ModelConfig, chunk: int, context: int) -> int:
     return chunk * _between_layers(config) + part * (4 * hidden + widest) + attention + kernel
 
 
-def learned_bytes(config: ModelConfig, residencies: int) -> int:
-    """RAM for what is learned of the router, bytes: old and new statistics (`offload/routing/counts.py`) and
-    the value model of each residency (`offload/csrc/residency/value_model.h`)."""
-    layers, experts = len(config.moe_layers), config.n_routed_experts
-    uses, pairs = 16 * layers * experts, 4 * (layers - 1) * experts**2
-    recent = 2 * RECENT_TOKENS * layers * config.num_experts_per_tok
-    return 2 * (uses + pairs + recent) + residencies * 12 * layers * experts**2
-
-
-def describe(plan: MemoryPlan) -> str:
-    """The parts of a plan in words."""
+def describe(plan: CpuPlan) -> str:
+    """The parts of `planned_bytes` in words."""
     return (
-        f"backbone {gib(plan.backbone_bytes)} + cache {gib(plan.kv_bytes)} for {plan.context} tokens + "
-        f"workspace {gib(plan.workspace_bytes)} + router statistics {gib(plan.learned_bytes)} + "
+        f"{plan.describe_cache()} + workspace {gib(plan.workspace_bytes)} + "
+        f"router statistics {gib(plan.learned_bytes)} + "
         f"{plan.rows} of {plan.n_keys} experts {gib(plan.experts_bytes)}"
     )
 
@@ -231,17 +213,9 @@ def describe(plan: MemoryPlan) -> str:
 def return_large_blocks() -> None:
     """Have glibc give freed blocks of `LARGE_BLOCK_BYTES` back to the system at once.
 
-    Otherwise it keeps blocks of up to 32 MiB, and a chunk's values leave the heap in pieces: 1.7 times the
-    workspace in a model of 340 MB of experts. Other C libraries are left alone.
+    By default glibc keeps freed blocks of up to 32 MiB, and a chunk's values fragment its heap: a model with
+    340 MB of experts took 1.7 times the planned workspace. Other C libraries are left as they are.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, LARGE_BLOCK_BYTES)
-
-
-def check_context(config: ModelConfig, context: int | None) -> None:
-    """Raise `PlanError` where more tokens, or fewer than one, are asked for than the model goes to."""
-    if context is not None and not 1 <= context <= config.max_position_embeddings:
-        raise PlanError(
-            f"context of {context} tokens; the model goes from 1 to {config.max_position_embeddings}"
-        )

@@ -17,7 +17,7 @@ from moebox.offload.checkpoint.safetensors import Checkpoint
 from moebox.offload.experts import Progress
 from moebox.offload.traffic import Traffic
 from moebox.runtime.engine.base import LoadOptions, Runner
-from moebox.runtime.engine.cpu_plan import MemoryPlan
+from moebox.runtime.engine.cpu_plan import CpuPlan
 from moebox.runtime.engine.cpu_runner import load_on_cpu
 from moebox.runtime.model import precision
 from moebox.runtime.model.kv_cache import bytes_per_token
@@ -27,11 +27,11 @@ if TYPE_CHECKING:
     from moebox.runtime.engine.gpu_plan import GpuPlan
 
 Cancel = Event | Callable[[], bool]
-"""Set, or returning True, when a prefill should stop."""
+"""An event that is set, or a function that returns True, when a prefill should stop."""
 
 
 class Cancelled(MoeboxError):
-    """A prefill was cancelled; the session holds the chunks that were finished."""
+    """A prefill was cancelled; the session keeps the chunks that were finished."""
 
 
 class Engine:
@@ -41,16 +41,16 @@ class Engine:
         config: the checkpoint's configuration.
         folder: the checkpoint.
         experts_bytes: INT4 bytes of all routed experts.
-        backbone_bytes: bytes of everything else, as loaded.
+        backbone_bytes: bytes of all other parameters, as loaded.
         backbone_saved_bytes: what int8 or nf4 saves of the backbone, against bf16.
         kv_bytes_per_token: bytes of cache that a token of context takes.
         context: tokens that a session may hold unless it asks for less.
-        dtype: what the backbone computes in.
-        runner: where, and how.
-        plan: the memory that loading has shared out.
+        dtype: the dtype in which the backbone computes.
+        runner: runs the passes.
+        plan: how loading has shared memory out.
     """
 
-    def __init__(self, checkpoint: Checkpoint, runner: Runner, plan: MemoryPlan | GpuPlan) -> None:
+    def __init__(self, checkpoint: Checkpoint, runner: Runner, plan: CpuPlan | GpuPlan) -> None:
         self.folder = checkpoint.folder
         self.config: ModelConfig = checkpoint.config
         self.runner = runner
@@ -134,11 +134,11 @@ class Engine:
 
     @property
     def device(self) -> torch.device:
-        """Where the backbone computes."""
+        """The device that computes the backbone."""
         return self.runner.model.processor.device
 
     def traffic(self) -> Traffic:
-        """Where experts were found and what moved since loading began; differences count."""
+        """Counts of where experts were found and of bytes moved, since loading began."""
         return self.runner.traffic()
 
     def close(self) -> None:
@@ -147,7 +147,7 @@ class Engine:
 
     @torch.inference_mode()
     def logits(self, token_ids: list[int]) -> Tensor:
-        """One forward pass over `token_ids` [T], no cache kept: fp32 [T, vocab_size].
+        """Logits of `token_ids` [T] in one forward pass that keeps no cache: fp32 [T, vocab_size].
 
         Raises:
             RequestError: no tokens, an id outside the vocabulary, or more than `context` tokens.
@@ -185,10 +185,10 @@ class Engine:
 
 
 class Session:
-    """One conversation: its cache survives from turn to turn, so that only new tokens are computed.
+    """One conversation. Its cache lasts from turn to turn, so that only new tokens are computed.
 
     Attributes:
-        context: tokens that fit.
+        context: tokens that the cache may hold.
         reused: tokens of the last prefill that the cache already held.
         computed: tokens that the last prefill has computed.
     """
@@ -202,7 +202,7 @@ class Session:
 
     @property
     def tokens(self) -> list[int]:
-        """What the cache holds: a copy of the token ids."""
+        """A copy of the ids of the tokens that the cache holds."""
         return list(self._cache.tokens)
 
     @property
@@ -218,19 +218,20 @@ class Session:
         on_progress: Callable[[int, int], None] | None = None,
         cancel: Cancel | None = None,
     ) -> Tensor:
-        """Bring the cache to `token_ids`, the whole conversation so far, and predict what follows.
+        """Compute the whole conversation so far, and predict the token that follows.
 
-        The longest common prefix with what the cache holds is kept; the rest, at least the last token, is
-        computed in chunks. After an error, a cancellation or an interrupt the session holds the chunks that
-        were finished and can go on from there.
+        The cache keeps the longest prefix that it shares with `token_ids`; the other tokens, at least the
+        last one, are computed in chunks. After an error, a cancellation or an interrupt the session keeps the
+        chunks that were finished, and the next prefill continues from there.
 
         Args:
             token_ids: T ids from the start of the conversation.
-            on_progress: called with (tokens computed, tokens to compute), first with 0 and then per chunk.
-            cancel: looked at before every layer.
+            on_progress: called with (tokens computed, tokens to compute), first with 0 and then after each
+                chunk.
+            cancel: checked before every layer.
 
         Returns:
-            fp32 [vocab_size], the logits after the last token.
+            Logits after the last token, fp32 [vocab_size].
 
         Raises:
             RequestError: `token_ids` is empty, does not fit the context or leaves the vocabulary.
@@ -253,7 +254,7 @@ class Session:
 
     @torch.inference_mode()
     def decode(self, token: int) -> Tensor:
-        """Append one token and predict the next: fp32 [vocab_size].
+        """Append one token, and return the logits of the next: fp32 [vocab_size].
 
         Raises:
             RequestError: the context is full, or the id is outside the vocabulary.
@@ -294,6 +295,6 @@ def _default_device() -> str:
 
 
 def _load_on_gpu(name: str, checkpoint: Checkpoint, options: LoadOptions) -> tuple[Runner, GpuPlan]:
-    from moebox.runtime.engine.gpu_runner import load_on_gpu  # what it imports is of no use without a GPU
+    from moebox.runtime.engine.gpu_runner import load_on_gpu  # a box without a GPU needs none of its imports
 
     return load_on_gpu(name, checkpoint, options)

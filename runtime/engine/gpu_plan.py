@@ -1,9 +1,9 @@
 """Whether a model fits a GPU and the RAM beside it: decided from the config, before anything is loaded.
 
 VRAM = backbone + cache for the context + workspace of a prefill chunk + staging for uploads + reserve; what
-is left holds experts. RAM holds all experts beside what is learned of the router; where it cannot, RAM and
-VRAM together hold each expert once; where that is not enough either, the others are read from disk as they
-are needed.
+is left holds experts. RAM holds the router statistics and all experts. Where RAM is too small for them, each
+expert lies either in RAM or in VRAM. Where both together are too small, the other experts stay on disk and
+are read as they are routed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,15 @@ from moebox.kernels.gpu.base import ROUND_PAIRS
 from moebox.offload.memory.cold_reader import least_rows, spare_rows
 from moebox.offload.memory.gpu_slab import STAGING_SLOTS
 from moebox.offload.memory.ram_slab import row_stride
-from moebox.runtime.engine.cpu_plan import SMALLEST_CONTEXT, check_context, learned_bytes, usable_ram
+from moebox.runtime.engine.plan_parts import (
+    BackbonePlan,
+    check_budget,
+    check_context,
+    clamp_context,
+    learned_bytes,
+    ram_room_bytes,
+    tokens_in_cache_share,
+)
 from moebox.runtime.model.compute import EXPANDED_BYTES
 from moebox.runtime.model.kv_cache import bytes_per_token
 from moebox.runtime.model.precision import planned_bytes
@@ -28,27 +36,26 @@ CHUNK_TOKENS = 8192
 """Tokens of a prompt that go through the GPU at once, where memory allows: each chunk reads every expert."""
 SMALLEST_CHUNK_TOKENS = 256
 WORKSPACE_SHARE = 0.1
-"""Part of the memory beside backbone and cache that a chunk's intermediate values may take."""
-CACHE_SHARE = 0.15
-"""Part of the memory beside the backbone that the cache may take where no context was asked for."""
+"""Share of the memory beside backbone and cache that a chunk's intermediate values may take."""
 RESERVE_BYTES = 768 << 20
-"""Left alone: kernels, graphs, libraries' workspaces, fragmentation."""
+"""VRAM that is left to kernels, graphs, libraries' workspaces and fragmentation."""
 
 
 @dataclass(frozen=True)
-class GpuPlan:
+class GpuPlan(BackbonePlan):
     """What a load takes of VRAM and RAM, in bytes, tokens and experts.
 
-    `slots` experts fit the GPU beside everything else, `ram_rows` the RAM, some of which are passed through:
-    `hot` and `warm` ones stay there, `cold` ones lie on disk only. `exclusive` where an expert lies in one
-    place only; else the hot ones are among the warm ones.
+    Attributes:
+        staging_bytes: VRAM that a prompt's uploads pass through.
+        slots: experts that VRAM holds beside everything else, uploads on their way included.
+        ram_rows: experts that RAM holds, reads on their way included.
+        exclusive: an expert lies in RAM or in VRAM, not in both; else RAM holds the experts of VRAM, too.
+        hot: experts that stay in VRAM.
+        warm: experts that stay in RAM.
+        cold: experts that lie on disk only.
+        learned_bytes: RAM for router statistics and value models.
     """
 
-    context: int
-    chunk_tokens: int
-    backbone_bytes: int
-    kv_bytes: int
-    workspace_bytes: int
     staging_bytes: int
     slots: int
     ram_rows: int
@@ -65,7 +72,7 @@ class GpuPlan:
 
     @property
     def fixed_bytes(self) -> int:
-        """VRAM that is taken before the first expert."""
+        """VRAM that everything but the experts takes."""
         parts = (self.backbone_bytes, self.kv_bytes, self.workspace_bytes, self.staging_bytes)
         return sum(parts) + RESERVE_BYTES
 
@@ -79,17 +86,21 @@ def plan_gpu_memory(
     free_ram: int,
     context: int | None,
 ) -> GpuPlan:
-    """Share out VRAM and RAM; sizes in bytes, `context` in tokens, None for what is free or reasonable.
+    """Share VRAM and RAM out.
+
+    Args:
+        vram: bytes of VRAM that the model may take; None: what is free.
+        free_vram: free bytes of the device.
+        ram: bytes of RAM that experts and router statistics may take; None: what is free.
+        free_ram: free bytes of the machine.
+        context: tokens that a conversation may hold; None: what memory allows.
 
     Raises:
         PlanError: with the numbers, when it does not fit.
     """
     check_context(config, context)
-    for name, budget, free in (("VRAM", vram, free_vram), ("RAM", ram, free_ram)):
-        if budget is not None and budget > free:
-            raise PlanError(
-                f"{name} budget of {gib(budget)}, but only {gib(free)} are free", "Give a smaller budget."
-            )
+    check_budget("VRAM", vram, free_vram)
+    check_budget("RAM", ram, free_ram)
     room = free_vram if vram is None else vram
     plan = _fixed_parts(config, room, context)
     if plan.fixed_bytes > room:
@@ -99,22 +110,21 @@ def plan_gpu_memory(
             f"{gib(plan.fixed_bytes - room)} are missing",
             "Give a larger --vram or a smaller --context, or use --device cpu.",
         )
-    most = config.n_keys + config.num_experts_per_tok  # some are kept free for uploads
+    most = config.n_keys + config.num_experts_per_tok  # k slots stay free for uploads
     slots = min((room - plan.fixed_bytes) // row_stride(config), most)
-    return _share_experts(config, plan, slots, usable_ram(free_ram, ram))
+    return _share_experts(config, plan, slots, ram_room_bytes(ram, free_ram))
 
 
 def least_vram_bytes(config: ModelConfig, context: int) -> int:
-    """VRAM without which a model cannot be loaded: everything but experts, with the smallest chunks."""
+    """VRAM without which a model cannot be loaded: everything but the experts, with the smallest chunks."""
     return _fixed_parts(config, 0, context).fixed_bytes
 
 
 def describe_fixed(plan: GpuPlan) -> str:
     """The parts of `fixed_bytes` in words."""
     return (
-        f"backbone {gib(plan.backbone_bytes)} + cache {gib(plan.kv_bytes)} for {plan.context} tokens + "
-        f"workspace {gib(plan.workspace_bytes)} for chunks of {plan.chunk_tokens} + "
-        f"staging {gib(plan.staging_bytes)} + reserve {gib(RESERVE_BYTES)}"
+        f"{plan.describe_cache()} + workspace {gib(plan.workspace_bytes)} for chunks of "
+        f"{plan.chunk_tokens} + staging {gib(plan.staging_bytes)} + reserve {gib(RESERVE_BYTES)}"
     )
 
 
@@ -123,8 +133,7 @@ def _fixed_parts(config: ModelConfig, room: int, context: int | None) -> GpuPlan
     per_token = bytes_per_token(config, torch.bfloat16) + 4 * config.qk_rope_head_dim  # with its rotation
     left = room - backbone_bytes - RESERVE_BYTES
     if context is None:
-        affordable = max(SMALLEST_CONTEXT, int(left * CACHE_SHARE) // per_token)
-        context = min(affordable, config.max_position_embeddings)
+        context = clamp_context(config, tokens_in_cache_share(left, per_token))
     kv_bytes = context * per_token
     chunk = _chunk_tokens(config, context, int((left - kv_bytes) * WORKSPACE_SHARE))
     return GpuPlan(
@@ -141,7 +150,7 @@ def _fixed_parts(config: ModelConfig, room: int, context: int | None) -> GpuPlan
 
 
 def _chunk_tokens(config: ModelConfig, context: int, room: int) -> int:
-    """The largest power of two whose workspace fits `room`, between the two limits."""
+    """The largest power of two whose workspace fits `room`, from the smallest to the largest chunk."""
     chunk = CHUNK_TOKENS
     while chunk > SMALLEST_CHUNK_TOKENS:
         if chunk < 2 * context and workspace_bytes(config, chunk, context) <= room:
@@ -151,12 +160,12 @@ def _chunk_tokens(config: ModelConfig, context: int, room: int) -> int:
 
 
 def workspace_bytes(config: ModelConfig, chunk: int, context: int) -> int:
-    """VRAM that a chunk's intermediate values take at most, in a layer of any kind."""
+    """The most VRAM that a chunk's intermediate values take in any layer."""
     hidden, heads = config.hidden_size, config.num_attention_heads
     expanded = 2 * context * heads * (3 * config.qk_head_dim + config.v_head_dim)
-    # Bytes a token: the residual before and after (fp32), its norm on the way and in bf16; then the widest of
-    # attention (queries, positional parts through complex numbers, mixed values), dense MLP (gate and up,
-    # silu and product) and experts (regrouped input and two sums, beside a round's pairs).
+    # Bytes for each token: the residual before and after the layer (fp32), its norm in fp32 and in bf16; then
+    # the widest of attention (queries, positional parts as complex numbers, mixed values), dense MLP (gate
+    # and up, silu and product) and experts (regrouped input and two sums, beside the pairs of a round).
     queries = heads * (4 * config.qk_head_dim + 16 * config.qk_rope_head_dim + 6 * config.v_head_dim)
     widest = max(queries, 8 * config.intermediate_size, 10 * hidden)
     pairs = min(max(ROUND_PAIRS, chunk), chunk * config.num_experts_per_tok)
@@ -166,12 +175,12 @@ def workspace_bytes(config: ModelConfig, chunk: int, context: int) -> int:
 
 def _share_experts(config: ModelConfig, plan: GpuPlan, slots: int, ram_room: int) -> GpuPlan:
     keys, top_k = config.n_keys, config.num_experts_per_tok
-    hot = min(max(slots - top_k, 0), keys)  # the others are passed through
+    hot = min(max(slots - top_k, 0), keys)  # k slots are for uploads
     rows, learned = _rows(config, ram_room, residencies=1)
     if rows + hot >= keys:
         warm = keys if rows == keys else keys - hot
     else:
-        rows, learned = _rows(config, ram_room, residencies=2)  # of slots and of rows
+        rows, learned = _rows(config, ram_room, residencies=2)  # one of slots, one of rows
         _check_cold_rows(config, rows, learned)
         warm = rows - spare_rows(rows, top_k)
     return replace(
@@ -187,7 +196,7 @@ def _share_experts(config: ModelConfig, plan: GpuPlan, slots: int, ram_room: int
 
 
 def _rows(config: ModelConfig, ram_room: int, residencies: int) -> tuple[int, int]:
-    """Experts that RAM holds beside what is learned of the router, and the bytes of that."""
+    """Experts that RAM holds beside router statistics and value models, and the bytes of these."""
     learned = learned_bytes(config, residencies)
     return min(max(ram_room - learned, 0) // row_stride(config), config.n_keys), learned
 

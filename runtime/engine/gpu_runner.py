@@ -1,11 +1,10 @@
-"""The runner of a GPU: prefill through the modules, decoding through a program captured once per cache."""
+"""The runner of a box with a GPU: torch's modules compute a prompt, a captured program each decoded token."""
 
 from __future__ import annotations
 
 import logging
 import weakref
 from collections.abc import Callable
-from contextlib import ExitStack
 
 import torch
 from torch import Tensor
@@ -25,6 +24,7 @@ from moebox.runtime.engine.base import LoadOptions
 from moebox.runtime.engine.decode_program import DecodeProgram
 from moebox.runtime.engine.gpu_plan import GpuPlan, plan_gpu_memory
 from moebox.runtime.engine.recording import open_recording
+from moebox.runtime.engine.resources import Resources
 from moebox.runtime.model.compute import GpuProcessor
 from moebox.runtime.model.kimi_k2 import KimiK2
 from moebox.runtime.model.kv_cache import KVCache
@@ -34,24 +34,24 @@ from moebox.units import gib
 log = logging.getLogger("moebox")
 
 CORES_FOR_UPLOADS = 1
-"""Left free of the experts' threads by default: spinning on every core starves what queues the uploads."""
+"""Cores that the experts' pool leaves free by default: its threads spin, and the thread that queues uploads
+needs a core."""
 SMALLEST_RETRY_TOKENS = 8
-"""Where a chunk of twice as many does not fit, no smaller one is tried."""
+"""The smallest chunk that is tried where GPU memory is short."""
 LOGITS_ROWS = 256
 """Tokens whose logits are computed at once: 160 MiB of fp32 at K2's vocabulary."""
 
 
 class GpuRunner:
-    """Backbone and caches on the device, experts where `experts` has them. See `Runner`.
+    """Implements `Runner` with backbone and caches on a device, and experts on device, RAM and drive.
 
     Args:
-        model: bf16 on the device, made with its processor; gets its experts here.
-        device: where.
-        experts: the tiers.
-        memory: lent to one session after the other.
+        model: bf16 on the device; it is connected to `experts` here.
+        device: the GPU, or its stand-in.
+        experts: the experts on all tiers.
+        memory: memory of the first cache; once that cache is dropped, the next one gets it.
         chunk_tokens: tokens that go through the model at once.
-        resources: what `close` closes; the runner's end does, too.
-        recorded: closed by `close` only, before the others.
+        resources: closed with the runner.
     """
 
     def __init__(
@@ -61,8 +61,7 @@ class GpuRunner:
         experts: GpuExperts,
         memory: CacheMemory,
         chunk_tokens: int,
-        resources: ExitStack | None = None,
-        recorded: ExitStack | None = None,
+        resources: Resources | None = None,
     ) -> None:
         model.connect(experts)
         self.model = model
@@ -74,11 +73,11 @@ class GpuRunner:
         self._inputs = device.pinned((2,), torch.int64)
         self._logits = device.pinned((model.config.vocab_size,), torch.float32)
         self._spare = [memory]
-        self._resources, self._recorded = resources or ExitStack(), recorded or ExitStack()
-        weakref.finalize(self, self._resources.close)
+        self._resources = resources or Resources()
+        self._resources.close_with(self)
 
     def new_cache(self, context: int) -> KVCache:
-        """See `Runner.new_cache`: the memory that was planned for, or new memory where that is lent."""
+        # One cache at a time has the memory that the plan counted; others get memory of their own.
         if not self._spare or self._spare[0].capacity < context:
             return DeviceCache(self.model.config, context, self._allocate(context))
         memory = self._spare.pop()
@@ -104,10 +103,9 @@ class GpuRunner:
         last_only: bool = False,
         between_layers: Callable[[], None] | None = None,
     ) -> Tensor:
-        """See `Runner.forward`."""
         if not isinstance(cache, DeviceCache):
             raise TypeError("the cache was not made by this runner")
-        # Torch's own threads would spin on the cores of the experts'; what is left for them here is small.
+        # Torch has little to do on the CPU here; its threads would spin on the cores of the experts' pool.
         torch.set_num_threads(1)
         if len(token_ids) == 1:
             if between_layers is not None:
@@ -126,7 +124,7 @@ class GpuRunner:
         return logits[-1] if last_only else torch.cat(logits)
 
     def _halve_chunks(self, count: int) -> int:
-        """Go on with chunks of half as many tokens as there was no memory for; returns how many."""
+        """Halve the chunk for which memory was short; returns the new number of tokens."""
         if count < 2 * SMALLEST_RETRY_TOKENS:
             free = gib(self._device.free_vram_bytes())
             raise RequestError(
@@ -145,7 +143,7 @@ class GpuRunner:
 
     def decode(self, token: int, cache: DeviceCache) -> Tensor:
         """Run one token through the program, and commit it to the cache: fp32 [vocab_size] on the CPU."""
-        self._inputs[0], self._inputs[1] = token, len(cache)  # compiling runs it too
+        self._inputs[0], self._inputs[1] = token, len(cache)  # before compiling, which runs the program
         launch = self._launches(cache.memory)[self.experts.predicting]
         self.experts.begin_token()
         try:
@@ -160,24 +158,21 @@ class GpuRunner:
         return self._logits.clone()
 
     def traffic(self) -> Traffic:
-        """See `Runner.traffic`."""
         return self.experts.traffic()
 
     def close(self) -> None:
-        """See `Runner.close`."""
-        self._recorded.close()
         self._resources.close()
 
     def _release(self) -> None:
-        """Let a running program end without its host: an interrupt may have come before the first step."""
+        """Let a running program end although its host has stopped, perhaps before the first step."""
         box = self.experts.mailbox
         box.raise_host_flags()
-        uploads = self._device.uploads  # the compute stream waits, and cannot do it
+        uploads = self._device.uploads  # the compute stream is waiting and cannot copy
         uploads.copy(box.uploaded, box.summed)
         uploads.record().synchronize()
 
     def _launches(self, memory: CacheMemory) -> dict[bool, Launch]:
-        """The programs for this memory, by whether they predict; compiled at its first token."""
+        """The memory's programs, with and without predictions; compiled at its first token."""
         wanted = {False} if self.experts.ahead is None else {False, True}
         for predicts in sorted(wanted - memory.launches.keys()):
             memory.launches[predicts] = self._compile(memory, predicts)
@@ -202,7 +197,7 @@ class GpuRunner:
 
 
 class DeviceCache(KVCache):
-    """A cache in device memory that is there from the start."""
+    """A cache in memory of the device, all of it allocated beforehand."""
 
     def __init__(self, config: ModelConfig, context: int, memory: CacheMemory) -> None:
         super().__init__(config, torch.bfloat16, context, memory.layers)
@@ -210,7 +205,7 @@ class DeviceCache(KVCache):
 
 
 class CacheMemory:
-    """Device memory for the cache of `capacity` tokens, and the decode programs made for it."""
+    """Device memory for a cache of `capacity` tokens, and the decode programs that were compiled for it."""
 
     def __init__(self, model: KimiK2, device: Device, capacity: int) -> None:
         config = model.config
@@ -221,7 +216,12 @@ class CacheMemory:
 
 
 def load_on_gpu(name: str, checkpoint: Checkpoint, options: LoadOptions) -> tuple[GpuRunner, GpuPlan]:
-    """Load a checkpoint that was checked onto the device called `name`; see `Engine.load`."""
+    """Load a checkpoint, whose names and formats were checked, onto the device called `name`.
+
+    Raises:
+        CheckpointError: a tensor is missing, cannot be read, or does not match the config.
+        PlanError: the model does not fit, or the options ask for what a GPU does not do.
+    """
     _check_options(name, options)
     device, config = open_device(name), checkpoint.config
     plan = plan_gpu_memory(
@@ -245,14 +245,13 @@ def load_on_gpu(name: str, checkpoint: Checkpoint, options: LoadOptions) -> tupl
 def _load_planned(checkpoint: Checkpoint, device: Device, plan: GpuPlan, options: LoadOptions) -> GpuRunner:
     config = checkpoint.config
     processor = GpuProcessor(device.torch_device, device.ops)
-    with ExitStack() as opened, ExitStack() as recorded:
+    with Resources() as resources:
         recording = open_recording(checkpoint, options.statistics, options.record_trace)
-        recorded.callback(recording.close)
-        store = opened.enter_context(
-            ExpertStore.open(checkpoint, options.stores, verify=options.verify_reads)
-        )
-        model = load_backbone(checkpoint, None, torch.bfloat16, "bf16", options.progress, processor)
-        # The experts' slab comes last: it is what shrinks where memory turns out to be short.
+        resources.add_recording(recording.close)
+        store = ExpertStore.open(checkpoint, options.stores, verify=options.verify_reads)
+        resources.add(store.close)
+        model = load_backbone(checkpoint, torch.bfloat16, "bf16", options.progress, processor)
+        # The experts' slab is allocated last, because it shrinks where memory is shorter than planned.
         memory = CacheMemory(model, device, plan.context)
         pool = cpu.ThreadPool(options.threads or max(1, cpu.allowed_cpus() - CORES_FOR_UPLOADS))
         ram = RamSlab(config, plan.ram_rows, device, options.progress)
@@ -260,10 +259,8 @@ def _load_planned(checkpoint: Checkpoint, device: Device, plan: GpuPlan, options
         experts.load(store, recording.statistics, options.progress)
         if options.prefetch:
             experts.upload_ahead()
-        experts.recorder = recording.recorder
-        recording.placed_by(experts)
-        chunk_tokens = plan.chunk_tokens
-        return GpuRunner(model, device, experts, memory, chunk_tokens, opened.pop_all(), recorded.pop_all())
+        recording.connect(experts)
+        return GpuRunner(model, device, experts, memory, plan.chunk_tokens, resources)
 
 
 def _check_options(name: str, options: LoadOptions) -> None:

@@ -1,8 +1,7 @@
-"""What a loaded model keeps of its routing: router statistics, and a trace where one was asked for."""
+"""What a loaded model records of its routing: router statistics, and a trace where one was asked for."""
 
 from __future__ import annotations
 
-import atexit
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,48 +17,48 @@ from moebox.offload.routing.recorder import RoutingRecorder, Sink, TraceSink
 from moebox.offload.routing.statistics import RouterStatistics
 
 
-class Placed(Protocol):
-    """Experts that can say where they lie."""
+class RecordedExperts(Protocol):
+    """Routed experts that tell a recorder what was picked, and say where each expert lies."""
+
+    recorder: RoutingRecorder | None
 
     def placement(self) -> npt.NDArray[np.uint8]:
-        """uint8 [L, E] of `counts.TIERS`."""
+        """uint8 [L, E] of indices of `experts.TIERS`."""
         ...
 
 
 @dataclass(frozen=True)
 class Recording:
-    """Who is told what the router picks; `close` saves it, and so does the end of the program.
-
-    A garbage collection does not: it may come in the middle of anything, and saving is Python that must not.
+    """Where a loaded model's picks are recorded.
 
     Attributes:
-        statistics: of this model, from earlier runs and this one; None: not wanted.
-        recorder: to be told; None: nobody wants to know.
+        statistics: of this model, from earlier runs and this one; None where a load does without them.
+        recorder: takes the picks; None where neither statistics nor a trace are kept.
     """
 
     statistics: RouterStatistics | None = None
     recorder: RoutingRecorder | None = None
 
-    def placed_by(self, experts: Placed) -> None:
-        """Keep where `experts` lie, too, as long as they are there."""
+    def connect(self, experts: RecordedExperts) -> None:
+        """Record the picks of `experts`; the statistics also save where each expert lies."""
+        experts.recorder = self.recorder
         if self.statistics is not None:
-            there = weakref.ref(experts)
-            self.statistics.placement = lambda: None if (living := there()) is None else living.placement()
+            reference = weakref.ref(experts)  # the statistics may outlive the experts
+            self.statistics.placement = lambda: None if (alive := reference()) is None else alive.placement()
 
     def close(self) -> None:
         """Save what was recorded."""
-        atexit.unregister(self.close)
         if self.recorder is not None:
             self.recorder.close()
 
 
 def open_recording(checkpoint: Checkpoint, statistics: bool, record_trace: Path | None) -> Recording:
-    """Open what a load was asked for.
+    """Open the statistics and the trace that a load asks for.
 
     Args:
-        checkpoint: whose routing.
+        checkpoint: the model's.
         statistics: whether to use and keep the model's statistics.
-        record_trace: a file for all picks of this run.
+        record_trace: the file that gets all picks of this run.
 
     Raises:
         RequestError: `record_trace` cannot be written.
@@ -69,9 +68,7 @@ def open_recording(checkpoint: Checkpoint, statistics: bool, record_trace: Path 
     sinks: list[Sink] = [] if known is None else [known]
     if record_trace is not None:
         sinks.append(_open_trace(record_trace, identity))
-    recording = Recording(known, RoutingRecorder(*identity.shape, sinks) if sinks else None)
-    atexit.register(recording.close)
-    return recording
+    return Recording(known, RoutingRecorder(*identity.shape, sinks) if sinks else None)
 
 
 def _open_trace(path: Path, identity: ModelIdentity) -> TraceSink:

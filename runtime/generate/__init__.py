@@ -1,1 +1,1 @@
-"""runtime/generate"""
+"""Logits to tokens: sampling, and the loop of an answer."""

@@ -1,4 +1,4 @@
-"""The generation loop: prefill the prompt, then sample and decode until something ends the answer."""
+"""The generation loop: prefill the prompt, then sample and decode until the answer ends."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ OnPrefill = Callable[[int, int], None]
 """Called with (prompt tokens computed, prompt tokens to compute)."""
 
 OnTokens = Callable[[int], None]
-"""Called with the number of tokens that have just been computed."""
+"""Called with the number of tokens computed since the last call."""
 
 
 class ContextError(RequestError):
-    """A prompt with more tokens than the context holds."""
+    """The prompt has more tokens than the context holds."""
 
 
 class TokenSession(Protocol):
-    """What the loop needs of `engine.Session`."""
+    """The part of `engine.Session` that the loop needs."""
 
     context: int
     reused: int
@@ -40,21 +40,21 @@ class TokenSession(Protocol):
 
 
 class Generation:
-    """One answer: iterate for its token ids, without the one that ends it; then read `stats`.
+    """One answer. Iterating over it yields its token ids, without the token that ends it.
 
     Attributes:
         tokens: ids so far.
         computed: tokens of the prompt that were computed so far.
-        finish_reason: why it ended.
-        on_tokens: told of tokens as they are computed, the prompt's by chunks; to be set before the start.
+        finish_reason: why the answer ended.
+        on_tokens: called after each chunk of the prompt and each decoded token; to be set before iterating.
 
     Args:
-        session: holds the cache; the prompt's common prefix with it is not computed again.
+        session: has the cache; the prefix that the prompt shares with the cache is not computed again.
         prompt: ids of the whole conversation so far.
-        sampler: chooses each token, and holds `max_tokens`.
+        sampler: chooses each token, and has `max_tokens`.
         stop_ids: tokens that end the answer.
-        cancel: set from elsewhere to end the answer after the current step.
-        on_prefill: progress of the prompt.
+        cancel: an event that ends the answer after the current step.
+        on_prefill: called with the progress of the prompt.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class Generation:
         try:
             token = self._first()
         except MoeboxError:
-            if self._cancel.is_set():  # the session stopped because it was told to
+            if self._cancel.is_set():  # the error is the session's Cancelled
                 return
             raise
         while token not in self._stop_ids:
@@ -126,7 +126,7 @@ class Generation:
         return token
 
     def _limit(self) -> FinishReason | None:
-        """Why the answer must end here; None to go on."""
+        """Why the answer ends here; None where it goes on."""
         if self._cancel.is_set():
             return "cancelled"
         if len(self.tokens) == self._sampler.options.max_tokens:

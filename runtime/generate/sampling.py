@@ -21,12 +21,17 @@ _FIRST_CANDIDATES = 256
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """How to choose tokens. Checked on construction: `RequestError` names the option and the value.
+    """How to choose tokens. A checkpoint's `generation_config.json` overrides the defaults.
 
-    `temperature` 0 is greedy. 0.6 is what Moonshot recommends for Kimi-K2-Instruct; a checkpoint's
-    `generation_config.json` overrides these defaults where it says something. `top_k` 0, `top_p` 1,
-    `min_p` 0 and `repetition_penalty` 1 switch each filter off. `max_tokens` None means until the
-    context is full, `seed` None a fresh one (reported with the answer).
+    Attributes:
+        max_tokens: the most tokens of an answer; None: until the context is full.
+        temperature: 0 always takes the most probable token. Moonshot recommends 0.6 for Kimi-K2-Instruct.
+        top_p, top_k, min_p, repetition_penalty: filters; 1, 0, 0 and 1 switch each of them off.
+        seed: of the random numbers; None: a fresh one for each answer, reported with the answer.
+        stop: strings that end an answer.
+
+    Raises:
+        RequestError: a value of another type or out of range; names the option and the value.
     """
 
     max_tokens: int | None = None
@@ -108,12 +113,12 @@ def generation_defaults(folder: Path) -> tuple[SamplingOptions, tuple[int, ...]]
 
 
 class Sampler:
-    """Draws tokens for one answer. The same options, seed and logits give the same tokens.
+    """Draws the tokens of one answer. The same options, seed and logits give the same tokens.
 
     Args:
-        options: how to choose.
-        prompt: the prompt's ids; like the answer's, they fall under the repetition penalty
-            (arXiv 1909.05858, as transformers applies it).
+        options: how to choose tokens.
+        prompt: the prompt's ids; the repetition penalty (arXiv 1909.05858, as transformers applies it)
+            applies to them and to the answer's.
     """
 
     def __init__(self, options: SamplingOptions, prompt: Iterable[int] = ()) -> None:
@@ -125,10 +130,13 @@ class Sampler:
         self._seen = set(prompt) if options.repetition_penalty != 1.0 else set()
 
     def sample(self, logits: Tensor) -> int:
-        """The next token for `logits`, float [vocab].
+        """Draw the next token.
+
+        Args:
+            logits: float [vocab].
 
         Raises:
-            MoeboxError: the logits hold NaN, or nothing finite.
+            MoeboxError: the largest logit is NaN or infinite.
         """
         options = self.options
         logits = logits.detach().float().cpu()
@@ -153,7 +161,7 @@ class Sampler:
         return logits.index_copy(0, seen, torch.where(scores > 0, scores / penalty, scores * penalty))
 
     def _draw(self, logits: Tensor) -> int:
-        """One token by inversion: the first whose cumulative weight exceeds a uniform share of all."""
+        """Inversion: the first token whose cumulative weight exceeds `uniform * total`."""
         import torch
 
         uniform = float(torch.rand((), generator=self._generator, dtype=torch.float64))
@@ -165,17 +173,17 @@ class Sampler:
 def candidates(logits: Tensor, options: SamplingOptions, share: float = 1.0) -> tuple[Tensor, Tensor, float]:
     """Tokens that may be drawn, most probable first.
 
-    The order of the filters is temperature, top-k, top-p, min-p, as in transformers. Of tokens with
-    equal probability the one with the smaller id comes first.
+    The filters apply in the order temperature, top-k, top-p, min-p, as in transformers. Of tokens with equal
+    probability the token with the smaller id comes first.
 
     Args:
         logits: [vocab], float32 or float64.
         options: temperature above 0, and the filters.
-        share: without a filter, how much of all probability the result has to cover.
+        share: without a filter, the share of all probability that the result covers at least.
 
     Returns:
-        Weights (float64 [n], the best token has 1), token ids (int64 [n]), and the weight of everything
-        that may be drawn: of these tokens after a filter, of the whole vocabulary without one.
+        Weights (float64 [n], where the most probable token has 1), token ids (int64 [n]), and the total
+        weight: of the n tokens where a filter is on, of the whole vocabulary where none is.
     """
     relative = (logits - logits.max()) / options.temperature
     whole = float(relative.exp().sum().double())
@@ -183,7 +191,7 @@ def candidates(logits: Tensor, options: SamplingOptions, share: float = 1.0) -> 
     if options.top_k:
         whole = float(weights.sum())
     if options.top_p < 1:
-        # A token stays while the weight before it is below top_p; the first one always stays.
+        # A token stays while the weight before it is below top_p of the whole; the first token always stays.
         before = weights.cumsum(0) - weights
         keep = max(int((before < options.top_p * whole).sum()), 1)
         weights, tokens = weights[:keep], tokens[:keep]
@@ -195,10 +203,10 @@ def candidates(logits: Tensor, options: SamplingOptions, share: float = 1.0) -> 
 
 
 def _leading(relative: Tensor, options: SamplingOptions, whole: float, share: float) -> tuple[Tensor, Tensor]:
-    """The most probable tokens, best first: as many as the filters or the draw could reach.
+    """The most probable tokens, best first: all that the filters or the draw can reach.
 
-    Sorting the whole vocabulary of 163,840 costs over 10 ms a token; nearly always the first 256 do, so
-    the selection grows only until what is asked for lies inside it.
+    Sorting a vocabulary of 163,840 takes more than 10 ms. The first 256 tokens are nearly always enough, and
+    where they are not, eight times as many are tried.
     """
     size = min(options.top_k or _FIRST_CANDIDATES, len(relative))
     while True:

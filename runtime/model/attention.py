@@ -23,13 +23,19 @@ if TYPE_CHECKING:
 class Attention(nn.Module):
     """One layer's attention.
 
-    A cached token is R + rope values, shared by all heads. Two forms give the same sums in another order:
-    absorbed (queries are carried into the latent space: no work per cached token) for few new tokens,
-    expanded (`kv_b_proj` turns latents into keys and values: 3.4 times less work per pair of tokens at K2's
-    widths) for the chunks of a prefill.
+    A cached token takes R + rope values, which all heads share. Two forms compute the same sums in another
+    order:
+
+    - absorbed, for few new tokens: `kv_b_proj` maps the queries into the latent space; cached tokens need no
+      projection;
+    - expanded, for a prefill's chunks: `kv_b_proj` maps the latents to keys and values; a pair of tokens then
+      takes 3.4 times fewer operations at K2's widths.
 
     `q_kv_a_proj` holds the rows of `q_a_proj` (without a query rank, of `q_proj`), then those of
     `kv_a_proj_with_mqa`.
+
+    Attributes:
+        expand_from: new tokens from which the expanded form takes fewer operations.
     """
 
     def __init__(self, config: ModelConfig, layer: int, dtype: torch.dtype, processor: Processor) -> None:
@@ -51,7 +57,11 @@ class Attention(nn.Module):
         self.expand_from = per_key // max(per_pair_saved, 1) + 1
 
     def forward(self, x: Tensor, rotations: Tensor, cache: KVCache, written: int = 0) -> Tensor:
-        """`x [T, H] -> [T, H]`; the cache gets the tokens' latents, behind `written` others of this pass."""
+        """`x [T, H] -> [T, H]`.
+
+        The tokens' latents are appended to the cache, behind the `written` tokens that the same pass appended
+        before.
+        """
         rank, nope = self.config.kv_lora_rank, self.config.qk_nope_head_dim
         both = self.q_kv_a_proj(x)
         query, compressed = self._query(both[:, : self.query_rows]), both[:, self.query_rows :]
@@ -63,17 +73,17 @@ class Attention(nn.Module):
         return self.o_proj(mixed.transpose(0, 1).type(x.dtype).flatten(1))
 
     def _query(self, projected: Tensor) -> Tensor:
-        """From what the first projection made of it: [T, A, nope + rope], not yet rotated."""
+        """Output of the first projection, [T, query_rows] -> queries [T, A, nope + rope], not yet rotated."""
         if self.config.q_lora_rank is not None:
             projected = self.q_b_proj(self.q_a_layernorm(projected))
         return projected.reshape(len(projected), self.config.num_attention_heads, -1)
 
     def per_head(self) -> Tensor:
-        """`kv_b_proj` as [A, nope + v, R]: per head the rows to its keys, then those to its values."""
+        """`kv_b_proj` as [A, nope + v, R]: for each head the rows of its keys, then those of its values."""
         return self.kv_b_proj.weight.view(self.config.num_attention_heads, -1, self.config.kv_lora_rank)
 
     def _absorbed(self, query: Tensor, position: Tensor, latent: Tensor) -> Tensor:
-        """Attend in the latent space, where all heads have the same keys.
+        """Attend in the latent space, where all heads share the keys.
 
         `query [A, T, nope]`, `position [A, T, rope]`, `latent [S, R + rope]` -> [A, T, v].
         """
@@ -86,10 +96,10 @@ class Attention(nn.Module):
         return bmm(mixed, per_head[:, nope:].transpose(1, 2))
 
     def _expanded(self, query: Tensor, position: Tensor, latent: Tensor) -> Tensor:
-        """The same with keys and values of each head's own, a few heads at a time."""
+        """Attend with each head's own keys and values, a few heads at a time; shapes as `_absorbed`."""
         nope, rank = self.config.qk_nope_head_dim, self.config.kv_lora_rank
         heads, count, _ = query.shape
-        width = 3 * self.config.qk_head_dim + self.config.v_head_dim  # of keys and values, then padded
+        width = 3 * self.config.qk_head_dim + self.config.v_head_dim  # of keys and values, then padded ones
         size = self.processor.heads_at_once(count, latent.shape[0], width)
         query, latent = torch.cat([query, position], dim=-1), widen(count, latent)
         mixed = []
@@ -104,10 +114,10 @@ class Attention(nn.Module):
 
 
 def causal_attention(query: Tensor, keys: Tensor, values: Tensor, scale: float, scores_bytes: int) -> Tensor:
-    """Causal softmax(scale * query keys^T) values, the queries being the last of the S tokens.
+    """Causal softmax(scale * query keys^T) values, where the T queries belong to the last of the S tokens.
 
-    `query [A, T, D]`, `keys [..., S, D]`, `values [..., S, V]`, with or without heads -> [A, T, V]; so many
-    queries at once as have `scores_bytes` of scores.
+    `query [A, T, D]`, `keys [..., S, D]`, `values [..., S, V]`, with or without heads -> [A, T, V]. The fp32
+    scores of the queries that are taken at once fit `scores_bytes`.
     """
     heads, count, _ = query.shape
     total = keys.shape[-2]
@@ -123,7 +133,7 @@ def causal_attention(query: Tensor, keys: Tensor, values: Tensor, scale: float, 
 
 
 def causal_softmax(scores: Tensor) -> Tensor:
-    """Softmax over [..., T, S] in fp32, where token t of the T sees all but the last T - 1 - t of the S."""
+    """Softmax of fp32 scores [..., T, S] over S; row t leaves out the last T - 1 - t columns."""
     count = scores.shape[-2]
     if count > 1:
         hidden = torch.ones(count, count, dtype=torch.bool, device=scores.device).triu(1)

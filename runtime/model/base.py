@@ -14,13 +14,13 @@ from moebox.config import ModelConfig
 
 
 class Processor(Protocol):
-    """What the modules ask.
+    """A device, and the operations that are written for it.
 
     Attributes:
-        device: where parameters, caches and activations lie.
-        scores_bytes: attention scores computed at once.
-        part_tokens: tokens of a chunk that go through a layer at once, but for the routed experts: a longer
-            chunk is computed as several of them, bit for bit.
+        device: holds parameters, caches and activations.
+        scores_bytes: fp32 attention scores that are computed at once.
+        part_tokens: tokens that go through a layer at once, the routed experts excepted. A longer chunk is
+            computed as several such parts, and every bit of the result is that of the parts.
     """
 
     device: torch.device
@@ -28,18 +28,24 @@ class Processor(Protocol):
     part_tokens: int
 
     def route(self, logits: Tensor, bias: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
-        """`logits` fp32 [T, E], `bias` fp32 [E] -> expert ids int64 [T, k], weights fp32 [T, k]."""
+        """Choose k experts for each token.
+
+        `logits` fp32 [T, E], `bias` fp32 [E] -> expert ids int64 [T, k] in any order, weights fp32 [T, k].
+        """
         ...
 
     def heads_at_once(self, count: int, total: int, width: int) -> int:
-        """Heads whose keys and values, `width` elements a token, are expanded at once.
+        """Heads whose keys and values are expanded at once.
 
-        `count` is T, `total` S.
+        Args:
+            count: T.
+            total: S.
+            width: elements that a head's keys and values take for each of the S tokens.
         """
         ...
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
-        """Causal attention of the last T of S tokens, each head with keys and values of its own.
+        """Causal attention of the last T of S tokens, where each head has its own keys and values.
 
         `query [A, T, D]`, `keys [A, S, D]`, `values [A, S, V]` -> [A, T, V].
         """

@@ -1,7 +1,4 @@
-"""Where the model's modules compute a chunk of tokens, and the few operations that differ there.
-
-Shapes: T new tokens, S cached and new tokens, A heads, E experts, k num_experts_per_tok.
-"""
+"""The two processors: the operations of the model's modules that differ between CPU and GPU."""
 
 from __future__ import annotations
 
@@ -22,34 +19,36 @@ if TYPE_CHECKING:
     from moebox.kernels.gpu.base import Ops
 
 CPU_SCORES_BYTES = 4 << 20
-"""Attention scores computed at once: they stay in cache, and memory is bounded however long the context."""
+"""Attention scores computed at once: they stay in the CPU's cache, whatever the context's length."""
 GPU_SCORES_BYTES = 128 << 20
 EXPANDED_BYTES = 512 << 20
-"""Keys and values of as many heads as this holds are expanded at once on a GPU."""
+"""GPU memory for the keys and values of the heads that are expanded at once."""
 
 
 class CpuProcessor:
-    """Plain torch on the CPU."""
+    """Implements `Processor` with torch on the CPU."""
 
     device = torch.device("cpu")
     scores_bytes = CPU_SCORES_BYTES
     part_tokens = PART_TOKENS
 
     def route(self, logits: Tensor, bias: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
-        """See `Processor.route`."""
         return choose_experts(logits, bias, config)
 
     def heads_at_once(self, count: int, total: int, width: int) -> int:
-        """See `Processor.heads_at_once`: as many as have their scores computed at once."""
-        return max(1, self.scores_bytes // (4 * count * total))
+        return max(1, self.scores_bytes // (4 * count * total))  # fp32 scores
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
-        """See `Processor.attend`."""
         return causal_attention(query, keys, values, scale, self.scores_bytes)
 
 
 class GpuProcessor:
-    """A GPU (or its stand-in): the router's kernel, and attention through torch's fused one."""
+    """Implements `Processor` on a GPU, or its stand-in, with the router's kernel and torch's fused attention.
+
+    Args:
+        device: the device's name for torch.
+        ops: the device's operations.
+    """
 
     scores_bytes = GPU_SCORES_BYTES
     part_tokens = sys.maxsize
@@ -59,15 +58,13 @@ class GpuProcessor:
         self._ops = ops
 
     def route(self, logits: Tensor, bias: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
-        """See `Processor.route`."""
         return self._ops.route(logits, bias, config)
 
     def heads_at_once(self, count: int, total: int, width: int) -> int:
-        """See `Processor.heads_at_once`: as many as `EXPANDED_BYTES` hold in bf16."""
-        return max(1, EXPANDED_BYTES // (2 * total * width))
+        return max(1, EXPANDED_BYTES // (2 * total * width))  # bf16
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
-        """See `Processor.attend`; values are padded to the keys' width, which the flash kernel wants."""
+        # The flash kernel takes values as wide as the keys.
         width = values.shape[-1]
         values = F.pad(values, (0, keys.shape[-1] - width))
         mask = causal_lower_right(query.shape[1], keys.shape[1])

@@ -1,7 +1,7 @@
 """The Kimi K2 family (DeepSeek-V3 architecture): modules under Hugging Face's tensor names.
 
-Shapes: T tokens, H hidden_size. The residual stream is fp32; matrices work in the model's dtype, and
-softmax, router, norms and the sum over experts in fp32.
+Shapes: T tokens, H hidden_size. Matrices are multiplied in the model's dtype; the residual stream, softmax,
+router, norms and the sum over experts are fp32.
 """
 
 from __future__ import annotations
@@ -27,33 +27,26 @@ PACKED: dict[str, tuple[str, ...]] = {
     "gate_up_proj": ("gate_proj", "up_proj"),
     "q_kv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa"),
 }
-"""Modules whose weight is made of several of the checkpoint's, row after row."""
+"""Modules whose weight stacks the rows of several weights of the checkpoint."""
 
 
 class DecoderLayer(nn.Module):
-    """Attention, then the dense MLP or the mixture of experts, each on the residual stream."""
+    """Attention, then the dense MLP or the mixture of experts; each adds to the residual stream."""
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        layer: int,
-        experts: Experts | None,
-        dtype: torch.dtype,
-        processor: Processor,
-    ) -> None:
+    def __init__(self, config: ModelConfig, layer: int, dtype: torch.dtype, processor: Processor) -> None:
         super().__init__()
         norm = partial(RMSNorm, config.hidden_size, config.rms_norm_eps, dtype, processor.device)
         self.input_layernorm = norm()
         self.self_attn = Attention(config, layer, dtype, processor)
         self.post_attention_layernorm = norm()
         self.mlp = (
-            MoE(config, layer, experts, processor)
+            MoE(config, layer, processor)
             if layer in config.moe_layers
             else MLP(config.hidden_size, config.intermediate_size)
         )
 
     def forward(self, hidden: Tensor, rotations: Sequence[Tensor], cache: KVCache) -> Tensor:
-        """`hidden` fp32 [T, H] -> fp32 [T, H], in place; `rotations` of each part of the chunk."""
+        """`hidden` fp32 [T, H] -> fp32 [T, H], in place; `rotations` has one entry for each part."""
         parts, written = torch.split(hidden, [len(part) for part in rotations]), 0
         for part, turns in zip(parts, rotations, strict=True):
             part.add_(self.self_attn(self.input_layernorm(part), turns, cache, written))
@@ -66,16 +59,13 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embedding, layers and final norm: what stands under `model.` in a checkpoint."""
+    """Embedding, layers and final norm: the tensors under `model.` in a checkpoint."""
 
-    def __init__(
-        self, config: ModelConfig, experts: Experts | None, dtype: torch.dtype, processor: Processor
-    ) -> None:
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, processor: Processor) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
-            DecoderLayer(config, layer, experts, dtype, processor)
-            for layer in range(config.num_hidden_layers)
+            DecoderLayer(config, layer, dtype, processor) for layer in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, processor.device)
         self.rotary = Rotary(config, processor.device)
@@ -84,17 +74,15 @@ class Decoder(nn.Module):
 class KimiK2(nn.Module):
     """The whole model: token ids in, logits out.
 
-    `experts` is asked for each layer's routed experts and may keep them anywhere; `processor` says where
-    all else is computed.
+    `connect` says what computes the routed experts, and comes before the first pass; the `processor`
+    computes everything else.
     """
 
-    def __init__(
-        self, config: ModelConfig, experts: Experts | None, dtype: torch.dtype, processor: Processor = CPU
-    ) -> None:
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, processor: Processor = CPU) -> None:
         super().__init__()
         self.config = config
         self.processor = processor
-        self.model = Decoder(config, experts, dtype, processor)
+        self.model = Decoder(config, dtype, processor)
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
 
     def forward(
@@ -105,10 +93,10 @@ class KimiK2(nn.Module):
         Args:
             token_ids: T ids.
             cache: grows by T tokens when the pass has finished, and not before.
-            between_layers: called before each layer; what it raises ends the pass.
+            between_layers: called before each layer; an exception that it raises ends the pass.
 
         Returns:
-            Normed hidden states [T, H], for `logits`.
+            The hidden states after the final norm, [T, H]: the input of `logits`.
         """
         hidden = self.model.embed_tokens(torch.tensor(token_ids, device=self.processor.device)).float()
         rotations, start = [], len(cache)
@@ -125,19 +113,17 @@ class KimiK2(nn.Module):
 
     @property
     def experts(self) -> Experts:
-        """Who computes the routed experts."""
-        found = next(layer.mlp.experts for layer in self.model.layers if isinstance(layer.mlp, MoE))
-        assert found is not None, "KimiK2.connect comes first"
-        return found
+        """What computes the routed experts of all layers."""
+        return next(layer.mlp.experts for layer in self.model.layers if isinstance(layer.mlp, MoE))
 
     def connect(self, experts: Experts) -> None:
-        """Let `experts` compute the routed experts from here on."""
+        """Let `experts` compute the routed experts of all layers."""
         for layer in self.model.layers:
             if isinstance(layer.mlp, MoE):
                 layer.mlp.experts = experts
 
     def sources(self, parameter: str) -> list[str]:
-        """The checkpoint's tensors (names without prefix) whose rows make up a parameter."""
+        """Names, without prefix, of the checkpoint's tensors whose rows a parameter stacks."""
         module, _, attribute = parameter.rpartition(".")
         parent, _, name = module.rpartition(".")
         parts: tuple[str, ...] = PACKED.get(name, (name,))

@@ -1,4 +1,4 @@
-"""The compressed cache of latent attention: one vector per token and layer, and the tokens it stands for."""
+"""The compressed cache of latent attention: one vector for each token and layer, and the tokens' ids."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from torch import Tensor
 from moebox.config import ModelConfig
 
 FIRST_CAPACITY = 256
+"""Tokens for which the first allocation has room."""
 
 
 def bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
@@ -16,12 +17,20 @@ def bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
 
 
 class KVCache:
-    """Per layer [capacity, kv_lora_rank + qk_rope_head_dim]: the normed latent, then the rotated key.
+    """For each layer [capacity, kv_lora_rank + qk_rope_head_dim]: the normed latent, then the rotated key.
 
-    `tokens` says what the cache holds. A forward pass first writes behind them, layer by layer; only
-    `commit` makes the new tokens count. A pass that is interrupted leaves the cache as it was.
+    A forward pass appends its tokens' values layer by layer, and calls `commit` at its end. A pass that is
+    interrupted before that leaves the cache as it was.
 
-    Memory grows with the tokens, up to `limit` of them, unless `layers` bring their own.
+    Args:
+        config: the model's.
+        dtype: of the values.
+        limit: tokens that the cache may hold.
+        layers: memory for all of them, one tensor for each layer; None: memory grows with the tokens.
+
+    Attributes:
+        tokens: ids of the committed tokens.
+        layers: one tensor for each layer.
     """
 
     def __init__(
@@ -43,9 +52,10 @@ class KVCache:
         return sum(layer.nbytes for layer in self.layers)
 
     def append(self, layer: int, values: Tensor, written: int = 0) -> Tensor:
-        """Write `values [T, width]` behind the committed tokens and the `written` ones of this pass.
+        """Write `values [T, width]` behind the committed tokens and the `written` tokens of this pass.
 
-        Returns the layer's [len + written + T, width].
+        Returns:
+            The layer's values so far, [len(self) + written + T, width].
         """
         start = len(self.tokens) + written
         end = start + values.shape[0]
@@ -56,11 +66,11 @@ class KVCache:
         return cached
 
     def commit(self, token_ids: list[int]) -> None:
-        """Count `token_ids` as held, after every layer has appended their values."""
+        """Add `token_ids` to the tokens, after every layer has appended their values."""
         self.tokens.extend(token_ids)
 
     def truncate(self, length: int) -> None:
-        """Forget all but the first `length` tokens; their memory is kept for those that follow."""
+        """Keep the first `length` tokens; the memory of the others stays allocated."""
         del self.tokens[length:]
 
     def _grow(self, layer: int, held: int, needed: int) -> None:

@@ -1,4 +1,4 @@
-"""From a checkpoint's files to the backbone's modules: strict about names, shapes and types."""
+"""Loads the backbone from a checkpoint's files, and checks all names, shapes and dtypes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from moebox.config import ModelConfig
 from moebox.errors import CheckpointError
 from moebox.offload.checkpoint.safetensors import TORCH_DTYPES, Checkpoint, TensorInfo
-from moebox.offload.experts import Experts, Progress
+from moebox.offload.experts import Progress
 from moebox.runtime.model import precision
 from moebox.runtime.model.base import Processor
 from moebox.runtime.model.compute import CPU
@@ -48,12 +48,13 @@ def check_quantized(checkpoint: Checkpoint) -> None:
 
 
 def check_names(checkpoint: Checkpoint) -> None:
-    """Find tensors that the model does not know.
+    """Refuse a checkpoint with tensors that the model does not have.
 
-    Those of a multi-token-prediction layer, a vision tower and old rotary buffers are left out by design.
+    Tensors of a multi-token-prediction layer and of a vision tower, and old rotary buffers, are allowed and
+    not loaded.
 
     Raises:
-        CheckpointError: a leftover, by name and file.
+        CheckpointError: names the tensor and its file.
     """
     config = checkpoint.config
     known = config.backbone_shapes()
@@ -80,27 +81,27 @@ def _is_expert(config: ModelConfig, plain: str) -> bool:
 
 def load_backbone(
     checkpoint: Checkpoint,
-    experts: Experts | None,
     dtype: torch.dtype,
     backbone: str = "bf16",
     progress: Progress | None = None,
     processor: Processor = CPU,
 ) -> KimiK2:
-    """Build the model and copy everything but the routed experts into the memory of its processor.
+    """Build the model and load everything but the routed experts into the memory of its processor.
+
+    `KimiK2.connect` has to follow before the first pass.
 
     Args:
         checkpoint: a quantized checkpoint.
-        experts: who computes the routed experts; None: `KimiK2.connect` comes before the first pass.
-        dtype: what matrices are kept and multiplied in, `torch.bfloat16` or `torch.float32`.
-        backbone: "bf16", or "int8" or "nf4" for the matrices in `backbone.QUANTIZED`.
+        dtype: matrices are kept and multiplied in `torch.bfloat16` or `torch.float32`.
+        backbone: "bf16", or "int8" or "nf4" for the matrices that `precision.is_quantized` names.
         progress: called with ("backbone", bytes done, bytes in all).
-        processor: where the model computes; int8 and nf4 only on the CPU.
+        processor: computes the model; int8 and nf4 need the CPU.
 
     Raises:
-        CheckpointError: a tensor is missing, or of another shape or type than the config implies.
+        CheckpointError: a tensor is missing, or has another shape or dtype than the config implies.
     """
-    with init_empty_weights():  # 23 GB of weights that are replaced at once need no memory first
-        model = KimiK2(checkpoint.config, experts, dtype, processor)
+    with init_empty_weights():  # the weights, 23 GB for K2, are replaced below
+        model = KimiK2(checkpoint.config, dtype, processor)
     shapes = checkpoint.config.backbone_shapes()
     sources = {
         parameter: [backbone_info(checkpoint, source, shapes) for source in model.sources(parameter)]
@@ -123,7 +124,7 @@ def load_backbone(
 
 
 def _read(info: TensorInfo) -> Tensor:
-    """The tensor in memory of its own: pages of a mapping would count as the process's, twice as much."""
+    """The tensor in memory of its own: a mapped file's pages would count for the process a second time."""
     tensor = torch.empty(info.shape, dtype=TORCH_DTYPES[info.dtype])
     target = tensor.reshape(-1).view(torch.uint8).numpy()
     try:
@@ -143,7 +144,7 @@ def _read(info: TensorInfo) -> Tensor:
 
 
 def _quantized_linear(weight: Tensor, backbone: str) -> nn.Module:
-    from moebox.runtime.model.quantized_linear import quantize_linear  # bitsandbytes: for int8 and nf4 only
+    from moebox.runtime.model.quantized_linear import quantize_linear  # imports bitsandbytes
 
     return quantize_linear(weight, backbone)
 
@@ -155,7 +156,16 @@ def replace(model: nn.Module, module_name: str, module: nn.Module) -> None:
 
 
 def backbone_info(checkpoint: Checkpoint, source: str, shapes: dict[str, tuple[int, ...]]) -> TensorInfo:
-    """Where a tensor lies (named without prefix), its shape and type checked."""
+    """A tensor's place in the checkpoint, with its shape and dtype checked.
+
+    Args:
+        checkpoint: has the tensor.
+        source: the tensor's name, without the checkpoint's prefix.
+        shapes: full name -> shape that the config implies.
+
+    Raises:
+        CheckpointError: the tensor is missing, or has another shape or dtype.
+    """
     info = checkpoint.info(f"{checkpoint.config.prefix}{source}")
     shape = shapes[info.name]
     if info.shape != shape:
@@ -172,5 +182,5 @@ def backbone_info(checkpoint: Checkpoint, source: str, shapes: dict[str, tuple[i
 
 
 def stored_bytes(model: nn.Module) -> int:
-    """Bytes that the model's parameters take, with the scales of quantized ones."""
+    """Bytes of the model's parameters, with the scales of quantized ones."""
     return sum(precision.parameter_bytes(parameter) for parameter in model.parameters())

@@ -36,14 +36,18 @@ class MLP(nn.Module):
 
 
 class MoE(nn.Module):
-    """Routed experts, wherever they live, plus the shared expert."""
+    """Routed experts, wherever they lie, plus the shared expert.
 
-    def __init__(
-        self, config: ModelConfig, layer: int, experts: Experts | None, processor: Processor
-    ) -> None:
+    Attributes:
+        layer: index of the decoder layer.
+        experts: computes the routed experts; set by `KimiK2.connect`.
+    """
+
+    experts: Experts
+
+    def __init__(self, config: ModelConfig, layer: int, processor: Processor) -> None:
         super().__init__()
         self.layer = layer
-        self.experts = experts
         self.gate = Router(config, processor)
         self.shared_experts = (
             MLP(config.hidden_size, config.moe_intermediate_size * config.n_shared_experts)
@@ -52,9 +56,8 @@ class MoE(nn.Module):
         )
 
     def forward(self, parts: Sequence[Tensor]) -> Tensor:
-        """Parts `[t, H]` of a chunk, T tokens in all -> fp32 [T, H]."""
+        """The parts `[t, H]` of a chunk of T tokens -> fp32 [T, H]."""
         expert_ids, weights = (joined(choices) for choices in zip(*map(self.gate, parts), strict=True))
-        assert self.experts is not None, "KimiK2.connect comes first"
         routed = self.experts.forward(self.layer, expert_ids, weights, joined(parts))
         if self.shared_experts is not None:
             for out, part in zip(torch.split(routed, [len(part) for part in parts]), parts, strict=True):
@@ -63,5 +66,5 @@ class MoE(nn.Module):
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor:
-    """The rows of all parts; a single one is not copied."""
+    """The rows of all parts; a single part is not copied."""
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))

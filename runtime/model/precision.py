@@ -1,13 +1,14 @@
-"""Precision of the backbone at load: bf16, or int8 and nf4 through bitsandbytes.
+"""Precision of the backbone when it is loaded: bf16, or int8 and nf4 through bitsandbytes.
 
-Quantized are the matrices of attention, shared experts, dense layers and head. `kv_b_proj` stays in bf16:
-absorbed attention multiplies by its parts per head, not as a Linear. So do the embedding (rows are looked
-up) and router and norms (small, fp32).
+int8 and nf4 apply to the matrices of attention, shared experts, dense layers and head. `kv_b_proj` stays in
+bf16, because absorbed attention multiplies by its parts for each head, not as a Linear. The embedding stays
+in bf16, because its rows are looked up. Router and norms are small, and stay in fp32.
 
-int8 is LLM.int8() (arXiv 2208.07339): activations are quantized too, outliers above 6 excepted. nf4 is
+int8 is LLM.int8() (arXiv 2208.07339): activations are quantized too, except outliers above 6. nf4 is
 QLoRA's NormalFloat (arXiv 2305.14314) in blocks of 64, with quantized block scales. On the CPU bitsandbytes
-0.50 multiplies wrongly where the inputs are no multiple of 64, and where the CPU has BF16 instructions it
-refuses outputs that are no multiple of 32; such matrices stay in bf16, on every machine alike.
+0.50 computes wrong products where the number of inputs is no multiple of 64, and on a CPU with BF16
+instructions it refuses a number of outputs that is no multiple of 32. Such matrices stay in bf16 on every
+machine.
 """
 
 from __future__ import annotations
@@ -24,8 +25,11 @@ from moebox.runtime.model.kimi_k2 import PACKED
 
 PRECISIONS = ("bf16", "int8", "nf4")
 NF4_BLOCK = 64
+"""The number of inputs of an nf4 matrix is a multiple of this."""
 NF4_OUTPUTS = 32
+"""The number of outputs of an nf4 matrix is a multiple of this."""
 NF4_BYTES_PER_WEIGHT = 0.5 + 1 / 64 + 4 / (64 * 256)
+"""Four bits, an 8-bit scale for each block of 64, and an fp32 scale for each 256 blocks."""
 
 _QUANTIZED = re.compile(
     r"lm_head$|self_attn\.(q_kv_a_proj|q_b_proj|o_proj)$|mlp\.(shared_experts\.)?(gate_up_proj|down_proj)$"
@@ -41,7 +45,7 @@ def check_precision(backbone: str) -> None:
 
 
 def is_quantized(module_name: str, shape: Sequence[int], backbone: str) -> bool:
-    """Whether a precision applies to the module of this name, whose weight has the shape [out, in]."""
+    """Whether the module of this name, with a weight of shape [out, in], is quantized in this precision."""
     if backbone == "bf16" or _QUANTIZED.search(module_name) is None:
         return False
     return backbone == "int8" or (shape[1] % NF4_BLOCK == 0 and shape[0] % NF4_OUTPUTS == 0)
@@ -57,12 +61,18 @@ def parameter_bytes(parameter: Tensor) -> int:
 
 
 def keeps_fp32(module_name: str) -> bool:
-    """Norms and the router are small, and work in fp32."""
+    """Whether a module is a norm or the router, which are kept in fp32."""
     return module_name.endswith(("norm", ".gate"))
 
 
 def planned_bytes(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, backbone: str) -> int:
-    """Bytes that a backbone of these tensors (name -> shape) will take."""
+    """Bytes that a backbone takes in this precision.
+
+    Args:
+        shapes: tensor's name -> shape.
+        dtype: of the matrices that are not quantized.
+        backbone: one of `PRECISIONS`.
+    """
     total = 0.0
     for name, shape in _parameter_shapes(shapes).items():
         module, elements = name.rpartition(".")[0], math.prod(shape)
@@ -74,7 +84,7 @@ def planned_bytes(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, backbo
 
 
 def _parameter_shapes(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """The model's parameters: several tensors of a checkpoint may be one parameter, row after row."""
+    """Shapes of the model's parameters, some of which stack the rows of several tensors of a checkpoint."""
     wholes = {part: whole for whole, parts in PACKED.items() for part in parts} | {"q_proj": "q_kv_a_proj"}
     parameters: dict[str, tuple[int, ...]] = {}
     for name, (rows, *rest) in shapes.items():

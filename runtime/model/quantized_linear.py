@@ -1,4 +1,4 @@
-"""int8 and nf4 matrices through bitsandbytes, which is imported with this module and only here."""
+"""int8 and nf4 matrices through bitsandbytes, which only this module imports."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ OUTLIER_THRESHOLD = 6.0
 
 
 class Int8Linear(bnb.nn.Linear8bitLt):  # type: ignore[misc]
-    """bitsandbytes' int8 Linear around fp32: on CPUs without bf16 instructions four times as fast."""
+    """bitsandbytes' int8 Linear with fp32 inputs: four times as fast on CPUs without bf16 instructions."""
 
     def forward(self, x: Tensor) -> Tensor:
         """`x [T, in] -> [T, out]`, in x's dtype."""
@@ -27,7 +27,7 @@ def quantize_linear(weight: Tensor, backbone: str) -> nn.Module:
         columns, rows, bias=False, compute_dtype=weight.dtype, quant_type="nf4", device="meta"
     )
     parameter = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4", module=module)
-    module.weight = parameter.to("cpu")  # where bitsandbytes quantizes
+    module.weight = parameter.to("cpu")  # this call quantizes
     return module
 
 

@@ -1,4 +1,4 @@
-"""Rotary positions (arXiv 2104.09864) with YaRN (arXiv 2309.00071), interleaved as the family has them."""
+"""Rotary positions (arXiv 2104.09864) with YaRN (arXiv 2309.00071), in the family's interleaved layout."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from moebox.config import ModelConfig, YarnConfig
 
 
 class Rotary:
-    """Turns positions into rotations, and vectors by them.
+    """Gives each position its rotations.
 
-    A pair `(x[2j], x[2j+1])` is one complex number, rotated by `position * inv_freq[j]`. transformers
-    also moves the pairs apart afterwards; queries and keys alike, so no score changes and it is left out.
+    A pair `(x[2j], x[2j+1])` is one complex number, which is rotated by the angle `position * inv_freq[j]`.
+    transformers then separates even and odd elements, in queries and keys alike; this changes no score, and
+    is left out here.
     """
 
     def __init__(self, config: ModelConfig, device: torch.device) -> None:
@@ -41,9 +42,10 @@ def rotate(x: Tensor, rotations: Tensor) -> Tensor:
 
 
 def inverse_frequencies(dim: int, theta: float, yarn: YarnConfig | None) -> Tensor:
-    """Radians per position of each pair: fp32 [dim / 2].
+    """Each pair's frequency in radians per position: fp32 [dim / 2].
 
-    With YaRN fast pairs keep their frequency, slow ones are divided by `factor`, with a ramp between.
+    With YaRN the fast pairs keep their frequency, that of the slow ones is divided by `factor`, and a linear
+    ramp lies between: `frequency * (ramp / factor + 1 - ramp)`.
     """
     frequencies = 1.0 / (theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))
     if yarn is None:
@@ -54,7 +56,7 @@ def inverse_frequencies(dim: int, theta: float, yarn: YarnConfig | None) -> Tens
 
 
 def correction_range(dim: int, theta: float, yarn: YarnConfig) -> tuple[float, float]:
-    """The pairs between which YaRN's ramp rises from 0 to 1."""
+    """The indices of the pairs between which YaRN's ramp rises from 0 to 1."""
 
     def pair_with(turns: float) -> float:
         wavelength = yarn.original_max_position_embeddings / (turns * 2 * math.pi)

@@ -1,4 +1,4 @@
-"""The family's router: sigmoid scores, a correction bias that chooses but does not weigh, groups, top-k."""
+"""The family's router: sigmoid scores, groups, top-k, and a bias that affects the choice, not the weights."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Router(nn.Module):
-    """Chooses `k` experts a token (arXiv 2412.19437, section 2.1.2); all in fp32.
+    """Chooses k experts for each token (arXiv 2412.19437, section 2.1.2), in fp32.
 
     `weight` is [E, H], `e_score_correction_bias` [E].
     """
@@ -29,13 +29,13 @@ class Router(nn.Module):
         self.e_score_correction_bias = nn.Parameter(torch.empty(experts), requires_grad=False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """`x [T, H]` -> expert ids int64 [T, k] in no particular order, weights fp32 [T, k]."""
+        """`x [T, H]` -> expert ids int64 [T, k] in any order, weights fp32 [T, k]."""
         logits = F.linear(x.float(), self.weight)
         return self.processor.route(logits, self.e_score_correction_bias, self.config)
 
 
 def choose_experts(logits: Tensor, bias: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
-    """The k best of each row.
+    """Choose the k experts with the largest `sigmoid(logit) + bias`; the weights leave the bias out.
 
     `logits` fp32 [T, E], `bias` fp32 [E] -> ids int64 [T, k], weights fp32 [T, k].
     """
@@ -49,7 +49,7 @@ def choose_experts(logits: Tensor, bias: Tensor, config: ModelConfig) -> tuple[T
 
 
 def mask_groups(choice: Tensor, config: ModelConfig) -> Tensor:
-    """-inf outside the `topk_group` groups whose two best experts score highest: [T, E]."""
+    """`choice [T, E]` with -inf outside the `topk_group` groups with the largest sums of two best experts."""
     if config.n_group == 1:
         return choice
     groups = choice.view(choice.shape[0], config.n_group, -1)

@@ -1,1 +1,1 @@
-"""runtime/text"""
+"""Messages to token ids, and tokens to pieces of text, reasoning and tool calls."""

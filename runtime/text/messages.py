@@ -1,7 +1,7 @@
-"""Checks messages and tools as the OpenAI chat format has them, and puts them in Kimi's form.
+"""Checks messages and tools in the OpenAI chat format, and converts them to Kimi's form.
 
-Kimi numbers tool calls `functions.{name}:{idx}`, idx counting over the whole conversation; ids of
-other makers (`call_abc`) in the history degrade the model, so they are renumbered here.
+Kimi's ids of tool calls are `functions.{name}:{idx}`, where idx counts over the whole conversation. Ids of
+another form in the history, such as `call_abc`, make the model's answers worse, so they are replaced here.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def tool_call_index(call_id: str) -> int | None:
 
 
 def next_tool_call_index(messages: Iterable[Message]) -> int:
-    """Number that the next tool call of a normalised conversation gets."""
+    """The number of the next tool call of a normalised conversation."""
     indices = [
         tool_call_index(call["id"]) for message in messages for call in message.get("tool_calls") or ()
     ]
@@ -42,10 +42,10 @@ def next_tool_call_index(messages: Iterable[Message]) -> int:
 
 
 def normalise_tools(tools: Sequence[Tool] | None) -> list[Tool]:
-    """Tools in the envelope `{"type": "function", "function": {...}}`, keys sorted at every depth.
+    """Tools in the form `{"type": "function", "function": {...}}`, with keys sorted at every depth.
 
     Raises:
-        RequestError: a tool without a usable name, or parameters that are no JSON Schema object.
+        RequestError: a tool without a valid name, or parameters that are no JSON Schema object.
     """
     if tools is not None and not isinstance(tools, list | tuple):
         raise RequestError(f"tools is a {type(tools).__name__}", "Give a list of function declarations.")
@@ -75,10 +75,10 @@ def _deep_sorted(value: Any) -> Any:
 
 
 def normalise_messages(messages: Sequence[Message]) -> list[Message]:
-    """Messages with text content, Kimi's tool-call ids, and nothing but the keys that templates read.
+    """Messages with text content, Kimi's tool-call ids, and only the keys that templates read.
 
     Raises:
-        RequestError: names the message and what is wrong with it.
+        RequestError: a message is not of the format; names the message and the fault.
     """
     if not isinstance(messages, list | tuple) or not messages:
         raise RequestError("messages is empty", 'Give at least {"role": "user", "content": "..."}.')
@@ -88,13 +88,20 @@ def normalise_messages(messages: Sequence[Message]) -> list[Message]:
 
 @dataclass
 class _Calls:
-    """Tool calls so far: given id -> (Kimi's id, name), in order, and which still lack a result."""
+    """The conversation's tool calls so far.
+
+    Attributes:
+        ids: given id -> (Kimi's id, name).
+        unanswered: given ids without a result yet, in order.
+        next_index: number of the next call whose given id has none.
+    """
 
     ids: dict[str, tuple[str, str]] = field(default_factory=dict)
     unanswered: list[str] = field(default_factory=list)
     next_index: int = 0
 
     def add(self, given: str | None, name: str) -> str:
+        """Note a call; returns Kimi's id of it."""
         match = _NATIVE_ID.fullmatch(given or "")
         index = int(match["index"]) if match and match["name"] == name else None
         known = {native for native, _ in self.ids.values()}
@@ -107,6 +114,7 @@ class _Calls:
         return native
 
     def answer(self, given: object, where: str) -> tuple[str, str]:
+        """Kimi's id and the name of the call that a result answers; without an id the oldest open call."""
         key = self.unanswered[0] if given is None and self.unanswered else given
         if not isinstance(key, str) or key not in self.ids:
             raise RequestError(

@@ -5,8 +5,8 @@
       <|tool_call_begin|> functions.{name}:{idx} <|tool_call_argument_begin|> {json} <|tool_call_end|> ...
     <|tool_calls_section_end|>
 
-The tags count only as control tokens: text that merely looks like one stays text. What does not parse
-is handed on as text with a warning; nothing but white space between calls is lost.
+Tags are control tokens only; text that spells a tag stays text. Output that does not parse is passed on as
+text with a warning. Only white space between calls is left out.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class _State(Enum):
     TEXT = auto()
     REASONING = auto()
     SECTION = auto()
-    """In a section, between calls."""
+    """In a tool-call section, between calls."""
     CALL_ID = auto()
     ARGUMENTS = auto()
 
@@ -49,9 +49,9 @@ class OutputParser:
     Args:
         tokenizer: names the control tokens.
         thinking_open: the prompt ended inside the think block, so the output begins with reasoning.
-        think_as_text: `<think>` is no control token of this model (some members of the family), so one
-            at the start of the output and its end are recognised as text.
-        next_index: conversation-wide number for a call whose id lacks one.
+        think_as_text: the think tags are no control tokens of this model, as in some members of the family,
+            so a think block at the start of the output is found in the text.
+        next_index: number, in the conversation, of the next call whose id has none.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class OutputParser:
         self._next_index = next_index
         self._call_id = ""
         self._arguments = ""
-        self._raw = ""  # what was read since the last complete piece, in case it does not parse
+        self._raw = ""  # the output since the last complete piece: passed on as text if it does not parse
 
     def push(self, token: int) -> list[Piece]:
         """Pieces that `token` completes."""
@@ -86,7 +86,7 @@ class OutputParser:
         return pieces + list(self._tag(tag))
 
     def finish(self) -> list[Piece]:
-        """Pieces that were waiting for more tokens; a call cut short comes out as text."""
+        """Pieces that were held back; a call that was cut short becomes text."""
         pieces = list(self._text(self._decoder.finish()))
         if self._think_text is not None:
             pieces += self._think_text.leave()
@@ -147,7 +147,7 @@ class OutputParser:
             yield from self._text(tag)
 
     def _complete_call(self) -> Iterator[Piece]:
-        """The call just read, or its text where it has no arguments or its id names no tool."""
+        """The call that ends here, or its text where it has no arguments or its id names no tool."""
         given, arguments = self._call_id.strip(), self._arguments
         name = tool_name(given)
         has_arguments = self._state is _State.ARGUMENTS
@@ -165,7 +165,7 @@ class OutputParser:
         yield Piece("tool_call", tool_call=call, warning=_json_fault(arguments))
 
     def _end_call(self, fault: str) -> Iterator[Piece]:
-        """A call without its end tag: taken when its arguments are whole, else handed on as text."""
+        """End a call that lacks its end tag: with complete arguments it is a call, else text."""
         if self._state is _State.ARGUMENTS and _json_fault(self._arguments) is None:
             yield from self._complete_call()
         elif self._state in _CALLING:
@@ -180,7 +180,7 @@ class OutputParser:
         self._in_section = False
 
     def _flush(self, warning: str) -> Iterator[Piece]:
-        """Hands on as text what was read and not understood; bare section tags say nothing."""
+        """Pass on as text what did not parse, unless it is nothing but section tags and white space."""
         raw, self._raw = self._raw, ""
         if raw.replace(SECTION_BEGIN, "").replace(SECTION_END, "").strip():
             yield Piece("text", raw, warning=warning)
@@ -189,7 +189,7 @@ class OutputParser:
 class ThinkText:
     """Finds `<think>...</think>` at the start of the output where the tags are ordinary text.
 
-    A tag may arrive in parts: what could still become one is held back.
+    A tag may arrive in parts, so text that could become a tag is held back.
     """
 
     def __init__(self, is_open: bool) -> None:
@@ -197,7 +197,7 @@ class ThinkText:
         self._held = ""
 
     def push(self, text: str) -> list[Piece]:
-        """Pieces of `text` and of what was held back."""
+        """Pieces of the text that was held back and of `text`."""
         self._held += text
         pieces: list[Piece] = []
         if self._phase == "start":
@@ -225,7 +225,7 @@ class ThinkText:
         return [Piece("reasoning", before)] if before else []
 
     def leave(self) -> list[Piece]:
-        """The rest: the output ends here, or a control token ends the reasoning."""
+        """The text that was held back, at the output's end or a control token."""
         held, self._held = self._held, ""
         kind: PieceKind = "reasoning" if self._phase == "reasoning" else "text"
         self._phase = "text"
@@ -233,14 +233,14 @@ class ThinkText:
 
 
 def tool_name(call_id: str) -> str | None:
-    """Name in a tool call's id: between the first `.` and the last `:`; a bare name counts too."""
+    """The tool's name in a call's id: the part between the first `.` and the last `:`, both optional."""
     name = call_id.rpartition(":")[0] if ":" in call_id else call_id
     name = name.partition(".")[2] if "." in name else name
     return name if _NAME.fullmatch(name) else None
 
 
 def _json_fault(arguments: str) -> str | None:
-    """What is wrong with a call's arguments; None for a JSON object."""
+    """The fault of a call's arguments; None where they are a JSON object."""
     try:
         value = json.loads(arguments)
     except ValueError as error:

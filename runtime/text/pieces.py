@@ -1,4 +1,4 @@
-"""What a chat yields: pieces of text and reasoning, complete tool calls, then one `Stats`."""
+"""What a chat yields: pieces of text and reasoning, complete tool calls, and at the end one `Stats`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FinishReason = Literal["stop", "length", "context", "tool_calls", "cancelled"]
 
 @dataclass(frozen=True)
 class ToolCall:
-    """A function call that the model asks for; `arguments` is its JSON text, exactly as generated."""
+    """A function call that the model asks for; `arguments` is JSON text, exactly as generated."""
 
     id: str
     name: str
@@ -84,8 +84,13 @@ class Stats:
 class Piece:
     """One step of a streamed answer.
 
-    `text` is set for the kinds `text` and `reasoning`, `tool_call` and `stats` for theirs. `warning`
-    says what was wrong where malformed output is handed on as text, or a call's arguments are no JSON.
+    Attributes:
+        kind: which of the next three fields is set.
+        text: of the kinds `text` and `reasoning`.
+        tool_call: of the kind `tool_call`.
+        stats: of the kind `stats`.
+        warning: the fault of malformed output that is passed on as text, or of a call whose arguments are no
+            JSON object.
     """
 
     kind: PieceKind
@@ -97,7 +102,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Completion:
-    """A whole answer. `tokens` are the generated ids, without the one that ended it."""
+    """A whole answer. `tokens` are the generated ids, without the token that ended the answer."""
 
     text: str
     tokens: list[int]

@@ -1,4 +1,4 @@
-"""Texts that end an answer, found across the pieces that it is streamed in."""
+"""Strings that end an answer, found across the pieces of a stream."""
 
 from __future__ import annotations
 
@@ -6,17 +6,20 @@ from collections.abc import Iterable
 
 
 def partial_suffix(text: str, mark: str) -> int:
-    """Length of the longest end of `text` that is a beginning of `mark`, shorter than `mark`."""
+    """Length of the longest end of `text` that is a proper beginning of `mark`."""
     return next(
         (size for size in range(min(len(text), len(mark) - 1), 0, -1) if text.endswith(mark[:size])), 0
     )
 
 
 class StopStrings:
-    """Ends a text at the first of several strings; holds back what could become one.
+    """Ends a streamed text before the first stop string, and holds back text that could become one.
 
     Args:
-        stops: the strings; none of them is part of the text.
+        stops: the stop strings.
+
+    Attributes:
+        stopped: whether a stop string was found.
     """
 
     def __init__(self, stops: Iterable[str]) -> None:
@@ -25,12 +28,12 @@ class StopStrings:
         self.stopped = False
 
     def push(self, text: str) -> str:
-        """The part of the text so far that no stop string can reach; sets `stopped` at one."""
+        """The text that is certain to stand before any stop string, of `text` and what was held back."""
         if not self._stops:
             return text
         text = self._held + text
         found = [(text.find(stop) + len(stop), text.find(stop)) for stop in self._stops if stop in text]
-        if found:  # the one complete first, whatever the pieces it came in
+        if found:  # the stop string that is complete first, for any division into pieces
             self.stopped = True
             self._held = ""
             return text[: min(found)[1]]
@@ -39,6 +42,6 @@ class StopStrings:
         return text[: len(text) - keep]
 
     def finish(self) -> str:
-        """What was held back when the text ended otherwise."""
+        """The text that was held back, at an end without a stop string."""
         held, self._held = self._held, ""
         return held

@@ -1,9 +1,9 @@
-"""A checkpoint's chat template -> token ids, with control tokens that only the template can write.
+"""Messages -> token ids, through a checkpoint's chat template; only the template can write control tokens.
 
-The rendered text is split at control tokens, so whatever a user, a tool or the model itself wrote must
-not contain one. Before rendering, the first character of every control token's name (`<` and `[`) is
-replaced in all of their strings by a private-use character that occurs nowhere in the input or the
-template; afterwards, when only plain text is left between control tokens, it is put back.
+The rendered text is split at the names of control tokens, so text of a user, a tool or the model must not
+contain such a name. Before rendering, the characters with which the names begin (`<` and `[`) are replaced in
+all of these strings by private-use characters that occur in no input and not in the template. After the
+split, the original characters are put back into the plain text.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ FALLBACK = """
 {%- endfor -%}
 {%- if add_generation_prompt -%}<|im_assistant|>assistant<|im_middle|>{%- endif -%}
 """
-"""Kimi-K2-Instruct's turns, for a checkpoint that lost its template."""
+"""Kimi-K2-Instruct's form of a conversation, for a checkpoint without a template."""
 
 _PRIVATE_USE = (0xF0000, 0x10FFFD)
 _NOT_PRIVATE_USE = re.compile(r"[^\x00-\x7f\U000f0000-\U0010fffd]")
@@ -61,7 +61,7 @@ _NOT_PRIVATE_USE = re.compile(r"[^\x00-\x7f\U000f0000-\U0010fffd]")
 
 @dataclass(frozen=True)
 class Part:
-    """A stretch of a rendered prompt: a control token, or plain text."""
+    """A part of a rendered prompt: plain text, or the control token with the id `special`."""
 
     text: str
     special: int | None
@@ -72,8 +72,8 @@ class Template:
 
     Args:
         source: Jinja text, as transformers reads it.
-        tokenizer: gives the control tokens and encodes the text between them.
-        name: file the text came from, for messages.
+        tokenizer: has the control tokens, and encodes the text between them.
+        name: the file that has the text, for error messages.
     """
 
     def __init__(self, source: str, tokenizer: Tokenizer, name: str = TEMPLATE_FILE) -> None:
@@ -82,7 +82,7 @@ class Template:
         self.tokenizer = tokenizer
         names = sorted(tokenizer.specials, key=len, reverse=True)
         self._leads = "".join(sorted({special[0] for special in names}))
-        # The lookahead keeps the search from trying 256 names at every character.
+        # Without the lookahead, a search would try 256 names at every character.
         lookahead = f"(?=[{re.escape(self._leads)}])"
         self._specials = re.compile(lookahead + "(?:" + "|".join(map(re.escape, names)) + ")")
         self._compiled, variables = _compile(source, name)
@@ -92,7 +92,7 @@ class Template:
 
     @classmethod
     def load(cls, folder: Path, tokenizer: Tokenizer) -> Template:
-        """The folder's `chat_template.jinja`, else `chat_template` of `tokenizer_config.json`, else Kimi's.
+        """`chat_template.jinja`, else `chat_template` of `tokenizer_config.json`, else `FALLBACK`.
 
         Raises:
             TokenizerError: the template is no valid Jinja; names the file and the line.
@@ -122,10 +122,11 @@ class Template:
         Args:
             messages: OpenAI chat messages; system, user, assistant (with tool calls) and tool.
             tools: OpenAI function declarations.
-            thinking: the template's switch of that name; without effect where it has none.
+            thinking: the template's variable of that name; without effect where the template does not read
+                it.
             add_generation_prompt: end with the opening of the assistant's turn.
-            generated: text -> the ids that the model produced for it. A model's tokens are not always
-                those that `encode` would choose; with its own ids the cached prefix stays valid.
+            generated: text -> the ids that the model generated for it. A model's tokens are not always those
+                of `encode`; with the model's ids, the cached prefix of a conversation stays valid.
 
         Raises:
             RequestError: messages or tools that cannot be rendered.
@@ -147,7 +148,7 @@ class Template:
         thinking: bool = True,
         add_generation_prompt: bool = True,
     ) -> str:
-        """The prompt as text, for reading: it no longer tells typed names from control tokens."""
+        """The prompt as text to read, in which a control token and its typed name look the same."""
         return "".join(part.text for part in self._parts(messages, tools, thinking, add_generation_prompt))
 
     def _parts(
@@ -177,7 +178,12 @@ class Template:
 
 
 class _Guard:
-    """Swaps the characters that control tokens start with for characters that occur nowhere else."""
+    """Replaces the characters with which control tokens begin by characters that occur in no text.
+
+    Args:
+        leads: the characters to replace.
+        texts: all texts that will be rendered.
+    """
 
     def __init__(self, leads: str, texts: Iterable[str]) -> None:
         used = set().union(*texts)
@@ -187,7 +193,7 @@ class _Guard:
         self._restore = str.maketrans({stand_in: lead for lead, stand_in in stand_ins.items()})
 
     def protect(self, value: Any) -> Any:
-        """`value` with every string in it, keys included, made harmless."""
+        """`value` with the characters replaced in all of its strings, keys included."""
         if isinstance(value, str):
             return value.translate(self._protect)
         if isinstance(value, dict):
@@ -195,7 +201,7 @@ class _Guard:
         return [self.protect(item) for item in value] if isinstance(value, list) else value
 
     def restore(self, text: str) -> str:
-        """The original characters of rendered text."""
+        """`text` with the original characters."""
         return text.translate(self._restore)
 
 
@@ -222,9 +228,10 @@ def _template_of_config(path: Path) -> str | None:
 
 
 def _compile(source: str, name: str) -> tuple[jinja2.Template, set[str]]:
-    """The template and the variables it reads.
+    """Compile a template in jinja2's sandbox, with the settings and helpers of transformers.
 
-    Compiled in jinja2's sandbox, with the settings and helpers that transformers gives templates.
+    Returns:
+        The template, and the names of the variables that it reads.
     """
     import jinja2
     from jinja2 import meta
@@ -242,7 +249,7 @@ def _compile(source: str, name: str) -> tuple[jinja2.Template, set[str]]:
         raise TokenizerError(f"{name}:{error.lineno}: no valid chat template: {error.message}") from None
 
 
-# What an expression in a template can raise: a missing key, a sum of a string and a number, x / 0, ...
+# Errors of expressions in a template: a missing key, a sum of a string and a number, a division by 0.
 _TEMPLATE_FAULTS = (TypeError, ValueError, LookupError, ArithmeticError, AttributeError)
 
 
@@ -260,14 +267,7 @@ def _render(template: jinja2.Template, variables: dict[str, Any], name: str) -> 
         raise RequestError(f"{name}: the chat template refuses these messages: {error}") from None
     except SecurityError as error:
         raise TokenizerError(f"{name}: the chat template is not safe to run: {error}") from None
-    except (
-        jinja2.TemplateError,
-        TypeError,
-        ValueError,
-        LookupError,
-        ArithmeticError,
-        AttributeError,
-    ) as error:
+    except (jinja2.TemplateError, *_TEMPLATE_FAULTS) as error:
         kind = type(error).__name__
         raise TokenizerError(f"{name}: the chat template fails: {kind}: {error}") from None
 
@@ -282,7 +282,7 @@ def _tojson(
     text = json.dumps(value, ensure_ascii=False, indent=indent, separators=separators, sort_keys=sort_keys)
     if not ensure_ascii:
         return text
-    # Private-use characters stay: they stand in for what is put back after rendering.
+    # Private-use characters stay as they are, because `_Guard.restore` replaces them after rendering.
     return _NOT_PRIVATE_USE.sub(lambda match: json.dumps(match[0])[1:-1], text)
 
 

@@ -1,8 +1,8 @@
 """Kimi's tokenizer without remote code: `tiktoken.model`, the family's split pattern, special tokens.
 
-`tiktoken.model` holds one `base64(token bytes) SP rank` per line; control tokens follow the last
-rank and take their names from `tokenizer_config.json`. Text and control tokens never mix here:
-`encode` treats whatever it is given as plain text, so nobody can type a control token.
+`tiktoken.model` has one line `base64(token bytes) SP rank` for each token. The ids of control tokens follow
+the last rank; their names stand in `tokenizer_config.json`. `encode` returns no control tokens, so that text
+which a user types cannot contain one.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ logger = logging.getLogger("moebox")
 MODEL_FILE = "tiktoken.model"
 CONFIG_FILE = "tokenizer_config.json"
 RESERVED_SPECIALS = 256
-"""Control tokens after the last BPE rank when the embedding's size is not known."""
+"""Ids of control tokens after the last BPE rank, where the embedding's size is not known."""
 
 PATTERN = "|".join(
     [
@@ -45,15 +45,25 @@ PATTERN = "|".join(
 )
 """`pat_str` of tokenization_kimi.py. Needs set intersection (`&&`): Python's `re` cannot read it."""
 
-# tokenization_kimi.py cuts its input at these lengths, since the regex engine recurses on long runs;
-# the cuts can change the tokens, so they are part of the tokenizer.
+# tokenization_kimi.py cuts its input at these lengths, since the regex engine recurses on long runs of
+# characters. A cut can change the tokens, so the same cuts are made here.
 _MAX_CHARS = 400_000
 _MAX_RUN_CHARS = 25_000
 _LONG_RUN = re.compile(rf"\s{{{_MAX_RUN_CHARS + 1},}}|\S{{{_MAX_RUN_CHARS + 1},}}")
 
 
 class Tokenizer:
-    """Byte-level BPE over `ranks` (token bytes -> id) plus the control tokens `specials` (name -> id)."""
+    """Byte-level BPE with control tokens.
+
+    Args:
+        ranks: token's bytes -> id.
+        specials: control token's name -> id.
+
+    Attributes:
+        specials: as given.
+        special_names: control token's id -> name.
+        n_vocab: tokens of both kinds.
+    """
 
     def __init__(self, ranks: dict[bytes, int], specials: dict[str, int]) -> None:
         import tiktoken
@@ -71,7 +81,7 @@ class Tokenizer:
 
         Args:
             folder: the checkpoint.
-            vocab_size: rows of the embedding; ids at or beyond it get no name and no token.
+            vocab_size: rows of the embedding; ids from there on are left out.
 
         Raises:
             TokenizerError: a file is missing or wrong; names the file and the line.
@@ -86,21 +96,21 @@ class Tokenizer:
         return cls(ranks, _special_tokens(folder / CONFIG_FILE, len(ranks), end))
 
     def special(self, name: str) -> int | None:
-        """Id of a control token such as `<|im_end|>`; None where this model has none of that name."""
+        """Id of a control token such as `<|im_end|>`; None where this model has no such token."""
         return self.specials.get(name)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text` as plain text: a control token's name in it becomes ordinary tokens."""
+        """Token ids of plain text; a control token's name in `text` becomes ordinary tokens."""
         tokens: list[int] = []
         for chunk in _chunks(text):
             tokens += self._encoding.encode_ordinary(chunk)
         return tokens
 
     def decode_bytes(self, tokens: Iterable[int]) -> bytes:
-        """Bytes of `tokens`, control tokens as their names; a token may end inside a character.
+        """Bytes of `tokens`, with control tokens as their names; they may end inside a character.
 
         Raises:
-            TokenizerError: an id beyond the vocabulary.
+            TokenizerError: an id outside the vocabulary.
         """
         ids = list(tokens)
         try:
@@ -110,7 +120,7 @@ class Tokenizer:
             raise TokenizerError(f"token {bad} is not in the vocabulary of {self.n_vocab}") from None
 
     def decode(self, tokens: Iterable[int]) -> str:
-        """Text of `tokens`; bytes that are no UTF-8 become U+FFFD."""
+        """Text of `tokens`; bytes that are not UTF-8 become U+FFFD."""
         return self.decode_bytes(tokens).decode("utf-8", errors="replace")
 
     def stream(self) -> StreamDecoder:
@@ -119,7 +129,7 @@ class Tokenizer:
 
 
 class StreamDecoder:
-    """Text of tokens as they arrive; a character split over tokens waits for its last byte."""
+    """Decodes tokens that arrive one at a time, and holds a character back until its last byte arrives."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -130,17 +140,20 @@ class StreamDecoder:
         return self._utf8.decode(self._tokenizer.decode_bytes([token]))
 
     def finish(self) -> str:
-        """U+FFFD for a character that never got its last byte, else an empty string."""
+        """U+FFFD where the last character is incomplete, else an empty string."""
         text = self._utf8.decode(b"", final=True)
         self._utf8.reset()
         return text
 
 
 def read_ranks(path: Path) -> dict[bytes, int]:
-    """Read a `tiktoken.model`: token bytes -> id, ids 0..n-1, every single byte among them.
+    """Read a `tiktoken.model`.
+
+    Returns:
+        Token's bytes -> id, with the ids 0..n-1; each of the 256 bytes is a token.
 
     Raises:
-        TokenizerError: names the file and the line.
+        TokenizerError: the file is missing or wrong; names the file and the line.
     """
     try:
         lines = path.read_bytes().splitlines()
@@ -174,7 +187,7 @@ def _parse_line(line: bytes, where: str) -> tuple[bytes, int]:
 
 
 def _special_tokens(path: Path, start: int, end: int) -> dict[str, int]:
-    """Names of ids start..end-1: those of `added_tokens_decoder`, the rest `<|reserved_token_{id}|>`."""
+    """Names of the ids start..end-1: from `added_tokens_decoder`, else `<|reserved_token_{id}|>`."""
     names = {token: f"<|reserved_token_{token}|>" for token in range(start, end)}
     for token, name in _added_tokens(path):
         if token < start:
@@ -202,7 +215,11 @@ def _added_tokens(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def read_tokenizer_config(path: Path) -> dict[str, Any]:
-    """`tokenizer_config.json` as an object; `TokenizerError` names the file (and line) otherwise."""
+    """The JSON object in `tokenizer_config.json`.
+
+    Raises:
+        TokenizerError: the file is missing or holds no JSON object; names the file, and a line.
+    """
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -217,6 +234,7 @@ def read_tokenizer_config(path: Path) -> dict[str, Any]:
 
 
 def _chunks(text: str) -> Iterator[str]:
+    """`text`, cut as tokenization_kimi.py cuts it."""
     for start in range(0, len(text), _MAX_CHARS):
         part = text[start : start + _MAX_CHARS]
         cuts = [

@@ -1,4 +1,4 @@
-"""Tool declarations as TypeScript, the form that Kimi K2.5 and later were trained on (`tools_ts_str`).
+"""Tool declarations as TypeScript: the form in which Kimi K2.5 and later saw tools (`tools_ts_str`).
 
 Output, for one tool:
 
@@ -14,8 +14,8 @@ Output, for one tool:
     }) => any;
     }
 
-Required properties come first, each group by name; `$defs` become interfaces in their own order.
-The layout follows what the checkpoints' own tokenizer prints (K2.5's); skipping it costs accuracy.
+Required properties come first, then the optional ones, each group sorted by name. `$defs` become interfaces,
+in the order of the schema. The layout is that of K2.5's own tokenizer; another layout costs accuracy.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ _CONSTRAINTS = {
 
 
 class UnsupportedSchema(ValueError):
-    """A JSON Schema that the TypeScript form cannot say; the template then prints JSON instead."""
+    """A JSON Schema that the TypeScript form cannot express; the template then prints JSON instead."""
 
 
 def typescript_declarations(tools: Sequence[dict[str, Any]]) -> str:
-    """The declarations of `tools` (`{"type": "function", "function": {...}}`); empty without tools.
+    """The declarations of `tools` (`{"type": "function", "function": {...}}`); an empty string without tools.
 
     Raises:
-        UnsupportedSchema: a parameter's schema has no type, or refers to nothing.
+        UnsupportedSchema: a parameter's schema has no type, or refers to an unknown definition.
     """
     functions = [tool["function"] for tool in tools if tool.get("type") == "function"]
     if not functions:
@@ -65,12 +65,18 @@ def typescript_declarations(tools: Sequence[dict[str, Any]]) -> str:
 
 @dataclass
 class _Scope:
-    """`$defs` seen so far in one tool, and whether a schema refers to the tool's root (`#`)."""
+    """What a tool's schemas have in common.
+
+    Attributes:
+        definitions: the `$defs` found so far.
+        refers_to_root: whether a schema refers to the tool's whole parameters (`#`).
+    """
 
     definitions: dict[str, Schema] = field(default_factory=dict)
     refers_to_root: bool = False
 
     def name(self, ref: str) -> str:
+        """The TypeScript name for a `$ref`."""
         if ref == "#":
             self.refers_to_root = True
             return "parameters"
@@ -99,7 +105,7 @@ def _function(function: dict[str, Any]) -> str:
 
 
 def _root_interface(root: Schema, scope: _Scope) -> str:
-    """Like an object, but its properties stay in the order of the schema."""
+    """As `_object`, but with the properties in the order of the schema."""
     required = set(root.get("required", ()))
     properties = root.get("properties", {}).items()
     members = [_member(name, schema, name in required, scope, _INDENT) for name, schema in properties]

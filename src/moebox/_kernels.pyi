@@ -128,7 +128,7 @@ def replay_hits(
 ) -> npt.NDArray[np.int32]:
     """Hits of each token [T] of a trace, int32 [T, L, k], with `slots` experts resident."""
 
-HALF_LIFE_TOKENS: float
+SCORE_HALF_LIFE_TOKENS: float
 """Half-life of an expert's score. On traces of a small model of the family 8 to 32 were best."""
 
 class Residency:
@@ -151,7 +151,12 @@ class Residency:
     Raises ValueError for a key, a number or a state that is not allowed.
     """
     def __init__(
-        self, n_keys: int, n_slots: int, reserve: int, half_life: float = HALF_LIFE_TOKENS, n_experts: int = 0
+        self,
+        n_keys: int,
+        n_slots: int,
+        reserve: int,
+        half_life: float = SCORE_HALF_LIFE_TOKENS,
+        n_experts: int = 0,
     ) -> None: ...
     tick: int
     @property

@@ -17,7 +17,7 @@ from moebox._kernels import ColdReader, HostCopier, RamRows, Reader, mailbox_sha
 from moebox.kernels.cpu import ThreadPool
 from moebox.offload.decode.host_step import DecodeHost
 from moebox.offload.decode.mailbox import MAILBOX_FIELDS, Mailbox
-from moebox.offload.residency import HALF_LIFE_TOKENS, Residency
+from moebox.offload.residency import SCORE_HALF_LIFE_TOKENS, Residency
 
 
 @dataclass
@@ -79,7 +79,7 @@ class Rig:
         self.rows = None
         if self.exclusive:
             table = self.ram_rows.numpy()
-            self.rows = RamRows(table, len(self.ram), spec.spare or 0, HALF_LIFE_TOKENS, spec.n_experts)
+            self.rows = RamRows(table, len(self.ram), spec.spare or 0, SCORE_HALF_LIFE_TOKENS, spec.n_experts)
         self.cold = None if spec.spare is None else self._cold_reader()
         self.box = make_mailbox(spec)
         self.copier = HostCopier(spec.seed, spec.max_delay_us)

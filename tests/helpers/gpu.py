@@ -11,8 +11,8 @@ import torch
 from moebox.config import ModelConfig
 from moebox.offload.device.registry import open_device
 from moebox.offload.memory.ram_slab import row_stride
-from moebox.runtime.engine.cpu_plan import learned_bytes
 from moebox.runtime.engine.gpu_plan import least_vram_bytes
+from moebox.runtime.engine.plan_parts import learned_bytes
 
 DEVICES = ["stand-in", pytest.param("cuda", marks=pytest.mark.gpu)]
 

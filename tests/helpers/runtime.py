@@ -1,4 +1,4 @@
-"""Oracles for the runtime: an independent unpacker, and transformers' DeepseekV3 on the same weights."""
+"""References for the runtime: an independent unpacker, and transformers' DeepseekV3 with the same weights."""
 
 import json
 from pathlib import Path
@@ -50,7 +50,7 @@ def reference_logits(folder: Path, token_ids: list[int]) -> torch.Tensor:
 
 
 def _fuse(tensors: dict[str, torch.Tensor], config: DeepseekV3Config) -> dict[str, torch.Tensor]:
-    """transformers 5 keeps a layer's experts as two 3-D parameters, gate rows before up rows."""
+    """The state dict of transformers 5, which has a layer's experts as two 3-D parameters, gate before up."""
     state = {
         name.removeprefix("language_model."): tensor.float()
         for name, tensor in tensors.items()
@@ -76,7 +76,7 @@ def _fuse(tensors: dict[str, torch.Tensor], config: DeepseekV3Config) -> dict[st
 
 
 def rewrite(folder: Path, name: str, tensor: torch.Tensor | None, new_name: str | None = None) -> None:
-    """Replace, rename or (None) drop one tensor of a checkpoint, keeping the index in step."""
+    """Replace, rename or (None) remove one tensor of a checkpoint, and update the index."""
     index_path = folder / "model.safetensors.index.json"
     index = json.loads(index_path.read_text())
     file = folder / index["weight_map"].pop(name)

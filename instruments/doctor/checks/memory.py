@@ -13,7 +13,7 @@ from moebox.config import ModelConfig
 from moebox.instruments.doctor.checks.base import Check, Roots, Topic, much_faster_earlier, read_text
 from moebox.offload.machine.hardware import CgroupLimit, available_ram_bytes, cgroup_limits
 from moebox.offload.machine.profile import Part
-from moebox.runtime.engine.cpu_plan import usable_ram
+from moebox.runtime.engine.plan_parts import ram_room_bytes
 from moebox.runtime.model.precision import planned_bytes
 from moebox.units import gib
 
@@ -40,7 +40,7 @@ def size(
     if config is None:
         return topic.passed(seen)
     backbone_bytes = planned_bytes(config.backbone_shapes(), torch.bfloat16, "bf16")
-    memory = usable_ram(available)
+    memory = ram_room_bytes(None, available)
     room = memory + max(vram - backbone_bytes, 0) if vram else max(memory - backbone_bytes, 0)
     where = "memory and the GPU" if vram else "memory"
     seen += f"; the experts take {gib(config.experts_bytes)}"

@@ -71,10 +71,10 @@ void release(Residency& residency, std::int64_t key) {
 }  // namespace
 
 void register_residency(nb::module_& m) {
-  m.attr("HALF_LIFE_TOKENS") = kHalfLifeTokens;
+  m.attr("SCORE_HALF_LIFE_TOKENS") = kScoreHalfLifeTokens;
   nb::class_<Residency>(m, "Residency")
       .def(nb::init<std::size_t, std::size_t, std::size_t, double, std::size_t>(), "n_keys"_a, "n_slots"_a,
-           "reserve"_a, "half_life"_a = kHalfLifeTokens, "n_experts"_a = 0)
+           "reserve"_a, "half_life"_a = kScoreHalfLifeTokens, "n_experts"_a = 0)
       .def_prop_rw("tick", &Residency::tick, &Residency::set_tick)
       .def_prop_ro("n_keys", &Residency::n_keys)
       .def_prop_ro("n_slots", &Residency::n_slots)

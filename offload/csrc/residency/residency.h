@@ -12,7 +12,7 @@
 namespace moebox {
 
 // Half-life of an expert's score. On traces of a small model of the family 8 to 32 tokens were best.
-constexpr double kHalfLifeTokens = 16;
+constexpr double kScoreHalfLifeTokens = 16;
 
 // A tick is a token. A key's score counts its uses and halves every `half_life` ticks:
 //   score = sum over uses of count * 2^(-(tick - tick of the use) / half_life).

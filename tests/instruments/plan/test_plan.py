@@ -26,9 +26,10 @@ from moebox.instruments.plan.text import render_plan
 from moebox.offload.machine.hardware import cpu_identity
 from moebox.offload.machine.profile import MachineProfile
 from moebox.quantize.synth.write import synth
-from moebox.runtime.engine.cpu_plan import budget_for_share, learned_bytes
+from moebox.runtime.engine.cpu_plan import budget_for_share
 from moebox.runtime.engine.cpu_runner import default_dtype
 from moebox.runtime.engine.engine import Engine
+from moebox.runtime.engine.plan_parts import learned_bytes
 
 GIB = 1 << 30
 K2 = shape_config("kimi-k2")

@@ -83,7 +83,7 @@ def attend(module, x, table, position, cache):
 
 
 def test_combine_norm():
-    model = RMSNorm(96, 1e-5, torch.float32)
+    model = RMSNorm(96, 1e-5, torch.float32, torch.device("cpu"))
     randomize(model)
     x, terms = torch.randn(96), [torch.randn(96), torch.randn(96).bfloat16()]
     total = x + terms[0] + terms[1]

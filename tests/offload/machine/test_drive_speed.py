@@ -1,4 +1,4 @@
-"""Drives are measured by real reads, of files that tell something."""
+"""Drives are measured by real reads of files that are large enough."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Which drive a file lies on: this machine's, and made-up trees of other machines."""
+"""The drive of a file: on this machine, and in made-up trees of other machines."""
 
 import os
 from pathlib import Path
@@ -81,7 +81,7 @@ def test_a_raid_names_its_members(machine):
     assert machine.drive().members == ("nvme0n1", "nvme1n1")
 
 
-def test_a_logical_volume_goes_by_its_name(machine):
+def test_a_logical_volume_is_identified_by_its_name_and_uuid(machine):
     machine.block(
         "virtual/block/dm-0", machine.device, size=2 * 10**9, dm__name="vg0-models", dm__uuid="LVM-x"
     )
@@ -94,7 +94,7 @@ def test_a_spinning_disk(machine):
 
 
 def test_a_file_system_with_a_number_of_its_own_is_found_by_its_source(machine):
-    # btrfs mounts under a number that no drive has; /dev/null stands for the drive's device file.
+    # btrfs mounts under a number that no drive has; /dev/null replaces the drive's device file.
     machine.mount("btrfs", "/dev/null")
     machine.block("pci/nvme1n1", "1:3", size=2000, device__model="Fast")
     drive = machine.drive()

@@ -1,4 +1,4 @@
-"""The floor's arithmetic, checked by hand on round numbers and by brute force."""
+"""The floor's arithmetic, checked against round numbers and against all possible splits."""
 
 import math
 import random
@@ -32,7 +32,7 @@ def test_decode_floor_is_bytes_over_bandwidth():
     assert floor.together_s == floor.seconds
 
 
-def test_decode_floor_takes_each_road_alone_and_reports_both_at_once_beside_it():
+def test_decode_floor_divides_by_each_road_alone_and_reports_both_together_beside_it():
     shared = replace(BOX, ram_beside_gbps=80, pcie_beside_gbps=40)
 
     floor = decode_floor(DecodeBytes(0, 0, 6e9), shared)
@@ -63,7 +63,7 @@ def test_scaled_bytes_scale_every_part():
     assert DecodeBytes(1, 2, 3, 4).scaled(2) == DecodeBytes(2, 4, 6, 8)
 
 
-def test_k2_backbone_and_experts_are_designs_figures():
+def test_k2_backbone_and_experts_have_known_bytes():
     backbone = backbone_bytes(K2)
 
     assert backbone.token(60) == pytest.approx(21.1e9, rel=0.03)  # 23 GB with the embedding
@@ -93,7 +93,7 @@ def test_prefill_with_equal_experts_shares_them_by_bandwidth():
 
 
 def test_prefill_gives_experts_with_many_tokens_to_the_gpu():
-    """CPU: 10 microseconds for 1 token, 1000 for the busy one; upload: 20 each."""
+    """The CPU takes 10 microseconds for 1 token and 1000 for the busy expert, an upload 20."""
     busy, flops = 4000, 1e6
 
     floor = prefill_floor([busy, 1, 1], 1_000_000, flops, 0, BOX)
@@ -116,7 +116,7 @@ def test_prefill_with_everything_resident_only_computes():
     assert floor.seconds == pytest.approx(10e-3)
 
 
-def test_prefill_without_gpu_is_the_cpus_work_in_turn():
+def test_prefill_without_gpu_sums_the_cpus_work():
     cpu = Ceilings(ram_gbps=100, cpu_tflops=1)
 
     floor = prefill_floor([1, 1000], 1_000_000, 1e6, other_flops=1e12, ceilings=cpu)

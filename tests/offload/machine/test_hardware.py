@@ -1,4 +1,4 @@
-"""Free memory honours cgroup limits, version 1 and 2, up the tree."""
+"""Free memory respects the limits of cgroups, version 1 and 2, and of those above them."""
 
 import psutil
 
@@ -25,7 +25,7 @@ def test_version_2_parent_limits_child(tmp_path):
     assert available_ram_bytes(tmp_path, tmp_path / "self") == 40 * MIB
 
 
-def test_page_cache_is_not_lost(tmp_path):
+def test_the_page_cache_counts_as_free(tmp_path):
     (tmp_path / "self").write_text("0::/\n")
     write(tmp_path, memory__max=100 * MIB, memory__current=90 * MIB)
     (tmp_path / "memory.stat").write_text(f"anon 1\ninactive_file {20 * MIB}\nactive_file {5 * MIB}\n")
@@ -55,7 +55,7 @@ def test_limits_name_the_file_that_sets_them(tmp_path):
     )
 
 
-def test_a_cpu_goes_by_its_name_and_threads(tmp_path):
+def test_a_cpu_is_identified_by_name_and_threads(tmp_path):
     (tmp_path / "cpuinfo").write_text("processor\t: 0\nmodel name\t: Fast CPU @ 3 GHz\nprocessor\t: 1\n")
     assert cpu_name(tmp_path / "cpuinfo") == "Fast CPU @ 3 GHz"
     assert cpu_identity(3) == f"{cpu_name()}, 3 threads"

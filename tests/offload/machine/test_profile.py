@@ -1,4 +1,4 @@
-"""The machine's profile: kept, merged, set against the machine that it was measured on, never a crash."""
+"""The machine's profile: saved, merged, looked up by part; faults of its file stop nothing."""
 
 import json
 import logging
@@ -10,6 +10,7 @@ import time
 
 import pytest
 
+from helpers import version_0_1
 from moebox.offload.machine.hardware import cpu_identity
 from moebox.offload.machine.profile import MachineProfile, Part, profile_path
 
@@ -19,7 +20,7 @@ def path(tmp_path):
     return tmp_path / "data" / "machine.json"
 
 
-def test_what_is_saved_comes_back(path):
+def test_save_and_load_keep_the_profile(path):
     profile = MachineProfile()
     profile.put("cpu", "two cores", {"ram_gbps": 20.5, "cpu_tflops": 0.3})
     profile.put("drive", "disk 1", {"gbps": 6.5, "depth": 4})
@@ -30,6 +31,15 @@ def test_what_is_saved_comes_back(path):
     assert again.drive_depth("disk 1") == 4
     assert again.find("drive", "disk 2") is None
     assert again.drive_depth("disk 2") is None
+
+
+def test_a_file_of_version_0_1_opens():
+    profile = MachineProfile.load(version_0_1.FOLDER / "machine.json")
+    drives = ["disk 1"]
+    ceilings = profile.ceilings(cpu="two cores, 2 threads", gpu="some GPU 0123", drives=drives)
+    assert (ceilings.ram_gbps, ceilings.cpu_tflops) == (20.5, 0.25)
+    assert (ceilings.hbm_gbps, ceilings.pcie_gbps, ceilings.nvme_gbps) == (4000.0, 55.0, 6.5)
+    assert profile.drive_depth("disk 1") == 4
 
 
 def test_it_lies_in_the_data_folder(monkeypatch, tmp_path):
@@ -46,7 +56,7 @@ def test_a_new_measurement_replaces_the_old_one(path):
     assert MachineProfile.load(path).find("cpu", "c").figures == {"ram_gbps": 2.0}
 
 
-def test_saving_keeps_what_others_measured_meanwhile(path):
+def test_saving_keeps_measurements_of_other_processes(path):
     mine, other = MachineProfile.load(path), MachineProfile.load(path)
     other.put("drive", "disk", {"gbps": 3.0, "depth": 2})
     assert other.save(path)
@@ -83,7 +93,7 @@ def test_of_two_measurements_the_newer_stays(path):
         '{"format": 1, "parts": [{"kind": "cpu", "identity": "i", "measured": "m", "figures": {"a": NaN}}]}',
     ],
 )
-def test_a_damaged_file_is_said_and_replaced(path, text, caplog):
+def test_a_damaged_file_is_logged_and_replaced(path, text, caplog):
     path.parent.mkdir()
     path.write_text(text)
     profile = MachineProfile.load(path)
@@ -94,13 +104,13 @@ def test_a_damaged_file_is_said_and_replaced(path, text, caplog):
     assert MachineProfile.load(path).find("cpu", "c")
 
 
-def test_bytes_that_are_no_text_are_a_damaged_file(path):
+def test_a_file_that_is_not_text_counts_as_damaged(path):
     path.parent.mkdir()
     path.write_bytes(b"\xff\xfe\x00")
     assert MachineProfile.load(path).to_dict()["parts"] == []
 
 
-def test_where_it_cannot_be_written_the_run_goes_on(tmp_path, caplog):
+def test_a_file_that_cannot_be_written_is_logged(tmp_path, caplog):
     (tmp_path / "data").write_text("a file where the folder should be")
     profile = MachineProfile()
     profile.put("cpu", "c", {"ram_gbps": 1.0})
@@ -109,7 +119,7 @@ def test_where_it_cannot_be_written_the_run_goes_on(tmp_path, caplog):
     assert "not kept" in caplog.text
 
 
-def test_no_figure_that_is_no_number():
+def test_a_figure_that_is_no_number_is_refused():
     with pytest.raises(ValueError, match="finite"):
         MachineProfile().put("cpu", "c", {"ram_gbps": float("inf")})
 

@@ -1,4 +1,4 @@
-"""Recording: every token once, in order, whole; traces on disk, also when the drive fails."""
+"""Recording: all layers of every token, once and in order; traces on disk, also where the drive is full."""
 
 import logging
 import resource
@@ -14,7 +14,7 @@ LAYERS, EXPERTS, TOP_K = 4, 12, 3
 
 
 class Collector:
-    """Keeps what it was given."""
+    """A sink that keeps its picks."""
 
     def __init__(self):
         self.parts, self.closed = [], 0
@@ -88,7 +88,7 @@ def test_a_chunk_that_was_cancelled_is_dropped(recorder, sink, picks):
     assert np.array_equal(sink.ids, picks[[*range(30, 50), 51]])
 
 
-def test_layers_whose_beginning_was_not_seen_are_dropped(recorder, sink, picks):
+def test_layers_without_the_first_ones_are_dropped(recorder, sink, picks):
     record_layers(recorder, picks[:5], layers=range(1, LAYERS))
     recorder.layer(0, picks[:4, 0])
     recorder.layer(2, picks[:4, 2])
@@ -100,7 +100,7 @@ def test_layers_whose_beginning_was_not_seen_are_dropped(recorder, sink, picks):
     assert sink.parts == []
 
 
-def test_closing_hands_on_the_rest_and_closes_each_sink_once(recorder, sink, picks):
+def test_closing_gives_the_rest_and_closes_each_sink_once(recorder, sink, picks):
     recorder.token(picks[0])
     recorder.close()
     recorder.close()
@@ -139,7 +139,7 @@ def test_a_trace_where_nothing_can_be_written_is_refused_at_once(tmp_path):
         TraceSink(tmp_path / "missing" / "routing.npz", EXPERTS)
 
 
-def test_two_records_to_one_file_are_refused(tmp_path, picks):
+def test_two_recordings_to_one_file_are_refused(tmp_path, picks):
     first = TraceSink(tmp_path / "routing.npz", EXPERTS)
     first.add(picks, prefill=True)
 
@@ -150,7 +150,7 @@ def test_two_records_to_one_file_are_refused(tmp_path, picks):
     assert RoutingTrace.load(tmp_path / "routing.npz").tokens == len(picks)
 
 
-def test_what_a_killed_process_left_is_not_taken_for_ones_own(tmp_path, picks):
+def test_the_partial_file_of_a_killed_process_is_not_used(tmp_path, picks):
     (tmp_path / ".routing.npz.partial").write_bytes(b"left behind")
     sink = TraceSink(tmp_path / "routing.npz", EXPERTS)
     sink.add(picks, prefill=True)
@@ -160,7 +160,7 @@ def test_what_a_killed_process_left_is_not_taken_for_ones_own(tmp_path, picks):
 
 
 def record_on_a_small_drive(path, limit_bytes, results):
-    """Record 300 tokens where a file may not become larger than that; what was logged meanwhile."""
+    """Record 300 tokens with a limit on the size of files; puts the log messages into `results`."""
     caught = []
     handler = logging.Handler()
     handler.emit = lambda record: caught.append(record.getMessage())
@@ -173,7 +173,7 @@ def record_on_a_small_drive(path, limit_bytes, results):
     results.put(caught)
 
 
-def test_a_full_drive_is_said_once_and_the_first_tokens_stay(tmp_path):
+def test_a_full_drive_is_logged_once_and_the_first_tokens_stay(tmp_path):
     path, context = tmp_path / "routing.npz", get_context("fork")
     results = context.Queue()
 

@@ -1,4 +1,4 @@
-"""Replays of routing traces: what each policy keeps, and what that hits."""
+"""Replays of routing traces: the experts that each policy keeps, and its hits."""
 
 import numpy as np
 import pytest
@@ -38,16 +38,16 @@ def trace_of(*tokens):
     return RoutingTrace(np.array(tokens, np.int32).reshape(len(tokens), 1, -1), 16)
 
 
-def test_replay_lru_evicts_what_was_used_longest_ago():
+def test_replay_lru_evicts_the_least_recently_used():
     trace = trace_of([0, 1], [2, 3], [0, 1], [4, 5], [2, 3])
 
-    # 2 slots, and room for one layer's misses besides: {0,1} {0,1,2,3} hit 0,1; {0,1,4,5}.
+    # 2 slots, and room for one layer's misses: {0,1}, then {0,1,2,3} with hits 0 and 1, then {0,1,4,5}.
     assert replay(trace, 2, "lru") == 2 / 10
     assert replay(trace, 4, "lru") == 4 / 10
     assert replay(trace, 4, "lru", warmup=2) == 4 / 6
 
 
-def test_replay_decayed_keeps_what_is_used_often():
+def test_replay_decayed_keeps_the_often_used():
     trace = trace_of([0, 1], [0, 1], [0, 1], [2, 3], [4, 5], [0, 1])
 
     assert replay(trace, 2, "lru") == 4 / 12
@@ -55,7 +55,7 @@ def test_replay_decayed_keeps_what_is_used_often():
         assert replay(trace, 2, policy) == 6 / 12
 
 
-def test_replay_with_room_for_all_misses_only_first_uses():
+def test_replay_with_room_for_all_experts_misses_first_uses_only():
     trace = synthetic_trace(50, 2, 16, 4)
 
     for policy in ("lru", "decayed"):
@@ -63,19 +63,19 @@ def test_replay_with_room_for_all_misses_only_first_uses():
 
 
 @pytest.mark.parametrize(("slots", "policy", "warmup"), [(0, "lru", 0), (4, "fifo", 0), (4, "lru", 5)])
-def test_replay_refuses_what_it_cannot_do(slots, policy, warmup):
+def test_replay_refuses_impossible_arguments(slots, policy, warmup):
     with pytest.raises(RequestError):
         replay(trace_of([0, 1], [2, 3], [4, 5], [6, 7], [0, 1]), slots, policy, warmup)
 
 
-def test_replay_lfu_keeps_what_was_used_most_since_the_start():
+def test_replay_lfu_keeps_the_most_used_since_the_start():
     trace = trace_of([0, 1], [0, 1], [2, 3], [2, 4], [2, 5], [0, 1])
 
     assert replay(trace, 2, "lfu") == 5 / 12  # 0 is a hit in the end, 2 meanwhile has taken the slot of 1
     assert replay(trace, 2, "lru") == 4 / 12
 
 
-def test_replay_belady_keeps_what_is_needed_next():
+def test_replay_belady_keeps_the_experts_that_are_needed_next():
     trace = trace_of([0, 1], [2, 3], [4, 5], [2, 3], [0, 1])
 
     assert replay(trace, 2, "belady") == 2 / 10
@@ -85,12 +85,12 @@ def test_replay_belady_keeps_what_is_needed_next():
 
 
 def successions(tokens, layers=3, top_k=4, n_experts=32):
-    """Each token's picks follow from the last one's: what comes is known, though nothing returns soon."""
+    """Each token's picks follow from the last token's, and no expert is picked again soon."""
     steps = np.arange(tokens)[:, None, None] * top_k + np.arange(top_k) + np.arange(layers)[:, None]
     return RoutingTrace((steps % n_experts).astype(np.int32), n_experts)
 
 
-def test_decayed_learns_what_follows():
+def test_decayed_learns_which_expert_follows_which():
     trace = successions(600)
 
     assert replay(trace, 32, "lru", warmup=300) == 0
@@ -99,8 +99,8 @@ def test_decayed_learns_what_follows():
     assert replay(trace, 32, "belady", warmup=300) > 0.3
 
 
-def test_decayed_decides_as_the_decode_roads_do():
-    """With every miss uploaded, the same tokens have the same hits."""
+def test_decayed_hits_as_often_as_the_gpus_cache():
+    """Where every miss is uploaded, each token has the same number of hits."""
     spec = Spec(n_experts=16, slots=10, reserve=4, cpu_gbps=1e-6, inner=32)
     generator = np.random.default_rng(0)
     ids = np.stack([random_ids(spec, generator) for _ in range(60)])

@@ -1,4 +1,4 @@
-"""Router statistics: what they learn, and that their file survives kills, full drives and damage."""
+"""Router statistics: their counts, and their file after kills, full drives and damage."""
 
 import json
 import logging
@@ -10,9 +10,15 @@ from multiprocessing import get_context
 import numpy as np
 import pytest
 
+from helpers import version_0_1
 from moebox.errors import RequestError
 from moebox.offload.routing import counts
-from moebox.offload.routing.counts import HALF_LIFE_TOKENS, PAIRED_TOKENS, RECENT_TOKENS, RoutingCounts
+from moebox.offload.routing.counts import (
+    PAIRED_TOKENS,
+    RECENT_TOKENS,
+    STATISTICS_HALF_LIFE_TOKENS,
+    RoutingCounts,
+)
 from moebox.offload.routing.identity import ModelIdentity
 from moebox.offload.routing.statistics import SEED_SHARE, STATISTICS_FILE, RouterStatistics
 from moebox.offload.routing.trace import synthetic_trace
@@ -31,11 +37,11 @@ def fresh(tmp_path):
 
 
 def constant(tokens, *layers):
-    """Tokens that all pick the same experts."""
+    """Picks of tokens that all pick the same experts."""
     return np.tile(np.array(layers, np.int32), (tokens, 1, 1))
 
 
-def expected_uses(ids, half_life=HALF_LIFE_TOKENS):
+def expected_uses(ids, half_life=STATISTICS_HALF_LIFE_TOKENS):
     uses = np.zeros((LAYERS, EXPERTS))
     for age, token in enumerate(ids[::-1]):
         for layer, experts in enumerate(token):
@@ -53,18 +59,18 @@ def assert_same(one, other, ages=True):
 
 
 def test_uses_decay_with_every_token(fresh, monkeypatch):
-    monkeypatch.setattr(counts, "HALF_LIFE_TOKENS", 10.0)
-    monkeypatch.setattr(counts, "PART_TOKENS", 1)
+    monkeypatch.setattr(counts, "STATISTICS_HALF_LIFE_TOKENS", 10.0)
+    monkeypatch.setattr(counts, "SAME_WEIGHT_TOKENS", 1)
     ids = picks(900)
 
     for start in range(0, 900, 25):  # weights grow by 2^90 meanwhile
         fresh.add(ids[start : start + 25], prefill=False)
 
-    # A use weighs 1 just before its token ends.
+    # A use counts 1 before its token is complete.
     np.testing.assert_allclose(fresh.uses(), expected_uses(ids, 10.0) * 0.5 ** (1 / 10), rtol=1e-6)
 
 
-def test_counts_tell_last_use_and_what_follows_what(fresh):
+def test_counts_have_last_uses_and_pairs(fresh):
     fresh.add(constant(3, (0, 1), (2, 3), (4, 5)), prefill=True)
     fresh.add(constant(2, (0, 7), (2, 6), (5, 4)), prefill=False)
 
@@ -76,7 +82,7 @@ def test_counts_tell_last_use_and_what_follows_what(fresh):
     np.testing.assert_allclose(seen.pairs[1, 6], [0, 0, 0, 0, 2, 2, 0, 0], rtol=1e-3)
 
 
-def test_long_prompts_count_with_some_of_their_tokens_in_pairs(fresh):
+def test_pairs_count_some_tokens_of_long_prompts(fresh):
     fresh.add(constant(4 * PAIRED_TOKENS, (0, 1), (2, 3), (4, 5)), prefill=True)
 
     seen = fresh.counts()
@@ -85,7 +91,7 @@ def test_long_prompts_count_with_some_of_their_tokens_in_pairs(fresh):
     assert seen.uses[0, 0] == pytest.approx(4 * PAIRED_TOKENS, rel=0.05)
 
 
-def test_only_the_last_decoded_tokens_are_kept_whole(fresh, tmp_path):
+def test_only_the_picks_of_the_last_decoded_tokens_are_kept(fresh, tmp_path):
     ids = picks(2 * RECENT_TOKENS + 300)
     fresh.add(ids[:100], prefill=True)
     for start in range(100, len(ids), 1000):
@@ -96,7 +102,7 @@ def test_only_the_last_decoded_tokens_are_kept_whole(fresh, tmp_path):
     assert np.array_equal(RouterStatistics.open(MODEL, tmp_path).trace().ids, ids[-RECENT_TOKENS:])
 
 
-def test_nothing_seen_says_nothing(fresh, tmp_path):
+def test_statistics_without_tokens_are_empty_and_not_saved(fresh, tmp_path):
     assert fresh.trace() is None
     assert fresh.recall(1) is None
     assert fresh.order() == list(range(LAYERS * EXPERTS))
@@ -105,21 +111,21 @@ def test_nothing_seen_says_nothing(fresh, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_order_is_by_use_and_scores_are_those_of_a_long_run(fresh):
+def test_order_is_by_use_and_seeds_are_shares_of_average_scores(fresh):
     fresh.add(constant(30, (5, 1), (2, 3), (0, 7)), prefill=False)
     fresh.add(constant(10, (5, 4), (2, 6), (0, 1)), prefill=False)
 
     scores = fresh.seed_scores().reshape(LAYERS, EXPERTS)
 
     assert fresh.order()[:6] == [5, EXPERTS + 2, 2 * EXPERTS, 1, EXPERTS + 3, 2 * EXPERTS + 7]
-    # An expert that every token picks: the geometric series of a score that halves every 16 tokens.
+    # The score of an expert that every token picks is a geometric series that halves every 16 tokens.
     in_a_long_run = sum(0.5 ** (age / 16) for age in range(2000))
     assert scores[0, 5] == pytest.approx(SEED_SHARE * in_a_long_run, rel=1e-3)
     assert scores[0, 1] == pytest.approx(0.75 * scores[0, 5], rel=1e-2)
     assert scores.sum(1) == pytest.approx(np.full(LAYERS, TOP_K * scores[0, 5]), rel=1e-3)
 
 
-def test_a_second_run_goes_on_where_the_first_ended(fresh, tmp_path):
+def test_a_second_run_continues_the_first(fresh, tmp_path):
     ids = picks(200)
     at_once = RouterStatistics(MODEL, tmp_path / "none")
     at_once.add(ids, prefill=False)
@@ -166,7 +172,7 @@ def save_again_and_again(folder, seed, saves):
 
 
 def writer(folder, seed, saves):
-    """A running process that saves so many times."""
+    """A running process that saves `saves` times."""
     process = get_context("fork").Process(target=save_again_and_again, args=(folder, seed, saves))
     process.start()
     return process
@@ -229,7 +235,7 @@ def damage(path, how):
 
 
 @pytest.mark.parametrize("how", ["cut off", "empty", "zeros", "one bit", "text", "another npz", "newer"])
-def test_a_damaged_file_is_said_and_set_aside(fresh, tmp_path, how, caplog):
+def test_a_damaged_file_is_logged_and_set_aside(fresh, tmp_path, how, caplog):
     fresh.add(picks(50), prefill=False)
     fresh.save()
     path = tmp_path / STATISTICS_FILE
@@ -249,7 +255,7 @@ def test_a_damaged_file_is_said_and_set_aside(fresh, tmp_path, how, caplog):
     assert RouterStatistics.open(MODEL, tmp_path).tokens == 5
 
 
-def test_no_damage_gets_through(fresh, tmp_path):
+def test_no_damage_is_read_as_statistics(fresh, tmp_path):
     fresh.add(picks(50), prefill=False)
     fresh.save()
     whole = (tmp_path / STATISTICS_FILE).read_bytes()
@@ -268,7 +274,7 @@ def test_no_damage_gets_through(fresh, tmp_path):
     assert refused > 400
 
 
-def test_a_damaged_file_met_while_saving_costs_only_what_it_held(fresh, tmp_path, caplog):
+def test_a_file_damaged_before_a_save_loses_only_its_own_counts(fresh, tmp_path, caplog):
     fresh.add(picks(50), prefill=False)
     fresh.save()
     (tmp_path / STATISTICS_FILE).write_bytes(b"damaged by someone else")
@@ -292,7 +298,7 @@ def test_statistics_of_another_model_are_set_aside(fresh, tmp_path, caplog):
 
 
 def run_with_a_full_drive(folder, results):
-    """Save, then three times in vain, then once there is room again: how many tokens the file has."""
+    """Save once, three times on a full drive, and once after that; puts the file's tokens into `results`."""
     caught = []
     handler = logging.Handler()
     handler.emit = lambda record: caught.append(record.getMessage())
@@ -311,7 +317,7 @@ def run_with_a_full_drive(folder, results):
     results.put((done, held, caught))
 
 
-def test_a_full_drive_is_said_once_and_nothing_is_lost(tmp_path):
+def test_a_full_drive_is_logged_once_and_nothing_is_lost(tmp_path):
     context = get_context("fork")
     results = context.Queue()
     process = context.Process(target=run_with_a_full_drive, args=(tmp_path, results))
@@ -324,7 +330,7 @@ def test_a_full_drive_is_said_once_and_nothing_is_lost(tmp_path):
     assert caught == [f"{tmp_path / STATISTICS_FILE}: the router statistics cannot be saved: File too large"]
 
 
-def test_a_folder_that_cannot_be_made_is_said_once(tmp_path, caplog):
+def test_a_folder_that_cannot_be_made_is_logged_once(tmp_path, caplog):
     (tmp_path / "models").write_text("a file where a folder should be")
     statistics = RouterStatistics.open(MODEL, tmp_path / "models" / "tiny")
 
@@ -335,7 +341,7 @@ def test_a_folder_that_cannot_be_made_is_said_once(tmp_path, caplog):
     assert len(caplog.messages) == 1
 
 
-def test_saving_happens_with_the_first_prompt_and_then_now_and_then(fresh, tmp_path, monkeypatch):
+def test_the_first_prompt_saves_and_later_ones_seldom_do(fresh, tmp_path, monkeypatch):
     def saved():
         return RouterStatistics.open(MODEL, tmp_path).tokens
 
@@ -353,6 +359,27 @@ def test_saving_happens_with_the_first_prompt_and_then_now_and_then(fresh, tmp_p
     assert saved() == 31
 
 
+def test_a_file_of_version_0_1_opens():
+    saved = RoutingCounts.load(version_0_1.FOLDER / STATISTICS_FILE)
+    ids = version_0_1.picks()
+    assert (saved.digest, saved.top_k, saved.tokens) == (MODEL.digest, TOP_K, 40)
+    np.testing.assert_allclose(saved.uses, expected_uses(ids), rtol=3e-3)  # tokens are added in blocks
+    for layer, expert in np.ndindex(LAYERS, EXPERTS):
+        assert saved.last_use[layer, expert] == np.flatnonzero((ids[:, layer] == expert).any(1))[-1]
+    assert saved.pairs.sum() == pytest.approx(40 * (LAYERS - 1) * TOP_K**2, rel=3e-3)
+    assert np.array_equal(saved.recent, ids[version_0_1.PROMPT_TOKENS :])
+    assert saved.recall.tolist() == [[3, 4], [1, 4]]
+    assert np.array_equal(saved.placement.tiers.ravel(), np.arange(LAYERS * EXPERTS) % 3)
+
+
+def test_the_statistics_of_version_0_1_go_on(tmp_path):
+    (tmp_path / STATISTICS_FILE).write_bytes((version_0_1.FOLDER / STATISTICS_FILE).read_bytes())
+    statistics = RouterStatistics.open(MODEL, tmp_path)
+    statistics.add(picks(5), prefill=False)
+    assert statistics.save()
+    assert RouterStatistics.open(MODEL, tmp_path).tokens == 45
+
+
 def test_merging_another_boxs_file(fresh, tmp_path):
     elsewhere = RouterStatistics.open(MODEL, tmp_path / "elsewhere")
     elsewhere.add(constant(30, (0, 1), (2, 3), (4, 5)), prefill=False)
@@ -365,7 +392,7 @@ def test_merging_another_boxs_file(fresh, tmp_path):
     merged = RouterStatistics.open(MODEL, tmp_path).counts()
     assert merged.tokens == 40
     np.testing.assert_allclose(merged.uses[0], [30, 30, 0, 0, 0, 0, 10, 10], rtol=1e-2)
-    # Both were used by the last token of their box.
+    # On both boxes the last token has used it.
     assert merged.last_use[0].tolist() == [39, 39, -1, -1, -1, -1, 39, 39]
     assert merged.recent[:, 0, 0].tolist() == [0] * 30 + [6] * 10
     assert merged.recall.tolist() == [[1, 2], [0, 0]]
@@ -380,7 +407,7 @@ def test_merging_another_models_file_is_refused(fresh, tmp_path):
         fresh.merge(other)
 
 
-def test_reset_forgets_all_but_what_a_running_process_sees_later(fresh, tmp_path):
+def test_reset_forgets_all_but_later_counts_of_a_running_process(fresh, tmp_path):
     fresh.add(picks(50), prefill=False)
     fresh.save()
     running = RouterStatistics.open(MODEL, tmp_path)
@@ -394,7 +421,7 @@ def test_reset_forgets_all_but_what_a_running_process_sees_later(fresh, tmp_path
     assert RouterStatistics.open(MODEL, tmp_path).tokens == 7
 
 
-def test_the_placement_is_saved_with_who_and_when(fresh, tmp_path):
+def test_the_placement_is_saved_with_process_and_time(fresh, tmp_path):
     tiers = np.arange(LAYERS * EXPERTS, dtype=np.uint8).reshape(LAYERS, EXPERTS) % 3
     fresh.placement = lambda: tiers
     fresh.add(picks(5), prefill=False)

@@ -1,10 +1,11 @@
-"""Routing traces: the published locality, files, and the hand-over to the experts."""
+"""Routing traces: the published locality, files, and traces in the place of a router."""
 
 import re
 
 import numpy as np
 import pytest
 
+from helpers import version_0_1
 from moebox.errors import RequestError
 from moebox.offload.routing.trace import RoutingTrace, TraceRouting, age_classes, synthetic_trace
 
@@ -94,6 +95,12 @@ def test_file_without_a_field_is_refused_by_name(tmp_path):
         RoutingTrace.load(tmp_path / "trace.npz")
 
 
+def test_a_file_of_version_0_1_opens():
+    trace = RoutingTrace.load(version_0_1.FOLDER / "trace.npz")
+    assert (trace.n_experts, trace.source) == (version_0_1.EXPERTS, "tiny")
+    assert np.array_equal(trace.ids, version_0_1.picks())
+
+
 def test_missing_file_is_an_error_that_names_it(tmp_path):
     with pytest.raises(RequestError, match=r"none\.npz: no such file"):
         RoutingTrace.load(tmp_path / "none.npz")
@@ -109,7 +116,7 @@ def test_trace_of_another_model_is_refused():
         trace.check(2, 64, 6, 11)
 
 
-def test_routing_hands_out_chunks_then_tokens_in_order():
+def test_routing_gives_chunks_then_tokens_in_order():
     trace = synthetic_trace(12, 3, 16, 4)
     routing = TraceRouting(trace)
 
@@ -124,7 +131,7 @@ def test_routing_hands_out_chunks_then_tokens_in_order():
     assert np.array_equal(third, trace.ids[9:10, 0])
 
 
-def test_routing_starts_again_when_used_up_and_on_rewind():
+def test_routing_starts_again_after_the_last_token_and_on_rewind():
     trace = synthetic_trace(3, 1, 16, 4)
     routing = TraceRouting(trace)
 
@@ -135,7 +142,7 @@ def test_routing_starts_again_when_used_up_and_on_rewind():
     assert np.array_equal(routing.decode(), trace.ids[2])
 
 
-def test_no_damage_is_met_with_another_error(tmp_path):
+def test_every_damage_is_the_same_error(tmp_path):
     path, rng = tmp_path / "trace.npz", np.random.default_rng(1)
     synthetic_trace(40, 3, 8, 2).save(path)
     whole = path.read_bytes()

@@ -1,4 +1,4 @@
-"""A model whose experts do not all fit the RAM budget: the same answers, clear errors, no more memory."""
+"""A model whose experts do not fit the RAM budget: same answers, clear errors, memory within the plan."""
 
 import json
 import subprocess
@@ -17,7 +17,7 @@ from moebox.offload.routing.trace import RoutingTrace
 from moebox.quantize.convert import quantize
 from moebox.quantize.synth.write import synth
 from moebox.runtime.api import load
-from moebox.runtime.engine.cpu_plan import budget_for_share, plan_memory
+from moebox.runtime.engine.cpu_plan import budget_for_share, plan_cpu_memory
 from moebox.runtime.engine.engine import Cancelled
 from moebox.runtime.model.compute import CPU
 
@@ -45,7 +45,7 @@ def budget(model, share):
 
 
 def with_share(in_ram, share, **options):
-    """The same model with so much of its experts in RAM."""
+    """The same model with a share of its experts in RAM."""
     options = {"context": CONTEXT, "statistics": False} | options
     return load(in_ram.engine.folder, ram=budget(in_ram, share), **options)
 
@@ -56,7 +56,7 @@ def experts_of(model):
 
 @pytest.mark.parametrize("prefetch", [True, False])
 @pytest.mark.parametrize("share", [0.1, 0.5])
-def test_answers_are_those_of_all_in_ram(in_ram, share, prefetch):
+def test_answers_equal_those_with_all_experts_in_ram(in_ram, share, prefetch):
     with with_share(in_ram, share, prefetch=prefetch) as model:
         assert model.engine.plan.rows == round(share * 448)
         for sampling in ({"temperature": 0.0}, {"temperature": 0.9, "seed": 7}, {"top_p": 0.8, "seed": 8}):
@@ -85,7 +85,7 @@ def test_logits_are_the_same_bits_in_several_chunks_and_token_by_token(in_ram, m
 
 
 @pytest.mark.parametrize("count", [70, 49, 48])
-def test_a_long_chunk_is_computed_as_its_parts_are(in_ram, monkeypatch, count):
+def test_a_long_chunk_equals_its_parts(in_ram, monkeypatch, count):
     reads = []
     with with_share(in_ram, 0.3) as model:
         monkeypatch.setattr(in_ram.engine.runner, "chunk_tokens", 24)
@@ -105,11 +105,11 @@ def test_a_long_chunk_is_computed_as_its_parts_are(in_ram, monkeypatch, count):
 def test_chunks_are_longer_where_experts_are_on_disk():
     k2 = shape_config("kimi-k2")
     half = budget_for_share(k2, torch.bfloat16, "bf16", 16384, 0.5)
-    plan = plan_memory(k2, torch.bfloat16, "bf16", half, 16384, free_ram=2 * half)
+    plan = plan_cpu_memory(k2, torch.bfloat16, "bf16", half, 16384, free_ram=2 * half)
     assert (plan.chunk_tokens, plan.rows) == (8192, 11520)
     assert plan.planned_bytes == half
-    assert plan_memory(k2, torch.bfloat16, "bf16", half, 3000, free_ram=2 * half).chunk_tokens == 2048
-    whole = plan_memory(k2, torch.bfloat16, "bf16", None, 16384, free_ram=3 * half)
+    assert plan_cpu_memory(k2, torch.bfloat16, "bf16", half, 3000, free_ram=2 * half).chunk_tokens == 2048
+    whole = plan_cpu_memory(k2, torch.bfloat16, "bf16", None, 16384, free_ram=3 * half)
     assert whole.experts_fit
     assert whole.chunk_tokens == 1024
 
@@ -212,7 +212,7 @@ def test_a_trace_that_cannot_be_written(folder, tmp_path):
         load(folder, statistics=False, record_trace=tmp_path / "no" / "folder.npz")
 
 
-def test_less_than_a_layers_experts_is_refused(in_ram):
+def test_room_for_fewer_experts_than_a_layer_needs_is_refused(in_ram):
     least = budget(in_ram, 0)
     with pytest.raises(PlanError, match=r"12 of 448 experts .*the RAM budget is"):
         load(in_ram.engine.folder, context=CONTEXT, ram=least - 1)
@@ -249,8 +249,8 @@ PEAK = """
 """
 
 
-def test_peak_memory_is_what_was_planned(tmp_path):
-    """680 MB of experts, half of them in RAM, with a prompt and some tokens: at most 5 % over the plan."""
+def test_peak_memory_is_as_planned(tmp_path):
+    """With half of 680 MB of experts in RAM, a prompt and some tokens take at most 5 % more than planned."""
     shape = {"hidden_size": 2048, "moe_intermediate_size": 1024, "intermediate_size": 4096}
     folder = synth(
         tmp_path / "model", "tiny", layers=4, experts=64, format="int4", config_overrides=shape

@@ -1,4 +1,4 @@
-"""Sessions: what is reused, what is refused, and what an interruption leaves behind."""
+"""Sessions: reuse of the cache, refusals, and the state after an interruption."""
 
 import logging
 import threading
@@ -9,7 +9,7 @@ import torch
 import moebox.runtime.engine.cpu_runner as runner_module
 from helpers.runtime import make_checkpoint
 from moebox.errors import CheckpointError, ConfigError, PlanError, RequestError
-from moebox.runtime.engine.cpu_plan import budget_for_share, plan_memory
+from moebox.runtime.engine.cpu_plan import budget_for_share, plan_cpu_memory
 from moebox.runtime.engine.engine import Cancelled, Engine, common_prefix
 
 TOKENS = torch.randint(0, 512, (60,), generator=torch.Generator().manual_seed(2)).tolist()
@@ -34,7 +34,7 @@ def same(a, b):
     return torch.allclose(a, b, atol=1e-4)
 
 
-def test_reports_what_it_holds(engine, folder):
+def test_sizes_are_reported(engine, folder):
     config = engine.config
     assert engine.folder == folder
     assert engine.context == 100
@@ -54,7 +54,7 @@ def test_load_reports_progress(folder):
         assert done[-1] == total
 
 
-def test_says_once_that_moebox_did_not_write_it(folder, caplog):
+def test_one_warning_says_that_moebox_did_not_write_the_checkpoint(folder, caplog):
     with caplog.at_level(logging.WARNING, "moebox"):
         Engine.load(folder)
     assert caplog.text.count("six reads") == 1
@@ -84,7 +84,7 @@ def test_shorter_prompt_truncates(engine):
     assert session.tokens == TOKENS[:20]
 
 
-def test_nothing_in_common(engine):
+def test_a_prompt_without_a_common_prefix(engine):
     session = engine.session()
     session.prefill(TOKENS)
     other = [token ^ 1 for token in TOKENS]
@@ -134,7 +134,7 @@ def test_interrupt_in_the_middle_of_a_layer(engine, small_chunks, monkeypatch, s
     assert same(session.decode(9), engine.logits([*TOKENS[:15], 9])[-1])
 
 
-def test_prompt_too_long_says_both_numbers(engine):
+def test_a_prompt_that_is_too_long_is_refused_with_both_numbers(engine):
     session = engine.session(context=30)
     with pytest.raises(RequestError, match=r"31 tokens do not fit the context of 30"):
         session.prefill(TOKENS[:31])
@@ -154,7 +154,7 @@ def test_bad_tokens(engine, tokens, message):
             compute(tokens)
 
 
-def test_session_context_is_bounded(engine):
+def test_the_context_of_a_session_is_limited(engine):
     with pytest.raises(RequestError, match="101 tokens"):
         engine.session(context=101)
 
@@ -188,7 +188,7 @@ def test_budget_that_fits(folder):
 
 
 @pytest.mark.parametrize("share", [0.5, 0.75])
-def test_budget_that_holds_some_experts(folder, engine, share):
+def test_a_budget_for_some_of_the_experts(folder, engine, share):
     budget = budget_for_share(engine.config, torch.float32, "bf16", 100, share)
     loaded = Engine.load(folder, dtype=torch.float32, context=100, ram=budget)
     assert loaded.plan.rows == 16 * share
@@ -199,14 +199,14 @@ def test_budget_that_holds_some_experts(folder, engine, share):
 def test_the_machines_memory_without_a_budget(engine):
     config = engine.config
     all_of_it = budget_for_share(config, torch.bfloat16, "bf16", 512, 1)
-    roomy = plan_memory(config, torch.bfloat16, "bf16", None, None, free_ram=2 * all_of_it)
+    roomy = plan_cpu_memory(config, torch.bfloat16, "bf16", None, None, free_ram=2 * all_of_it)
     assert roomy.experts_fit
     assert roomy.context == config.max_position_embeddings
     some = budget_for_share(config, torch.bfloat16, "bf16", 512, 0.75)
-    tight = plan_memory(config, torch.bfloat16, "bf16", None, 512, free_ram=int(some / 0.95) + 100)
+    tight = plan_cpu_memory(config, torch.bfloat16, "bf16", None, 512, free_ram=int(some / 0.95) + 100)
     assert tight.rows == 12
     with pytest.raises(PlanError, match=r"needs .* \+ 8 of 16 experts .*free memory is"):
-        plan_memory(config, torch.bfloat16, "bf16", None, None, free_ram=1 << 20)
+        plan_cpu_memory(config, torch.bfloat16, "bf16", None, None, free_ram=1 << 20)
 
 
 def test_missing_folder(tmp_path):

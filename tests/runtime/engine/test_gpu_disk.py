@@ -1,4 +1,4 @@
-"""A GPU, and experts that lie on disk: drives that fail, copies, checksums, what is recorded and learned."""
+"""A GPU, and experts on disk: failing drives, copies, checksums, recordings and statistics."""
 
 import shutil
 
@@ -35,7 +35,7 @@ def in_memory(folder):
 
 
 def load_cold(in_memory, name="cold", **options):
-    """The same model with a part of its experts on disk only."""
+    """The same model with some of its experts on disk only."""
     engine = in_memory.engine
     options = {"statistics": False} | PLACEMENTS[name].budgets(engine.config, CONTEXT) | options
     return load(engine.folder, device="stand-in", context=CONTEXT, **options)
@@ -50,12 +50,13 @@ def relative(a, b):
 
 
 def same_routing(in_memory, session, tokens):
-    """Whether the next logits are those of all in memory, but for a near-tie that was routed otherwise."""
+    """Whether the next logits equal those with all experts in memory; a pick between nearly equal scores may
+    differ."""
     expected = in_memory.engine.logits(tokens)[-1]
     return relative(session.prefill(tokens), expected) < 0.2
 
 
-def test_a_failed_read_loses_one_token_and_says_which(in_memory):
+def test_a_failed_read_loses_one_token_and_names_the_expert(in_memory):
     with load_cold(in_memory) as model:
         session = model.engine.session()
         session.prefill(TOKENS[:40])
@@ -82,7 +83,7 @@ def test_a_failed_read_of_a_prompt(in_memory):
         assert same_routing(in_memory, session, TOKENS)
 
 
-def test_a_drive_that_fails_beside_another_is_said(in_memory, tmp_path, caplog):
+def test_a_drive_that_fails_beside_a_copy_is_reported(in_memory, tmp_path, caplog):
     """Decoding goes on with the copy."""
     copy = tmp_path / "copy"
     shutil.copytree(in_memory.engine.folder, copy)
@@ -96,7 +97,7 @@ def test_a_drive_that_fails_beside_another_is_said(in_memory, tmp_path, caplog):
         assert same_routing(in_memory, session, [*TOKENS, 7])
 
 
-def test_damaged_bytes_are_found_where_asked_for(in_memory):
+def test_verify_reads_finds_damaged_bytes(in_memory):
     with load_cold(in_memory, verify_reads=True) as model:
         session = model.engine.session()
         session.prefill(TOKENS[:8])
@@ -106,8 +107,8 @@ def test_damaged_bytes_are_found_where_asked_for(in_memory):
                 session.decode(token)
 
 
-def test_what_was_routed_is_recorded_and_comes_back(in_memory, tmp_path, monkeypatch):
-    """Prompts and answers, in order; the next load has the hottest experts on the GPU."""
+def test_picks_are_recorded_and_decide_the_next_placement(in_memory, tmp_path, monkeypatch):
+    """Picks of prompts and answers, in order. The next load puts the most used experts on the GPU."""
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
     trace = tmp_path / "trace.npz"
     for _ in range(2):
@@ -133,7 +134,7 @@ def test_what_was_routed_is_recorded_and_comes_back(in_memory, tmp_path, monkeyp
 
 
 def test_it_is_a_runner(in_memory):
-    """Closing twice is closing once."""
+    """It can be closed twice."""
     runner: Runner = in_memory.engine.runner
     runner.close()
     runner.close()

@@ -18,7 +18,7 @@ CONTEXT, PROMPT = 64, 20
 
 @dataclass
 class Always:
-    """In the place of a trial."""
+    """Replaces the trial: always on."""
 
     on: bool = True
     trying: bool = False
@@ -64,7 +64,7 @@ def test_guesses_are_the_next_routers(folder, device):
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_answers_with_and_without(tmp_path, device):
-    """Every expert is chosen, so that routing cannot flip; which road an expert takes is up to the clock."""
+    """All experts are picked, so that rounding changes no pick. The road of an expert depends on timing."""
     folder = synth(tmp_path / "m", "tiny", format="int4", config_overrides={"n_routed_experts": 4}).folder
     engine, trial = load(folder, device, slots=4), Always()
     expected = engine.logits(TOKENS)

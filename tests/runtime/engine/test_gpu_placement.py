@@ -1,4 +1,4 @@
-"""Where experts lie decides speed, never answers: tiny-k2 with every placement against the CPU runtime."""
+"""Placements do not change answers: tiny-k2 with every placement equals the CPU runtime."""
 
 import json
 
@@ -46,7 +46,7 @@ def tokens(cpu_model):
 
 @pytest.fixture(scope="module")
 def expected(cpu_model, tokens):
-    """The CPU runtime's logits, and the experts it chose in each MoE layer."""
+    """The CPU runtime's logits, and its picks in each MoE layer."""
     chosen = []
 
     def record(logits, bias, config):
@@ -97,7 +97,7 @@ def test_logits(folder, cpu_model, tokens, expected, forced, device, name):  # n
     engine.runner.chunk_tokens = PROMPT // 2 + 1  # the second chunk attends to the first one's cache
     forced[0].start(0)
     session = engine.session()
-    # All together: of a single token, bf16 alone may be off by more (1.2 % at some positions).
+    # Over all tokens, since bf16 alone may be off by more at a single position (1.2 % at some).
     found = [session.prefill(tokens[:PROMPT])]
     for position in range(PROMPT, len(tokens)):
         forced[0].start(position)
@@ -128,4 +128,4 @@ def test_one_token_through_either_path(folder, tokens, device):
     with torch.inference_mode():
         hidden = engine.runner.model([tokens[PROMPT]], again._cache)
         by_modules = engine.runner.model.logits(hidden)[0].cpu()
-    assert relative(by_program, by_modules) <= 5 * TOLERANCE  # a near-tie may be routed the other way
+    assert relative(by_program, by_modules) <= 5 * TOLERANCE  # nearly equal scores may be picked differently

@@ -1,4 +1,4 @@
-"""The plan of VRAM and RAM: what it gives to experts, and what it refuses, with the numbers."""
+"""The plan of VRAM and RAM: the experts' share, and refusals with the numbers."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +13,6 @@ from moebox.offload.routing.identity import ModelIdentity
 from moebox.offload.routing.statistics import RouterStatistics
 from moebox.offload.routing.trace import synthetic_trace
 from moebox.quantize.synth.shapes import synth_config
-from moebox.runtime.engine.cpu_plan import learned_bytes
 from moebox.runtime.engine.gpu_plan import (
     CHUNK_TOKENS,
     RESERVE_BYTES,
@@ -23,6 +22,7 @@ from moebox.runtime.engine.gpu_plan import (
     plan_gpu_memory,
     workspace_bytes,
 )
+from moebox.runtime.engine.plan_parts import learned_bytes
 
 GIB = 1 << 30
 K2 = parse_config(synth_config("kimi-k2", format="int4"))
@@ -46,7 +46,7 @@ def test_an_80_gb_card():
     assert (made.ram_rows, made.exclusive) == (K2.n_keys, False)
 
 
-def test_context_is_bounded_where_none_is_asked_for():
+def test_context_is_limited_where_none_is_asked_for():
     made = plan(free_vram=40 * GIB)
     left = 40 * GIB - made.backbone_bytes - RESERVE_BYTES
     assert 0.14 * left < made.kv_bytes <= 0.15 * left
@@ -107,7 +107,7 @@ def test_refusals(options, message):
 
 
 def test_missing_bytes_add_up():
-    """What is said to be missing is what makes it fit."""
+    """A budget that is larger by the missing bytes fits."""
     vram, row = least_vram_bytes(TINY, 100), row_stride(TINY)
     least, learned = 3 * TINY.num_experts_per_tok, learned_bytes(TINY, 2)
     with pytest.raises(PlanError) as raised:
@@ -116,8 +116,8 @@ def test_missing_bytes_add_up():
     assert plan(TINY, vram=vram, ram=least * row + learned, context=100).cold
 
 
-def test_what_fits_neither_is_read_from_disk():
-    """RAM keeps some rows free for that."""
+def test_experts_that_fit_neither_are_read_from_disk():
+    """RAM keeps some rows free for the reads."""
     made = plan(ram=300 * GIB, context=4096)
     spare = K2.num_experts_per_tok + 16
     assert made.exclusive
@@ -129,16 +129,16 @@ def test_what_fits_neither_is_read_from_disk():
     assert together.hot + together.warm == K2.n_keys
 
 
-def test_what_is_learned_of_the_router_has_its_place():
-    """Foresight is three fp32 tables of 60 x 384 x 384, statistics two of 59 and the last 4,096 tokens."""
+def test_what_is_learned_of_the_router_is_planned():
+    """Value model: 3 fp32 tables of 60 x 384 x 384; statistics: 2 of 59 x 384 x 384 and recent picks."""
     assert learned_bytes(K2, 0) == 2 * (4 * 59 * 384**2 + 16 * 60 * 384 + 2 * 4096 * 60 * 8)
     assert learned_bytes(K2, 1) - learned_bytes(K2, 0) == 3 * 4 * 60 * 384**2
     assert plan(context=4096).learned_bytes == learned_bytes(K2, 1)
     assert plan(ram=300 * GIB, context=4096).learned_bytes == learned_bytes(K2, 2)
 
 
-def test_statistics_take_what_was_planned():
-    """What a run has counted, and what earlier ones have, held at the same time."""
+def test_statistics_take_the_planned_bytes():
+    """The counts of a run and those of earlier runs are in memory at the same time."""
     shape = (12, 64, 8)
     config = replace(TINY, num_hidden_layers=13, n_routed_experts=64, num_experts_per_tok=8)
     statistics = RouterStatistics(ModelIdentity("a model", "digest", *shape), Path("unused"))

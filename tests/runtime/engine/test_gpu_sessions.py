@@ -1,4 +1,4 @@
-"""Sessions on a GPU: what is reused, what an interruption leaves behind, what is refused."""
+"""Sessions on a GPU: reuse of the cache, the state after an interruption, refusals."""
 
 import gc
 import threading
@@ -19,7 +19,7 @@ CONTEXT = 100
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Every expert is chosen, so that routing cannot flip."""
+    """All experts are picked, so that rounding changes no pick."""
     folder = tmp_path_factory.mktemp("gpu") / "model"
     return synth(folder, "tiny", format="int4", config_overrides={"n_routed_experts": 4}).folder
 
@@ -78,7 +78,7 @@ def test_sessions_do_not_share_a_cache(engine, expected):
     assert close(one.decode(TOKENS[20]), expected[20])
 
 
-def test_the_cache_goes_from_session_to_session(engine):
+def test_the_next_session_gets_the_memory_of_the_last(engine):
     gc.collect()
     planned = engine.session()
     address = planned._cache.layers[0].data_ptr()
@@ -112,7 +112,7 @@ def test_cancel_between_layers(engine, small_chunks, expected):
 
 @pytest.mark.parametrize("moment", ["before", "after"])
 def test_interrupt_of_a_token(engine, monkeypatch, expected, moment):
-    """The program that was launched ends whether its host has served it or never began."""
+    """The launched program ends, whether its host has begun or not."""
     session = engine.session()
     session.prefill(TOKENS[:15])
     serve_token = engine.runner.experts.serve_token
@@ -181,7 +181,7 @@ def test_a_cache_of_another_runner(engine, cpu_engine):
 
 
 def test_short_of_memory_for_a_chunk(engine, monkeypatch, caplog, expected):
-    """The chunk is halved, and said, until it goes through."""
+    """The chunk is halved, with a warning, until it fits."""
     forward, sizes = engine.runner.model.forward, []
 
     def full_above_20(token_ids, *rest):

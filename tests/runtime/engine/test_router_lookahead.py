@@ -1,4 +1,4 @@
-"""What the next layers' routers are asked, and how well they answer."""
+"""Predictions of the next layers' picks, and their recall."""
 
 import pytest
 import torch
@@ -11,14 +11,14 @@ from moebox.offload.routing.identity import ModelIdentity
 from moebox.offload.routing.statistics import RouterStatistics
 from moebox.quantize.convert import quantize
 from moebox.runtime.engine.cpu_plan import budget_for_share
-from moebox.runtime.engine.router_lookahead import GateLookahead
+from moebox.runtime.engine.router_lookahead import RouterLookahead
 from moebox.runtime.model.kimi_k2 import KimiK2
 
 
 def random_model(**changes):
     """A model whose routers have random weights; nothing else of it is used."""
     config = small_config(num_hidden_layers=5, **changes)
-    model = KimiK2(config, None, torch.float32)
+    model = KimiK2(config, torch.float32)
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         parameter.data.normal_(generator=generator)
@@ -26,10 +26,10 @@ def random_model(**changes):
 
 
 @pytest.mark.parametrize("groups", [{}, {"n_group": 4, "topk_group": 2}])
-def test_names_what_the_next_routers_would_choose_for_this_state(groups):
+def test_names_the_picks_of_the_next_routers_for_this_state(groups):
     model = random_model(**groups)
     hidden = torch.randn(1, model.config.hidden_size).bfloat16()
-    predictions = list(GateLookahead(model).predict(1, hidden))
+    predictions = list(RouterLookahead(model).predict(1, hidden))
     assert [ahead for ahead, _ in predictions] == [1, 2]
     for ahead, named in predictions:
         gate = model.model.layers[model.config.first_k_dense_replace + 1 + ahead].mlp.gate
@@ -41,27 +41,27 @@ def test_names_what_the_next_routers_would_choose_for_this_state(groups):
 def test_the_likeliest_comes_first():
     model = random_model()
     hidden = torch.randn(1, model.config.hidden_size)
-    [(_, named)] = GateLookahead(model).predict(2, hidden)
+    [(_, named)] = RouterLookahead(model).predict(2, hidden)
     gate = model.model.layers[-1].mlp.gate
     scores = (gate.weight @ hidden[0]).sigmoid() + gate.e_score_correction_bias
     assert named == scores.argsort(descending=True)[: len(named)].tolist()
 
 
-def test_no_layer_beyond_the_last_is_asked():
+def test_no_layer_after_the_last_is_predicted():
     model = random_model()
     hidden = torch.randn(1, model.config.hidden_size)
-    lookahead = GateLookahead(model)
+    lookahead = RouterLookahead(model)
     assert [len(list(lookahead.predict(moe, hidden))) for moe in range(4)] == [2, 2, 1, 0]
 
 
-def test_never_names_more_than_there_are():
+def test_names_no_more_experts_than_there_are():
     model = random_model(n_routed_experts=6)
-    [(_, named)] = GateLookahead(model).predict(2, torch.randn(1, model.config.hidden_size))
+    [(_, named)] = RouterLookahead(model).predict(2, torch.randn(1, model.config.hidden_size))
     assert sorted(named) == list(range(6))
 
 
-def test_most_picks_of_tiny_k2_are_foreseen(tmp_path):
-    """Chance would be 9 %; `moebox stats` gets to know."""
+def test_most_picks_of_tiny_k2_are_predicted(tmp_path):
+    """Random predictions would name 9 %. The statistics that `moebox stats` shows count them, too."""
     quantize(TINY_K2, tmp_path / "int4")
     with load(tmp_path / "int4", context=1024) as model:
         config, dtype = model.engine.config, model.engine.dtype

@@ -1,4 +1,4 @@
-"""Torch's fused attention, as a GPU's prefill uses it, against the plain one of the CPU."""
+"""The fused attention of a GPU's prefill equals the CPU's attention."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def test_causal_attention_behind_a_prefix(device, count, total, widths):
     assert (mixed.float().cpu() - expected).norm() <= 5e-3 * expected.norm()
 
 
-def test_heads_at_once_bounds_memory():
+def test_heads_at_once_limit_memory():
     gpu = processor("stand-in")
     for total in (100, 10_000, 1_000_000):
         heads = gpu.heads_at_once(1, total, 704)

@@ -32,7 +32,7 @@ VARIANTS = {
         "rope_scaling": YARN | {"factor": 40.0, "beta_fast": 32.0, "beta_slow": 1.0},
         "routed_scaling_factor": 2.5,
     },
-    # Large enough to show that the latent norms do not use it.
+    # Large enough to change the result if the latent norms used it.
     "large-eps": {"rms_norm_eps": 0.1},
     "plain-topk": {"norm_topk_prob": False, "rope_scaling": None},
     "mscale": {"rope_scaling": YARN | {"factor": 4.0, "mscale": 0.7, "mscale_all_dim": 0.5}},
@@ -77,7 +77,7 @@ def test_token_by_token(golden):
     assert largest_difference(torch.stack(logits), expected[:60]) <= TOLERANCE
 
 
-@pytest.mark.parametrize("chunk", [7, 70])  # below and above what makes attention expand keys and values
+@pytest.mark.parametrize("chunk", [7, 70])  # attention expands keys and values for the larger one only
 def test_chunks_and_small_blocks(golden, monkeypatch, chunk):
     loaded, expected = golden
     monkeypatch.setattr(loaded.runner, "chunk_tokens", chunk)
@@ -95,8 +95,8 @@ def test_prefix_reuse(golden):
     assert (session.reused, session.computed) == (60, 140)
 
 
-def test_groups_with_negative_scores(tmp_path):
-    """Experts outside the chosen groups are masked with -inf, not with 0, which would beat negative ones."""
+def test_groups_where_scores_are_negative(tmp_path):
+    """Experts outside the chosen groups get -inf, not 0, which would be above negative scores."""
     folder = make_checkpoint(tmp_path / "model", **VARIANTS["deepseek-v3"])
     for name, bias in load_tensors(folder).items():
         if name.endswith("e_score_correction_bias"):
@@ -106,7 +106,7 @@ def test_groups_with_negative_scores(tmp_path):
 
 
 def test_attention_forms_agree(tmp_path):
-    """Absorbed and expanded attention are the same function."""
+    """Absorbed and expanded attention give the same result."""
     folder = make_checkpoint(tmp_path / "model")
     loaded = Engine.load(folder, dtype=torch.float32)
     logits = []
@@ -136,7 +136,7 @@ def test_bf16_stays_close(tmp_path, monkeypatch, native):
 
 
 def test_kimi_k25_layout(tmp_path):
-    """The text model behind `language_model.`, vision tensors left aside."""
+    """Text tensors have the prefix `language_model.`; vision tensors are not loaded."""
     folder = make_checkpoint(tmp_path / "model", model_type="kimi_k25")
     logits = Engine.load(folder, dtype=torch.float32).logits(TOKENS)
     assert largest_difference(logits, reference_logits(folder, TOKENS)) <= TOLERANCE

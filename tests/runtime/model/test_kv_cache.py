@@ -1,4 +1,4 @@
-"""The cache grows, counts only what was committed, and truncates."""
+"""The cache grows, has only committed tokens, and can be truncated."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Loading is strict: a tensor that is missing, left over, or of a wrong shape or type is named."""
+"""Loading refuses a tensor that is missing, unknown, or of a wrong shape or dtype, and names it."""
 
 import pytest
 import torch
@@ -68,7 +68,7 @@ def test_leftover(folder, new_name):
 
 
 @pytest.mark.parametrize("form", ["bf16", "fp8"])
-def test_unquantized_is_told_how(tmp_path, form):
+def test_an_unquantized_checkpoint_is_refused_with_the_command_that_quantizes_it(tmp_path, form):
     folder = synth(tmp_path / "plain", "tiny", format=form).folder
     refused(folder, "not quantized", f"moebox quantize {folder}")
 
@@ -80,10 +80,10 @@ def test_next_token_layer_is_left_out(tmp_path):
 
 
 @pytest.mark.parametrize("q_lora_rank", [None, 64])
-def test_parameters_are_what_the_config_implies(tmp_path, q_lora_rank):
+def test_parameters_are_those_that_the_config_implies(tmp_path, q_lora_rank):
     config = Checkpoint.open(make_checkpoint(tmp_path / "model", q_lora_rank=q_lora_rank)).config
     with init_empty_weights():
-        model = KimiK2(config, None, torch.bfloat16)
+        model = KimiK2(config, torch.bfloat16)
     shapes = config.backbone_shapes()
     for name, parameter in model.named_parameters():
         parts = [shapes.pop(source) for source in model.sources(name)]
@@ -92,7 +92,7 @@ def test_parameters_are_what_the_config_implies(tmp_path, q_lora_rank):
 
 
 def test_loaded_values_and_types(folder):
-    model = load_backbone(Checkpoint.open(folder), None, torch.bfloat16)
+    model = load_backbone(Checkpoint.open(folder), torch.bfloat16)
     tensors = load_tensors(folder)
     for name, parameter in model.named_parameters():
         expected = torch.cat([tensors[source].float() for source in model.sources(name)])
@@ -108,7 +108,7 @@ def test_a_shard_that_shrinks_while_it_is_loaded(folder):
     with shard.open("r+b") as file:
         file.truncate(checkpoint.info("lm_head.weight").offset + 100)
     with pytest.raises(CheckpointError, match=rf"{shard.name}: .*: the file ends at byte \d+, its header"):
-        load_backbone(checkpoint, None, torch.bfloat16)
+        load_backbone(checkpoint, torch.bfloat16)
     shard.unlink()
     with pytest.raises(CheckpointError, match="cannot be read: No such file"):
-        load_backbone(checkpoint, None, torch.bfloat16)
+        load_backbone(checkpoint, torch.bfloat16)

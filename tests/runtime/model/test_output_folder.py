@@ -1,4 +1,4 @@
-"""The folder that `moebox quantize` writes runs here and in transformers + compressed-tensors alike."""
+"""A folder that `moebox quantize` writes gives the same logits here and in transformers."""
 
 import json
 
@@ -17,7 +17,7 @@ TOKENS = torch.randint(0, 500, (120,), generator=torch.Generator().manual_seed(5
 
 @pytest.fixture(scope="module", params=["random", "tiny-k2"])
 def folder(request, tmp_path_factory):
-    """Quantized from FP8. Every expert of the random one is chosen: rounding cannot flip its routing."""
+    """Quantized from FP8. The random model picks all of its experts, so that rounding changes no pick."""
     tmp = tmp_path_factory.mktemp("output")
     source = TINY_K2
     if request.param == "random":
@@ -29,7 +29,7 @@ def folder(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def theirs(folder):
-    """transformers' model, from the folder as it is."""
+    """transformers' model of the folder."""
     raw = json.loads((folder / "config.json").read_text())
     assert raw["quantization_config"]["format"] == "pack-quantized"
     model, report = AutoModelForCausalLM.from_pretrained(
@@ -57,7 +57,7 @@ def test_same_weights(folder, theirs):
 
 
 def typical_error(logits, expected):
-    """Median over tokens: where two experts score nearly alike, rounding may choose the other."""
+    """Median over tokens, because rounding may change a pick where two scores are nearly equal."""
     return ((logits - expected).norm(dim=1) / expected.norm(dim=1)).median()
 
 
@@ -81,7 +81,7 @@ def test_same_logits_in_fp32(folder):
 
 
 def test_bf16_is_nearer_to_fp32_than_transformers(folder, theirs):
-    """The residual stream and sums in fp32 cost little and keep more than a bf16 model does."""
+    """Residual stream and sums are fp32 here, bf16 in transformers."""
     expected = reference_logits(folder, TOKENS)
     with torch.inference_mode():
         their_error = typical_error(theirs(torch.tensor([TOKENS])).logits[0].float(), expected)

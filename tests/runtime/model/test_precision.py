@@ -1,4 +1,4 @@
-"""int8 and nf4 backbones: close to bf16, smaller, and honest about how much."""
+"""int8 and nf4 backbones are close to bf16, and as much smaller as reported."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ TOKENS = torch.randint(0, 512, (50,), generator=torch.Generator().manual_seed(3)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """All widths are multiples of 64, and every expert is chosen, so that routing cannot flip."""
+    """All widths are multiples of 64, and all experts are picked, so that rounding changes no pick."""
     return make_checkpoint(
         tmp_path_factory.mktemp("backbone") / "model",
         hidden_size=192,
@@ -37,7 +37,7 @@ def test_close_to_bf16(folder, plain, backbone, tolerance, dtype):
 
 
 @pytest.mark.parametrize(("backbone", "at_least"), [("int8", 0.35), ("nf4", 0.5)])
-def test_saves_what_it_says(folder, plain, backbone, at_least):
+def test_saved_bytes_are_as_reported(folder, plain, backbone, at_least):
     engine = Engine.load(folder, backbone=backbone, dtype=torch.bfloat16)
     assert plain.backbone_saved_bytes == 0
     assert engine.backbone_bytes + engine.backbone_saved_bytes == plain.backbone_bytes
@@ -45,7 +45,7 @@ def test_saves_what_it_says(folder, plain, backbone, at_least):
 
 
 @pytest.mark.parametrize("backbone", PRECISIONS)
-def test_plan_is_what_loading_takes(folder, backbone):
+def test_planned_bytes_are_those_that_loading_takes(folder, backbone):
     engine = Engine.load(folder, backbone=backbone, dtype=torch.bfloat16)
     planned = planned_bytes(engine.config.backbone_shapes(), torch.bfloat16, backbone)
     assert planned == pytest.approx(engine.backbone_bytes, rel=0.02)
@@ -60,7 +60,7 @@ def test_nf4_takes_only_what_bitsandbytes_multiplies_on_every_cpu():
 
 
 def test_narrow_rows_stay_bf16_under_nf4(tmp_path):
-    """bitsandbytes 0.50 multiplies nf4 rows that are no multiple of 64 wrongly on the CPU."""
+    """bitsandbytes 0.50 computes wrong products on the CPU where nf4 rows are no multiple of 64."""
     engine = Engine.load(make_checkpoint(tmp_path / "model"), backbone="nf4")  # hidden_size 160
     layer = engine.runner.model.model.layers[0]
     assert layer.self_attn.q_kv_a_proj.weight.dtype == torch.bfloat16

@@ -30,7 +30,7 @@ def parse_ids(tokenizer, ids, **options):
 
 
 def parse(tokenizer, text, **options):
-    """(kind, text or call) with neighbours of one kind joined, and the warnings."""
+    """Pairs (kind, text or call), with consecutive pieces of one kind joined, and the warnings."""
     joined, warnings = [], []
     for piece in parse_ids(tokenizer, encode_answer(tokenizer, text), **options):
         value = piece.tool_call or piece.text
@@ -111,7 +111,7 @@ def test_ids_without_a_number_get_the_next_one(tokenizer):
     assert [value.id for _, value in pieces] == ["functions.get_weather:3", "functions.f:7", "functions.g:8"]
 
 
-def test_arguments_that_are_no_json_are_handed_on_with_a_warning(tokenizer):
+def test_arguments_that_are_no_json_are_passed_on_with_a_warning(tokenizer):
     pieces, warnings = parse(tokenizer, BEGIN + call("functions.f:0", '{"a": ') + END)
     assert pieces == [("tool_call", ToolCall("functions.f:0", "f", '{"a": '))]
     assert "no JSON" in warnings[0]
@@ -131,7 +131,7 @@ def test_arguments_that_are_no_json_are_handed_on_with_a_warning(tokenizer):
         ("<think>a<think>b", "out of place"),
     ],
 )
-def test_what_does_not_parse_is_text_with_a_warning(tokenizer, text, fault):
+def test_output_that_does_not_parse_is_text_with_a_warning(tokenizer, text, fault):
     pieces, warnings = parse(tokenizer, text)
     assert not any(kind == "tool_call" for kind, _ in pieces)
     assert fault in warnings[0]
@@ -141,7 +141,7 @@ def test_what_does_not_parse_is_text_with_a_warning(tokenizer, text, fault):
     assert said == text
 
 
-def test_chatter_between_calls_does_not_cost_the_calls(tokenizer):
+def test_text_between_calls_loses_no_call(tokenizer):
     text = BEGIN + call("functions.f:0", "{}") + " and \n" + call("functions.g:1", "{}") + "\n" + END + "done"
     pieces, warnings = parse(tokenizer, text)
     assert [kind for kind, _ in pieces] == ["tool_call", "text", "tool_call", "text"]
@@ -149,7 +149,7 @@ def test_chatter_between_calls_does_not_cost_the_calls(tokenizer):
     assert warnings == ["text between tool calls"]
 
 
-def test_a_call_whose_end_tag_is_missing_counts_when_its_arguments_are_whole(tokenizer):
+def test_a_call_without_its_end_tag_counts_where_its_arguments_are_complete(tokenizer):
     whole = '<|tool_call_begin|>functions.f:0<|tool_call_argument_begin|>{"a": 1}'
     for rest in ("", END, call("functions.g:1", "{}") + END):
         pieces, _ = parse(tokenizer, BEGIN + whole + rest)

@@ -111,6 +111,6 @@ def test_a_schema_that_refers_to_itself_is_named_parameters():
     "schema",
     [{"$ref": "#/$defs/Missing"}, {"$ref": "other.json"}, {"title": "no type"}, {"type": ["odd"]}, "text"],
 )
-def test_what_typescript_cannot_say_is_refused(schema):
+def test_a_schema_that_typescript_cannot_express_is_refused(schema):
     with pytest.raises(UnsupportedSchema):
         declare(properties(x=schema))
