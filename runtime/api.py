@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -12,6 +12,7 @@ from moebox.cost.accounts import Accounts, Request, login_name
 from moebox.cost.prices.box_prices import load_prices
 from moebox.cost.usage import Traffic
 from moebox.errors import BusyError, RequestError
+from moebox.runtime.engine.options import LoadOptions
 from moebox.runtime.generate.loop import ContextError, Generation, OnPrefill, TokenSession
 from moebox.runtime.generate.sampling import Sampler, SamplingOptions, generation_defaults
 from moebox.runtime.text.messages import Message, Tool, next_tool_call_index, normalise_messages
@@ -40,18 +41,8 @@ def load(
     vram: int | None = None,
     ram: int | None = None,
     *,
-    backbone: str = "bf16",
-    dtype: torch.dtype | None = None,
-    context: int | None = None,
-    threads: int | None = None,
-    progress: Callable[[str, int, int], None] | None = None,
-    stores: Sequence[str | Path] = (),
-    verify_reads: bool = False,
-    prefetch: bool = True,
-    statistics: bool = True,
-    record_trace: str | Path | None = None,
-    ledger: bool = True,
-    user: str | None = None,
+    options: LoadOptions | None = None,
+    **fields: Any,
 ) -> Model:
     """Load a quantized checkpoint with its tokenizer and chat template.
 
@@ -60,22 +51,17 @@ def load(
         device: "cpu", "cuda" or "cuda:N"; None for the GPU if there is one.
         vram: GPU memory to use, bytes; None for what is free.
         ram: memory to use, bytes; experts beyond it are read from disk. None for what is free.
-        backbone: precision of everything but the experts: "bf16", or on the CPU "int8" or "nf4".
-        dtype: `torch.bfloat16` (default) or, on the CPU, `torch.float32`.
-        context: tokens that a conversation may hold; None for what the model and the memory allow.
-        threads: cores to compute on; None for all.
-        progress: called with (what, bytes done, bytes in all).
-        stores: folders, best on several drives, with copies of some or all shards.
-        verify_reads: compare every expert that is read with its checksum.
-        prefetch: read experts that the next layers are likely to need, while the drives are idle.
-        statistics: keep what the router picked in the user's data folder, and start with what is known.
-        record_trace: a file for the experts that were picked.
-        ledger: keep a row of what each answer used, never of what it said, for `moebox cost`.
-        user: who asks, for the ledger; None: the login name.
+        options: how to load, as one object.
+        fields: fields of `LoadOptions` by name, such as `context`, `backbone` or `stores`; they replace those
+            of `options`, as do `device`, `vram` and `ram` where they are not None.
 
     Raises:
+        TypeError: names a field that `LoadOptions` does not have.
         ConfigError, CheckpointError, TokenizerError, PlanError, PricesError: names file, value and fix.
     """
+    given = {"device": device, "vram": vram, "ram": ram}
+    fields |= {name: value for name, value in given.items() if value is not None}
+    options = replace(options or LoadOptions(), **fields)
     folder = Path(path)
     from moebox.config import load_config
 
@@ -85,24 +71,9 @@ def load(
     template = Template.load(folder, tokenizer)
     from moebox.runtime.engine.engine import Engine
 
-    engine = Engine.load(
-        folder,
-        device=device,
-        vram=vram,
-        ram=ram,
-        backbone=backbone,
-        dtype=dtype,
-        context=context,
-        threads=threads,
-        progress=progress,
-        stores=[Path(store) for store in stores],
-        verify_reads=verify_reads,
-        prefetch=prefetch,
-        statistics=statistics,
-        record_trace=None if record_trace is None else Path(record_trace),
-    )
-    accounts = Accounts.open(engine.device, prices, ledger=ledger)
-    return Model(engine, tokenizer, template, accounts, user)
+    engine = Engine.load(folder, options)
+    accounts = Accounts.open(engine.device, prices, ledger=options.ledger)
+    return Model(engine, tokenizer, template, accounts, options.user)
 
 
 class _Parser(Protocol):

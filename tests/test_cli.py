@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import fields
+from pathlib import Path
 
 import click
 import pytest
@@ -12,7 +14,12 @@ from click.testing import CliRunner
 from helpers.paths import ROOT
 from moebox.cli import main_group
 from moebox.commands.options import ByteSize
+from moebox.errors import PlanError
+from moebox.instruments.bench.options import BenchOptions
+from moebox.option_fields import options_of
 from moebox.quantize.synth.write import synth
+from moebox.runtime.engine.options import LoadOptions
+from moebox.runtime.model.precision import PRECISIONS
 
 
 def moebox(*arguments, **environment):
@@ -52,6 +59,79 @@ def test_every_option_is_explained():
         for parameter in command.params:
             if isinstance(parameter, click.Option):
                 assert parameter.help, f"{name} {parameter.name}"
+
+
+PYTHON_ONLY = {"dtype", "progress"}
+"""Fields of `LoadOptions` that the command line does not offer."""
+
+
+@pytest.mark.parametrize("command", ["run", "chat"])
+def test_every_option_of_loading_is_an_option_of_the_command_with_the_same_default(monkeypatch, command):
+    loaded = []
+    monkeypatch.setattr(f"moebox.commands.{command}.load_model", lambda *given: loaded.append(given))
+    monkeypatch.setattr(f"moebox.runtime.terminal.{command}.main", lambda *_: 0)
+    arguments = [command, "folder"] + ["hello"] * (command == "run")
+    done = CliRunner().invoke(main_group, arguments, standalone_mode=False)
+    assert done.exception is None
+    assert loaded == [(Path("folder"), LoadOptions())]
+    offered = [parameter.name for parameter in main_group.commands[command].params]
+    wanted = [item.name for item in fields(LoadOptions) if item.name not in PYTHON_ONLY]
+    assert [name for name in offered if name in wanted] == wanted
+
+
+@pytest.mark.parametrize(
+    ("flags", "field", "value"),
+    [
+        (["--device", "cuda:1"], "device", "cuda:1"),
+        (["--vram", "60GiB"], "vram", 60 << 30),
+        (["--ram", "64GB"], "ram", 64 * 10**9),
+        (["--backbone", "nf4"], "backbone", "nf4"),
+        (["--context", "99"], "context", 99),
+        (["--threads", "3"], "threads", 3),
+        (["--store", "a", "--store", "b"], "stores", (Path("a"), Path("b"))),
+        (["--verify-reads"], "verify_reads", True),
+        (["--no-prefetch"], "prefetch", False),
+        (["--no-statistics"], "statistics", False),
+        (["--record-trace", "file"], "record_trace", Path("file")),
+        (["--no-ledger"], "ledger", False),
+        (["--user", "ada"], "user", "ada"),
+    ],
+)
+def test_an_option_of_loading_reaches_the_loader(monkeypatch, flags, field, value):
+    loaded = []
+    monkeypatch.setattr("moebox.commands.run.load_model", lambda *given: loaded.append(given))
+    monkeypatch.setattr("moebox.runtime.terminal.run.main", lambda *_: 0)
+    done = CliRunner().invoke(main_group, ["run", "folder", "hello", *flags], standalone_mode=False)
+    assert done.exception is None
+    assert loaded == [(Path("folder"), LoadOptions(**{field: value}))]
+
+
+def test_precisions_of_the_backbone_are_those_that_loading_knows():
+    assert options_of(LoadOptions)["backbone"].choices == PRECISIONS
+
+
+def test_the_options_of_bench_are_the_fields_of_its_dataclass(monkeypatch):
+    asked = []
+
+    def refuse(options, _progress):
+        asked.append(options)
+        raise PlanError("nothing is measured here")
+
+    monkeypatch.setattr("moebox.instruments.bench.bench.bench", refuse)
+    for arguments in (["folder"], ["--shape", "tiny", "--prompt-tokens", "5,7", "--store", "a"]):
+        CliRunner().invoke(main_group, ["bench", *arguments], standalone_mode=False)
+    tiny = BenchOptions(shape="tiny", prompt_tokens=(5, 7), stores=(Path("a"),))
+    assert asked == [BenchOptions(Path("folder")), tiny]
+    offered = {parameter.name for parameter in main_group.commands["bench"].params}
+    assert offered == {item.name for item in fields(BenchOptions)} | {"as_json"}
+
+
+def test_bench_loads_a_checkpoint_with_the_options_that_both_have():
+    options = BenchOptions(Path("folder"), vram=1, ram=2, context=3, threads=4, stores=("a",), prefetch=False)
+    loading = options.load_options(device="cpu", statistics=False)
+    assert loading == LoadOptions(
+        "cpu", 1, 2, context=3, threads=4, stores=("a",), prefetch=False, statistics=False
+    )
 
 
 def test_quantize_and_inspect(source, tmp_path):

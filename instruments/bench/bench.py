@@ -19,6 +19,7 @@ from moebox.cost.energy.meter import EnergyMeter
 from moebox.cost.prices.box_prices import Prices, load_prices
 from moebox.errors import RequestError
 from moebox.instruments.bench.cost import Spent
+from moebox.instruments.bench.options import BenchOptions
 from moebox.instruments.bench.report import (
     BenchReport,
     DecodeReport,
@@ -27,7 +28,7 @@ from moebox.instruments.bench.report import (
     decode_report,
     prefill_report,
 )
-from moebox.instruments.bench.rigs import BenchOptions, Rig, checkpoint_rig, make_pool, shape_rig
+from moebox.instruments.bench.rigs import Rig, checkpoint_rig, make_pool, shape_rig
 from moebox.instruments.measure.ceilings import measure_ceilings
 from moebox.instruments.measure.random_model import shape_config
 from moebox.offload.device.base import Device

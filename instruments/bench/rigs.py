@@ -10,8 +10,9 @@ import torch
 from moebox.config import ModelConfig
 from moebox.errors import PlanError
 from moebox.instruments.bench.instrument import CpuWatch, GpuWatch, Watch
+from moebox.instruments.bench.options import BenchOptions
 from moebox.instruments.bench.report import Subject
-from moebox.instruments.measure.random_model import Shape, experts_in_ram, synthetic_model
+from moebox.instruments.measure.random_model import experts_in_ram, synthetic_model
 from moebox.kernels import cpu
 from moebox.offload.cpu_experts import CpuExperts
 from moebox.offload.device.base import Device
@@ -32,40 +33,6 @@ from moebox.runtime.model.compute import GpuProcessor
 from moebox.runtime.model.kimi_k2 import KimiK2
 from moebox.runtime.model.mlp import MoE
 from moebox.units import gib
-
-
-@dataclass(frozen=True)
-class BenchOptions:
-    """What `moebox bench` is asked.
-
-    Attributes:
-        model: a checkpoint's folder; or None, with
-        shape: "kimi-k2" or "tiny", random weights.
-        layers: depth of the random model, dense layers included; None: the shape's own.
-        vram, ram: budgets in bytes, of the whole model however shallow the run; None: what is free.
-        context: tokens that the budget's cache holds; None: what the plan gives.
-        prompt_tokens: lengths to measure.
-        decode_tokens: tokens to measure after the last prompt; 0: none.
-        routing: "synthetic", "model" or a trace's path; None: "model" for a checkpoint, else "synthetic".
-        device: "cpu", "cuda", "cuda:N"; None: a GPU if there is one.
-        threads: cores for the experts; None: all, or all but one beside a GPU.
-        stores: more folders with the checkpoint's shards.
-        prefetch: let idle drives read what the next layers are likely to need.
-    """
-
-    model: Path | None = None
-    shape: Shape | None = None
-    layers: int | None = None
-    vram: int | None = None
-    ram: int | None = None
-    context: int | None = None
-    prompt_tokens: tuple[int, ...] = (512, 4096)
-    decode_tokens: int = 128
-    routing: str | None = None
-    device: str | None = None
-    threads: int | None = None
-    stores: tuple[Path, ...] = ()
-    prefetch: bool = True
 
 
 @dataclass(frozen=True)
@@ -111,18 +78,8 @@ def checkpoint_rig(
     Raises:
         MoeboxError: as `Engine.load`.
     """
-    engine = Engine.load(
-        path,
-        device=device,
-        vram=options.vram,
-        ram=options.ram,
-        context=options.context,
-        threads=options.threads,
-        progress=progress,
-        stores=options.stores,
-        prefetch=options.prefetch,
-        statistics=False,
-    )
+    loading = options.load_options(device=device, progress=progress, statistics=False)
+    engine = Engine.load(path, loading)
     runner, config, plan = engine.runner, engine.config, engine.plan
     watch: Watch
     store: Store | None

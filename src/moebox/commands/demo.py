@@ -8,18 +8,27 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.text import Text
+import click
 
+from moebox.commands.output import new_console
 from moebox.errors import CheckpointError, MoeboxError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.text import Text
+
     from moebox.runtime.api import Model
     from moebox.runtime.text.pieces import Stats, ToolCall
 
-ASSETS = Path(__file__).resolve().parent / "assets"
+ASSETS = Path(__file__).resolve().parents[1] / "assets"
 MODEL = "tiny-k2"
 MAX_TOKENS = 256
+
+
+@click.command()
+def demo() -> None:
+    """Quantize the bundled tiny-k2 and ask it a question that needs a tool; offline, under a minute."""
+    run_demo(new_console(), new_console(stderr=True))
 
 
 def run_demo(out: Console, log: Console) -> None:
@@ -57,7 +66,7 @@ def run_demo(out: Console, log: Console) -> None:
         totals.add(stats)
     cost = cost_line(totals.usage, totals.cost(prices), prices.currency)
     for line in (speed_line(model, [first, second]), cost or ""):
-        out.print(Text(line, style="dim"))
+        out.print(styled((line, "dim")))
 
 
 def quantize_once(source: Path, log: Console) -> Path:
@@ -70,7 +79,7 @@ def quantize_once(source: Path, log: Console) -> Path:
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moebox"
     # Another release's model gets another folder.
     folder = base / f"{MODEL}-{source_digest(source)}"
-    log.print(Text(f"quantizing {MODEL} (FP8) to INT4 experts in {folder}", style="dim"))
+    log.print(styled((f"quantizing {MODEL} (FP8) to INT4 experts in {folder}", "dim")))
     base.mkdir(parents=True, exist_ok=True)
     quantize(source, folder)
     return folder
@@ -92,7 +101,7 @@ def answer(
     who = "tiny-k2: "
     for piece in model.chat(messages, tools, thinking=False, temperature=0.0, max_tokens=MAX_TOKENS):
         if piece.kind == "text":
-            out.print(Text.assemble((who, "bold"), piece.text), end="")
+            out.print(styled((who, "bold"), piece.text), end="")
             who = ""
         elif piece.tool_call is not None:
             call = piece.tool_call
@@ -105,8 +114,15 @@ def answer(
 
 
 def show(out: Console, who: str, text: str) -> None:
-    """One line of the conversation; `text` is never read as markup."""
-    out.print(Text.assemble((f"{who}: ", "bold"), text))
+    """One line of the conversation."""
+    out.print(styled((f"{who}: ", "bold"), text))
+
+
+def styled(*parts: str | tuple[str, str]) -> Text:
+    """Text that is never read as markup; a part is a string, or a string and its style."""
+    from rich.text import Text  # takes 50 ms, for which `moebox --help` does not wait
+
+    return Text.assemble(*parts)
 
 
 def speed_line(model: Model, answers: list[Stats]) -> str:

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
+
+from moebox.option_fields import Kind, Option, options_of
+from moebox.runtime.engine.options import LoadOptions
 
 _UNITS = {"": 1, "b": 1} | {
     f"{prefix}{suffix}": base**power
     for power, prefix in enumerate("kmgt", start=1)
     for suffix, base in (("b", 1000), ("ib", 1024))
 }
-SAMPLING = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "stop")
+FILE = click.Path(dir_okay=False, path_type=Path)
+FOLDER = click.Path(file_okay=False, path_type=Path)
 
 
 class ByteSize(click.ParamType[int]):
@@ -105,6 +110,7 @@ class Names(click.ParamType[tuple[str, ...]]):
 
 
 Command = Callable[..., Any]
+Options = TypeVar("Options")
 
 
 def json_option(command: Command) -> Command:
@@ -114,82 +120,59 @@ def json_option(command: Command) -> Command:
 
 def store_option(command: Command) -> Command:
     """Adds `--store`."""
-    return click.option(
-        "--store",
-        "stores",
-        type=click.Path(file_okay=False, path_type=Path),
-        multiple=True,
-        help="Folder on another drive with copies of shards, read beside MODEL's; may be repeated.",
-    )(command)
+    return _click_option("stores", (), options_of(LoadOptions)["stores"])(command)
 
 
-def prefetch_option(command: Command) -> Command:
-    """Adds `--prefetch`."""
-    return click.option(
-        "--prefetch/--no-prefetch",
-        default=True,
-        help="Read experts that the next layers are likely to need while the drives are idle.",
-    )(command)
+def field_options(options: type) -> Callable[[Command], Command]:
+    """Adds the fields of a dataclass of options, as `moebox.option_fields` describes them."""
+    defaults = {item.name: item.default for item in fields(options)}
+    decorators = [_click_option(name, defaults[name], item) for name, item in options_of(options).items()]
+
+    def decorate(command: Command) -> Command:
+        for decorator in reversed(decorators):
+            command = decorator(command)
+        return command
+
+    return decorate
 
 
-def model_options(command: Command) -> Command:
-    """Adds MODEL and how to load it."""
-    for option in reversed(
-        (
-            click.argument("model", type=click.Path(file_okay=False, path_type=Path)),
-            click.option(
-                "--device", type=DeviceName(), help="cpu, cuda or cuda:N.  [default: a GPU if there is one]"
-            ),
-            click.option(
-                "--vram", type=ByteSize(), help="GPU memory to use at most.  [default: what is free]"
-            ),
-            click.option(
-                "--ram",
-                type=ByteSize(),
-                help="Memory to use at most; experts beyond it are read from disk.  [default: what is free]",
-            ),
-            click.option(
-                "--backbone",
-                type=click.Choice(["bf16", "int8", "nf4"]),
-                default="bf16",
-                help="Precision of attention, shared experts, dense layers and head; on a GPU bf16.",
-            ),
-            click.option(
-                "--context", type=click.IntRange(1), help="Tokens of context.  [default: the model's]"
-            ),
-            click.option("--threads", type=click.IntRange(1), help="Cores to use.  [default: all]"),
-            store_option,
-            click.option(
-                "--verify-reads", is_flag=True, help="Compare every expert that is read with its checksum."
-            ),
-            prefetch_option,
-            click.option(
-                "--statistics/--no-statistics",
-                default=True,
-                help="Learn which experts are used, and start with those that were.",
-            ),
-            click.option(
-                "--record-trace",
-                type=click.Path(dir_okay=False, path_type=Path),
-                help="Write the experts that the router picks to this file.",
-            ),
-            click.option(
-                "--ledger/--no-ledger",
-                default=True,
-                help="Keep what each answer used, never what it said, for `moebox cost`.",
-            ),
-            click.option("--user", help="Who asks, for the ledger.  [default: the login name]"),
-        )
-    ):
-        command = option(command)
-    return command
+def take_options(options: type[Options], given: dict[str, Any]) -> Options:
+    """The dataclass of options from what `field_options` added to a command; removes that from `given`."""
+    return options(**{name: given.pop(name) for name in options_of(options)})
 
 
-LOADING = (
-    *("device", "vram", "ram", "backbone", "context", "threads"),
-    *("stores", "verify_reads", "prefetch", "statistics", "record_trace", "ledger", "user"),
-)
-"""Names of what `model_options` adds beside MODEL, as `moebox.load` has them."""
+def _click_option(name: str, default: Any, item: Option) -> Callable[[Command], Command]:
+    flag = item.flag or name.replace("_", "-")
+    shown: dict[str, Any] = {"help": item.help}
+    if item.kind == "switch":
+        names = f"--{flag}/--no-{flag}" if default else f"--{flag}"
+        return click.option(names, name, is_flag=True, default=default, **shown)
+    if item.kind == "folders":
+        shown["multiple"] = True
+    elif item.kind == "lengths":
+        shown["default"] = ",".join(map(str, default))
+    elif default is not None:
+        shown["default"] = default
+    return click.option(f"--{flag}", name, type=_click_type(item), **shown)
+
+
+def _click_type(item: Option) -> click.ParamType[Any]:
+    types: dict[Kind, click.ParamType[Any]] = {
+        "bytes": ByteSize(),
+        "choice": click.Choice(item.choices),
+        "device": DeviceName(),
+        "file": FILE,
+        "folders": FOLDER,
+        "lengths": Lengths(),
+        "number": click.IntRange(item.least),
+        "text": click.STRING,
+    }
+    return types[item.kind]
+
+
+def model_argument(*, required: bool = True) -> Callable[[Command], Command]:
+    """Adds MODEL, a checkpoint's folder."""
+    return click.argument("model", type=FOLDER, required=required)
 
 
 def answer_options(command: Command) -> Command:
@@ -197,11 +180,7 @@ def answer_options(command: Command) -> Command:
     for option in reversed(
         (
             click.option("--system", help="System prompt.  [default: the template's]"),
-            click.option(
-                "--tools",
-                type=click.Path(dir_okay=False, path_type=Path),
-                help="JSON file of function declarations.",
-            ),
+            click.option("--tools", type=FILE, help="JSON file of function declarations."),
             click.option("--think/--no-think", "thinking", default=True, help="Reason before the answer."),
             click.option("--max-tokens", type=click.IntRange(1), help="Tokens to generate at most."),
             click.option("--temperature", type=click.FloatRange(0), help="0 is greedy."),
@@ -219,3 +198,11 @@ def answer_options(command: Command) -> Command:
     ):
         command = option(command)
     return command
+
+
+def take_sampling(given: dict[str, Any]) -> dict[str, Any]:
+    """Removes from `given` the fields of `SamplingOptions`; returns those that have a value."""
+    from moebox.runtime.generate.sampling import SamplingOptions
+
+    values = {item.name: given.pop(item.name) for item in fields(SamplingOptions)}
+    return {name: value for name, value in values.items() if value not in (None, ())}

@@ -20,6 +20,7 @@ from moebox.errors import PlanError, RequestError
 from moebox.instruments.bench import rigs as bench_rigs
 from moebox.instruments.bench.bench import bench
 from moebox.instruments.bench.cost import Spent
+from moebox.instruments.bench.options import BenchOptions
 from moebox.instruments.bench.report import (
     LAYER_FIELDS,
     BenchReport,
@@ -28,7 +29,7 @@ from moebox.instruments.bench.report import (
     decode_report,
     prefill_report,
 )
-from moebox.instruments.bench.rigs import BenchOptions, scale_budgets
+from moebox.instruments.bench.rigs import scale_budgets
 from moebox.instruments.bench.text import render_bench
 from moebox.instruments.measure import ceilings
 from moebox.instruments.measure.random_model import experts_in_ram, shape_config, synthetic_model

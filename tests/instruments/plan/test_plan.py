@@ -28,6 +28,7 @@ from moebox.quantize.synth.write import synth
 from moebox.runtime.engine.cpu_plan import budget_for_share, learned_bytes
 from moebox.runtime.engine.cpu_runner import default_dtype
 from moebox.runtime.engine.engine import Engine
+from moebox.runtime.engine.options import LoadOptions
 
 GIB = 1 << 30
 K2 = shape_config("kimi-k2")
@@ -189,7 +190,7 @@ def test_a_budget_on_this_box_is_obeyed_as_run_obeys_it(model, measured):
     budget = budget_for_share(config, default_dtype(config, "bf16"), "bf16", 512, 0.75)
 
     plan = make_plan(PlanOptions(str(model), box=BoxOptions(ram=budget), context=512))
-    engine = Engine.load(model, device="cpu", ram=budget, context=512, statistics=False)
+    engine = Engine.load(model, LoadOptions(device="cpu", ram=budget, context=512, statistics=False))
 
     assert taken(plan, RAM) == engine.plan.planned_bytes
     assert 0 < plan.places.disk_experts < plan.places.keys
@@ -201,7 +202,7 @@ def test_a_budget_on_this_box_is_obeyed_as_run_obeys_it(model, measured):
 
 
 def test_without_measurements_the_line_has_no_speed(model):
-    engine = Engine.load(model, device="cpu", context=512, statistics=False)
+    engine = Engine.load(model, LoadOptions(device="cpu", context=512, statistics=False))
 
     line = loaded_line(engine)
 
