@@ -6,19 +6,21 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from moebox.cost.accounts import Accounts, Request, login_name
 from moebox.cost.prices.box_prices import load_prices
 from moebox.cost.usage import Traffic
-from moebox.errors import BusyError, RequestError
+from moebox.errors import RequestError
 from moebox.runtime.engine.options import LoadOptions
+from moebox.runtime.generate.answer import AnswerPieces, Parser, PlainParser
+from moebox.runtime.generate.generated_texts import GeneratedTexts
+from moebox.runtime.generate.kept_session import KeptSession
 from moebox.runtime.generate.loop import ContextError, Generation, OnPrefill, TokenSession
 from moebox.runtime.generate.sampling import Sampler, SamplingOptions, generation_defaults
 from moebox.runtime.text.messages import Message, Tool, next_tool_call_index, normalise_messages
 from moebox.runtime.text.output_parser import THINK_BEGIN, THINK_END, OutputParser
 from moebox.runtime.text.pieces import Completion, Piece, Stats, ToolCall
-from moebox.runtime.text.stop_strings import StopStrings
 from moebox.runtime.text.template import Template
 from moebox.runtime.text.tokenizer import Tokenizer
 
@@ -31,8 +33,6 @@ __all__ = ["Completion", "Model", "Piece", "SamplingOptions", "Stats", "ToolCall
 
 STOP_NAMES = ("[EOS]", "<|im_end|>", "[EOT]")
 """Control tokens that end an answer whatever the configs say: their eos ids contradict the templates."""
-
-_REMEMBERED_TEXTS = 1024
 
 
 def load(
@@ -76,21 +76,19 @@ def load(
     return Model(engine, tokenizer, template, accounts, options.user)
 
 
-class _Parser(Protocol):
-    def push(self, token: int) -> list[Piece]: ...
-
-    def finish(self) -> list[Piece]: ...
-
-
 @dataclass(frozen=True)
-class _Call:
-    """What a caller of `chat` or `generate` gave besides the prompt."""
+class _CallOptions:
+    """What a caller of `chat` or `generate` gave besides the prompt.
+
+    `afresh`: compute the whole prompt, even where the kept session holds a part of it.
+    """
 
     sampling: dict[str, Any]
     cancel: threading.Event | None
     user: str | None
     queue_s: float
     on_prefill: OnPrefill | None = None
+    afresh: bool = False
 
 
 class Model:
@@ -124,9 +122,8 @@ class Model:
         self.defaults, eos_ids = generation_defaults(Path(engine.folder))
         named = {tokenizer.specials[name] for name in STOP_NAMES if name in tokenizer.specials}
         self.stop_ids = frozenset({*engine.config.eos_token_ids, *eos_ids, *named})
-        self._session: TokenSession | None = None
-        self._busy = threading.Lock()
-        self._generated: dict[str, list[int]] = {}
+        self._kept = KeptSession(engine)
+        self._generated = GeneratedTexts(tokenizer)
 
     def __enter__(self) -> Model:
         return self
@@ -152,9 +149,7 @@ class Model:
     @property
     def session(self) -> TokenSession:
         """The conversation whose cache is kept; opened on first use."""
-        if self._session is None:
-            self._session = self.engine.session()
-        return self._session
+        return self._kept.get()
 
     def logits(self, token_ids: list[int]) -> torch.Tensor:
         """One forward pass, no cache kept: fp32 [T, vocab_size]."""
@@ -186,17 +181,15 @@ class Model:
         Raises:
             RequestError: an option, a message, or a prompt that does not fit the context.
         """
-        if sampling.get("seed") is not None:
-            self._session = None
-        call = _Call(sampling, cancel, user, queue_s)
+        call = _CallOptions(sampling, cancel, user, queue_s, afresh=sampling.get("seed") is not None)
         if isinstance(prompt, str):
             tokens = self.tokenizer.encode(prompt)
             if not tokens:
                 raise RequestError("the prompt is empty", "Give at least one character.")
-            run = self._start(tokens, _PlainParser(self.tokenizer), call)
+            answer = self._answer(tokens, PlainParser(self.tokenizer), call)
         else:
-            run = self._chat(prompt, tools, thinking, call)
-        return run.completion()
+            answer = self._chat(prompt, tools, thinking, call)
+        return answer.completion()
 
     def chat(
         self,
@@ -229,27 +222,27 @@ class Model:
             RequestError: an option, a message, or a conversation that does not fit the context.
             BusyError: another answer of this model is still running.
         """
-        call = _Call(sampling, cancel, user, queue_s, on_prefill)
+        call = _CallOptions(sampling, cancel, user, queue_s, on_prefill)
         return iter(self._chat(messages, tools, thinking, call))
 
     def count_tokens(
         self, messages: Sequence[Message], tools: Sequence[Tool] | None = None, thinking: bool = True
     ) -> int:
         """Tokens of the prompt that `chat` would make of a conversation."""
-        return len(self.template.render(messages, tools, thinking, generated=self._generated))
+        return len(self.template.render(messages, tools, thinking, generated=self._generated.ids))
 
     def _chat(
         self,
         messages: Sequence[Message],
         tools: Sequence[Tool] | None,
         thinking: bool,
-        call: _Call,
-    ) -> _Run:
-        prompt = self.template.render(messages, tools, thinking, generated=self._generated)
+        call: _CallOptions,
+    ) -> _Answer:
+        prompt = self.template.render(messages, tools, thinking, generated=self._generated.ids)
         next_index = next_tool_call_index(normalise_messages(messages))
         think_as_text = THINK_BEGIN not in self.tokenizer.specials and THINK_BEGIN in self.template.source
         parser = OutputParser(self.tokenizer, self._thinking_open(prompt), think_as_text, next_index)
-        return self._start(prompt, parser, call)
+        return self._answer(prompt, parser, call)
 
     def _thinking_open(self, prompt: list[int]) -> bool:
         """Whether the prompt ends inside a think block that the template opened."""
@@ -259,79 +252,58 @@ class Model:
         last = next((token for token in reversed(prompt) if token in self.tokenizer.special_names), end)
         return last == begin
 
-    def _start(self, prompt: list[int], parser: _Parser, call: _Call) -> _Run:
-        options = self.defaults.with_(**call.sampling)
-        context = self.session.context
+    def _answer(self, prompt: list[int], parser: Parser, call: _CallOptions) -> _Answer:
+        options, context = self.defaults.with_(**call.sampling), self.engine.context
         if len(prompt) > context:
             raise ContextError(
                 f"the prompt has {len(prompt):,} tokens, but the context holds {context:,}",
                 "Shorten the conversation, or load the model with a larger context.",
             )
-        generation = Generation(
-            self.session,
-            prompt,
-            Sampler(options, prompt),
-            self.stop_ids,
-            cancel=call.cancel,
-            on_prefill=call.on_prefill,
-        )
-        return _Run(self, generation, parser, StopStrings(options.stop), call)
-
-    def _remember(self, tokens: list[int]) -> None:
-        """Keep the model's own ids for its texts, where `encode` would choose others."""
-        run: list[int] = []
-        for token in [*tokens, -1]:
-            if token >= 0 and token not in self.tokenizer.special_names:
-                run.append(token)
-                continue
-            data = self.tokenizer.decode_bytes(run)
-            text = data.decode("utf-8", errors="ignore")
-            if text and text.encode("utf-8") == data and self.tokenizer.encode(text) != run:
-                self._generated[text] = run
-            run = []
-        while len(self._generated) > _REMEMBERED_TEXTS:
-            del self._generated[next(iter(self._generated))]
+        return _Answer(self, prompt, options, parser, call)
 
 
-class _PlainParser:
-    """Everything is text: for completions without a chat template."""
+class _Answer:
+    """One answer of a model: checked when it is made, computed while it is iterated, once.
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._decoder = tokenizer.stream()
+    Nothing of the model changes before the iteration has the kept session for itself.
+    """
 
-    def push(self, token: int) -> list[Piece]:
-        text = self._decoder.push(token)
-        return [Piece("text", text)] if text else []
-
-    def finish(self) -> list[Piece]:
-        text = self._decoder.finish()
-        return [Piece("text", text)] if text else []
-
-
-class _Run:
-    """One answer on its way: tokens -> parser -> stop strings -> pieces."""
+    _generation: Generation
+    _stats: Stats
 
     def __init__(
-        self, model: Model, generation: Generation, parser: _Parser, stops: StopStrings, call: _Call
+        self,
+        model: Model,
+        prompt: list[int],
+        options: SamplingOptions,
+        parser: Parser,
+        call: _CallOptions,
     ) -> None:
         self._model = model
-        self._generation = generation
+        self._prompt = prompt
+        self._options = options
         self._parser = parser
-        self._stops = stops
         self._call = call
-        self._called_tools = False
-        self._stats = generation.stats
 
     def __iter__(self) -> Iterator[Piece]:
-        busy = self._model._busy
-        if not busy.acquire(blocking=False):
-            raise BusyError("the model is busy with another answer", "Read that one to its end, or close it.")
-        try:
-            yield from self._accounted()
-        finally:
-            self._model._remember(self._generation.tokens)
-            busy.release()
+        model = self._model
+        with model._kept.use(afresh=self._call.afresh) as session:
+            self._generation = self._generate(session)
+            try:
+                yield from self._accounted()
+            finally:
+                model._generated.add(self._generation.tokens)
         yield Piece("stats", stats=self._stats)
+
+    def _generate(self, session: TokenSession) -> Generation:
+        return Generation(
+            session,
+            self._prompt,
+            Sampler(self._options, self._prompt),
+            self._model.stop_ids,
+            cancel=self._call.cancel,
+            on_prefill=self._call.on_prefill,
+        )
 
     def _accounted(self) -> Iterator[Piece]:
         """The answer, of which an account is kept whatever becomes of it."""
@@ -340,7 +312,7 @@ class _Run:
         request = model.accounts.begin(model.name, self._call.user or model.user)
         self._generation.on_tokens = request.tokens
         try:
-            yield from self._answer()
+            yield from AnswerPieces(self._generation, self._parser, self._options.stop)
         except Exception:
             failed = True
             raise
@@ -354,35 +326,6 @@ class _Run:
         self._stats = replace(
             stats, usage=usage, cost=accounts.cost(usage), currency=accounts.prices.currency
         )
-
-    def _answer(self) -> Iterator[Piece]:
-        for token in self._generation:
-            yield from self._filtered(self._parser.push(token))
-            if self._stops.stopped:
-                self._generation.finish_reason = "stop"
-                return
-        yield from self._filtered(self._parser.finish())
-        rest = self._stops.finish()
-        if rest:
-            yield Piece("text", rest)
-        if self._called_tools and self._generation.finish_reason == "stop":
-            self._generation.finish_reason = "tool_calls"
-
-    def _filtered(self, pieces: list[Piece]) -> Iterator[Piece]:
-        """`pieces` up to a stop string in their text."""
-        for piece in pieces:
-            if piece.kind != "text":
-                held = self._stops.finish()
-                if held:
-                    yield Piece("text", held)
-                self._called_tools |= piece.kind == "tool_call"
-                yield piece
-                continue
-            text = self._stops.push(piece.text)
-            if text:
-                yield Piece("text", text, warning=piece.warning)
-            if self._stops.stopped:
-                return
 
     def completion(self) -> Completion:
         """The whole answer."""
