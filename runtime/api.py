@@ -8,12 +8,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moebox.config import load_config
 from moebox.cost.accounts import Accounts, Request, login_name
 from moebox.cost.prices.box_prices import load_prices
 from moebox.cost.usage import Traffic
 from moebox.errors import RequestError
 from moebox.runtime.engine.options import LoadOptions
-from moebox.runtime.generate.answer import AnswerPieces, Parser, PlainParser
+from moebox.runtime.generate.answer import AnswerPieces, Parser, PlainParser, ReceivedAnswer
 from moebox.runtime.generate.generated_texts import GeneratedTexts
 from moebox.runtime.generate.kept_session import KeptSession
 from moebox.runtime.generate.loop import ContextError, Generation, OnPrefill, TokenSession
@@ -63,9 +64,7 @@ def load(
     fields |= {name: value for name, value in given.items() if value is not None}
     options = replace(options or LoadOptions(), **fields)
     folder = Path(path)
-    from moebox.config import load_config
-
-    # The small files first: a missing tokenizer is said before minutes of loading.
+    # Small files come first, so that a missing tokenizer is reported before minutes of loading.
     prices = load_prices()
     tokenizer = Tokenizer.load(folder, load_config(folder).vocab_size)
     template = Template.load(folder, tokenizer)
@@ -329,11 +328,13 @@ class _Answer:
 
     def completion(self) -> Completion:
         """The whole answer."""
-        pieces = list(self)
+        received = ReceivedAnswer()
+        for piece in self:
+            received.add(piece)
         return Completion(
-            text="".join(piece.text for piece in pieces if piece.kind == "text"),
+            text=received.text,
             tokens=self._generation.tokens,
-            stats=self._stats,
-            reasoning="".join(piece.text for piece in pieces if piece.kind == "reasoning"),
-            tool_calls=tuple(piece.tool_call for piece in pieces if piece.tool_call is not None),
+            stats=received.stats,
+            reasoning=received.reasoning,
+            tool_calls=tuple(received.tool_calls),
         )

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import Protocol
 
+from moebox.errors import RequestError
 from moebox.runtime.generate.loop import Generation
-from moebox.runtime.text.pieces import Piece
+from moebox.runtime.text.pieces import Piece, Stats, ToolCall
 from moebox.runtime.text.stop_strings import StopStrings
 from moebox.runtime.text.tokenizer import Tokenizer
 
@@ -77,6 +79,36 @@ class AnswerPieces:
             yield from _text(self._stops.push(piece.text), piece.warning)
             if self._stops.stopped:
                 return
+
+
+@dataclass
+class ReceivedAnswer:
+    """What the pieces of one answer have added up to so far."""
+
+    text: str = ""
+    reasoning: str = ""
+    tool_calls: list[ToolCall] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    final: Stats | None = None
+
+    def add(self, piece: Piece) -> None:
+        """Add the next piece."""
+        if piece.kind == "text":
+            self.text += piece.text
+        elif piece.kind == "reasoning":
+            self.reasoning += piece.text
+        if piece.tool_call is not None:
+            self.tool_calls.append(piece.tool_call)
+        if piece.warning:
+            self.warnings.append(piece.warning)
+        self.final = piece.stats or self.final
+
+    @property
+    def stats(self) -> Stats:
+        """The figures, which the last piece brings."""
+        if self.final is None:
+            raise RequestError("the answer ended without statistics")
+        return self.final
 
 
 def _text(text: str, warning: str | None = None) -> list[Piece]:

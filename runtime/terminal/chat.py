@@ -16,6 +16,7 @@ from moebox.cost.economics import TokenCost, cost_of, work_of
 from moebox.cost.prices.box_prices import Prices
 from moebox.cost.usage import Usage
 from moebox.errors import MoeboxError, RequestError
+from moebox.runtime.generate.answer import ReceivedAnswer
 from moebox.runtime.generate.loop import ContextError
 from moebox.runtime.generate.sampling import SamplingOptions
 from moebox.runtime.terminal.commands import COMMANDS, Leave, find_command
@@ -23,7 +24,7 @@ from moebox.runtime.terminal.conversation import Conversation, read_text, read_t
 from moebox.runtime.terminal.input import Reader, open_reader
 from moebox.runtime.terminal.interrupts import cancel_on_interrupt
 from moebox.runtime.terminal.screen import Screen
-from moebox.runtime.text.pieces import Piece, Stats, ToolCall
+from moebox.runtime.text.pieces import Stats, ToolCall
 
 if TYPE_CHECKING:
     from moebox.runtime.api import Model
@@ -77,34 +78,6 @@ class Totals:
     def cost(self, prices: Prices) -> TokenCost | None:
         """Money per million tokens, as `Stats.cost`."""
         return cost_of(work_of(self.usage), prices)
-
-
-@dataclass
-class _Answer:
-    """One answer as it arrives."""
-
-    text: str = ""
-    reasoning: str = ""
-    calls: list[ToolCall] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-    final: Stats | None = None
-
-    def add(self, piece: Piece) -> None:
-        if piece.kind == "text":
-            self.text += piece.text
-        elif piece.kind == "reasoning":
-            self.reasoning += piece.text
-        if piece.tool_call is not None:
-            self.calls.append(piece.tool_call)
-        if piece.warning:
-            self.warnings.append(piece.warning)
-        self.final = piece.stats or self.final
-
-    @property
-    def stats(self) -> Stats:
-        if self.final is None:
-            raise RequestError("the answer ended without statistics")
-        return self.final
 
 
 class Chat:
@@ -194,20 +167,20 @@ class Chat:
             self.screen.note(f"note: {warning}")
         stats = answer.stats
         interrupted = stats.finish_reason == "cancelled"
-        if interrupted and not (answer.text or answer.reasoning or answer.calls):
+        if interrupted and not (answer.text or answer.reasoning or answer.tool_calls):
             self.screen.note("stopped before the answer began")
             return None
         self.last = stats
         self.totals.add(stats)
-        self.conversation.add_answer(answer.text, answer.reasoning, answer.calls, interrupted)
+        self.conversation.add_answer(answer.text, answer.reasoning, answer.tool_calls, interrupted)
         self.screen.end(stats)
         if interrupted:
             self.screen.note("stopped; what was written so far is kept. /regen answers again")
-        return [] if interrupted else answer.calls
+        return [] if interrupted else answer.tool_calls
 
-    def _stream(self, cancel: Event) -> _Answer:
+    def _stream(self, cancel: Event) -> ReceivedAnswer:
         conversation = self.conversation
-        answer = _Answer()
+        answer = ReceivedAnswer()
         try:
             pieces = self.model.chat(
                 conversation.prompt(),
@@ -221,12 +194,7 @@ class Chat:
             raise ContextError(error.what, CONTEXT_FIX) from None
         for piece in pieces:
             answer.add(piece)
-            if piece.kind == "text":
-                self.screen.text(piece.text)
-            elif piece.kind == "reasoning":
-                self.screen.reasoning(piece.text)
-            elif piece.tool_call is not None:
-                self.screen.tool_call(piece.tool_call)
+            self.screen.show(piece)
         return answer
 
     def _ask_result(self, call: ToolCall) -> str | None:

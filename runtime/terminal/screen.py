@@ -10,7 +10,7 @@ from dataclasses import asdict
 from moebox.errors import MoeboxError
 from moebox.runtime.terminal.cost_text import cost_line
 from moebox.runtime.terminal.interrupts import ending, footer, harmless, open_console
-from moebox.runtime.text.pieces import Stats, ToolCall
+from moebox.runtime.text.pieces import Piece, Stats, ToolCall
 
 _PROGRESS_AFTER_S = 0.5
 
@@ -22,10 +22,12 @@ class Screen:
 
     Args:
         show_reasoning: print reasoning, dimmed.
+        calls_as_json: print each tool call as a line of JSON, for programs, instead of a line for reading.
     """
 
-    def __init__(self, show_reasoning: bool = True) -> None:
+    def __init__(self, show_reasoning: bool = True, calls_as_json: bool = False) -> None:
         self.show_reasoning = show_reasoning
+        self._calls_as_json = calls_as_json
         self.notes = open_console(sys.stderr)
         self._answers = open_console(sys.stdout)
         self._to_terminal = sys.stdout.isatty()
@@ -35,29 +37,33 @@ class Screen:
         self._progress_begin: float | None = None
         self._progress_shown = False
 
-    def text(self, text: str) -> None:
-        """A piece of the answer."""
+    def show(self, piece: Piece) -> None:
+        """The next piece of an answer; its figures are for `end`."""
+        if piece.kind == "text":
+            self._text(piece.text)
+        elif piece.kind == "reasoning":
+            self._reasoning(piece.text)
+        elif piece.tool_call is not None:
+            self._tool_call(piece.tool_call)
+
+    def _text(self, text: str) -> None:
         self._switch("text")
         sys.stdout.write(self._clean(text))
         sys.stdout.flush()
         self._open = None if text.endswith("\n") else "text"
 
-    def reasoning(self, text: str) -> None:
-        """A piece of what the model thinks before it answers."""
+    def _reasoning(self, text: str) -> None:
         if self.show_reasoning:
             self._switch("reasoning")
             self.notes.out(harmless(text), style="dim", end="")
             self._open = None if text.endswith("\n") else "reasoning"
 
-    def tool_call(self, call: ToolCall) -> None:
-        """A call as a line for reading."""
+    def _tool_call(self, call: ToolCall) -> None:
         self.end_line()
-        self._answers.out(self._clean(f"tool call {call.name} {call.arguments}"), style="bold")
-
-    def tool_call_json(self, call: ToolCall) -> None:
-        """A call as a line of JSON, for programs."""
-        self.end_line()
-        self.text(json.dumps({"tool_call": asdict(call)}, ensure_ascii=False) + "\n")
+        if self._calls_as_json:
+            self._text(json.dumps({"tool_call": asdict(call)}, ensure_ascii=False) + "\n")
+        else:
+            self._answers.out(self._clean(f"tool call {call.name} {call.arguments}"), style="bold")
 
     def end_line(self) -> None:
         """Begin a new line, where one is open."""
