@@ -1,7 +1,8 @@
-"""The `moebox` command: each command is options -> one call.
+"""The `moebox` command: its entry point, and the exit codes of errors.
 
 Answers go to stdout; prompts, progress and errors to stderr. Exit codes: 0 done, 1 a moebox error,
-2 wrong usage, 130 interrupted. Every option has an environment twin, `MOEBOX_<COMMAND>_<OPTION>`.
+2 wrong usage, 130 interrupted. Every option can be given in the environment, too, as
+`MOEBOX_<COMMAND>_<OPTION>`.
 """
 
 from __future__ import annotations
@@ -29,7 +30,10 @@ COMMANDS = (
     "stats",
     "synth",
 )
-"""Files of `moebox.commands`, each with a click command of its name; none imports torch before it runs."""
+"""Files of `moebox.commands`, each with a click command of the file's name.
+
+None of them imports torch before the command runs, so that `moebox --help` does not wait for it.
+"""
 
 
 @click.group(
@@ -76,7 +80,7 @@ def main() -> None:
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted", err=True)
         code = 130
-    except BrokenPipeError:  # the reader of stdout left, e.g. `moebox inspect | head`
+    except BrokenPipeError:  # the reader of stdout has closed it, as in `moebox inspect | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     sys.exit(code if isinstance(code, int) else 0)

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["Completion", "Model", "Piece", "SamplingOptions", "Stats", "ToolCall", "load"]
 
 STOP_NAMES = ("[EOS]", "<|im_end|>", "[EOT]")
-"""Control tokens that end an answer whatever the configs say: their eos ids contradict the templates."""
+"""Control tokens that end every answer, since the eos ids of the configs contradict the templates."""
 
 
 def load(
@@ -64,7 +64,7 @@ def load(
     fields |= {name: value for name, value in given.items() if value is not None}
     options = replace(options or LoadOptions(), **fields)
     folder = Path(path)
-    # Small files come first, so that a missing tokenizer is reported before minutes of loading.
+    # Small files come first: a missing tokenizer is reported before minutes of loading.
     prices = load_prices()
     tokenizer = Tokenizer.load(folder, load_config(folder).vocab_size)
     template = Template.load(folder, tokenizer)
@@ -101,8 +101,8 @@ class Model:
         template: messages -> token ids.
         defaults: sampling options where a call gives none (the checkpoint's own, where it has any).
         stop_ids: tokens that end an answer.
-        accounts: what answers use, and what that costs.
-        user: who asks, for the ledger.
+        accounts: measures what answers use, and knows the prices.
+        user: the user's name in the ledger where a call gives none.
     """
 
     def __init__(
@@ -131,9 +131,9 @@ class Model:
         self.close()
 
     def close(self) -> None:
-        """End reads, save what was learned of the routing and what is left for the ledger; no more answers.
+        """End reads, and save the statistics of routing and the ledger's last rows.
 
-        The end of the program does it, too.
+        The model answers nothing afterwards. The end of the program closes it, too.
         """
         try:
             self.engine.close()
@@ -147,11 +147,11 @@ class Model:
 
     @property
     def session(self) -> TokenSession:
-        """The conversation whose cache is kept; opened on first use."""
+        """The session whose cache is kept from answer to answer; opened on first use."""
         return self._kept.get()
 
     def logits(self, token_ids: list[int]) -> torch.Tensor:
-        """One forward pass, no cache kept: fp32 [T, vocab_size]."""
+        """Logits of one forward pass that keeps no cache: fp32 [T, vocab_size]."""
         return self.engine.logits(token_ids)
 
     def generate(
@@ -213,7 +213,7 @@ class Model:
             thinking: let the model reason first, where its template has that switch.
             cancel: set from another thread or a signal handler to end the answer early.
             on_prefill: called with (tokens computed, tokens to compute) while the prompt is read.
-            user: who asks, for the ledger; None: the model's `user`.
+            user: the user's name in the ledger; None: the model's `user`.
             queue_s: seconds that the request has waited before this call, for the ledger.
             sampling: fields of `SamplingOptions`.
 
@@ -305,7 +305,7 @@ class _Answer:
         )
 
     def _accounted(self) -> Iterator[Piece]:
-        """The answer, of which an account is kept whatever becomes of it."""
+        """The answer's pieces; its account is closed however the answer ends."""
         model = self._model
         before, failed = model.engine.traffic(), False
         request = model.accounts.begin(model.name, self._call.user or model.user)

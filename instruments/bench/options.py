@@ -18,8 +18,8 @@ class BenchOptions:
     """What `moebox bench` is asked.
 
     Attributes:
-        model: a checkpoint's folder; or None, with
-        shape: "kimi-k2" or "tiny", random weights.
+        model: a checkpoint's folder; None: `shape` is given instead.
+        shape: "kimi-k2" or "tiny": random weights of these dimensions.
         layers: depth of the random model, dense layers included; None: the shape's own.
         device: "cpu", "cuda", "cuda:N"; None: a GPU if there is one.
         vram, ram: budgets in bytes, of the whole model however shallow the run; None: what is free.
@@ -81,6 +81,6 @@ class BenchOptions:
     prefetch: bool = field(default=True, metadata=same_option(LoadOptions, "prefetch"))
 
     def load_options(self, **others: Any) -> LoadOptions:
-        """For loading the checkpoint: the fields that both have, and `others`, which win."""
+        """Options of loading the checkpoint: the fields that both classes have, replaced by `others`."""
         shared = {item.name for item in fields(self)} & {item.name for item in fields(LoadOptions)}
         return LoadOptions(**{name: getattr(self, name) for name in shared} | others)

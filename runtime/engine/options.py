@@ -36,8 +36,8 @@ class LoadOptions:
         stores: folders, best on several drives, with copies of some or all shards (str or Path).
         verify_reads: compare every expert that is read with its checksum.
         prefetch: read experts that the next layers are likely to need, while the drives are idle.
-        statistics: let earlier runs' routing say what to keep at first, and learn from this one's; in the
-            user's data folder.
+        statistics: choose the experts to keep at first by the routing of earlier runs, and learn from this
+            run's; the statistics are in the user's data folder.
         record_trace: a file for the experts that were picked (str or Path).
         ledger: keep a row of what each answer used, never of what it said, for `moebox cost`.
         user: the name of the user in the ledger; None: the login name.
@@ -88,7 +88,7 @@ class LoadOptions:
     )
     statistics: bool = field(
         default=True,
-        metadata=option("switch", "Learn which experts are used, and start with those that were."),
+        metadata=option("switch", "Learn which experts are used, and start with those of earlier runs."),
     )
     record_trace: Path | None = field(
         default=None, metadata=option("file", "Write the experts that the router picks to this file.")
@@ -98,7 +98,7 @@ class LoadOptions:
         metadata=option("switch", "Keep what each answer used, never what it said, for `moebox cost`."),
     )
     user: str | None = field(
-        default=None, metadata=option("text", "Who asks, for the ledger.  [default: the login name]")
+        default=None, metadata=option("text", "Name of the user in the ledger.  [default: the login name]")
     )
 
     def __post_init__(self) -> None:

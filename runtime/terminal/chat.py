@@ -19,10 +19,10 @@ from moebox.errors import MoeboxError, RequestError
 from moebox.runtime.generate.answer import ReceivedAnswer
 from moebox.runtime.generate.loop import ContextError
 from moebox.runtime.generate.sampling import SamplingOptions
+from moebox.runtime.terminal.cancel import cancel_on_interrupt
 from moebox.runtime.terminal.commands import COMMANDS, Leave, find_command
 from moebox.runtime.terminal.conversation import Conversation, read_text, read_tools
 from moebox.runtime.terminal.input import Reader, open_reader
-from moebox.runtime.terminal.interrupts import cancel_on_interrupt
 from moebox.runtime.terminal.screen import Screen
 from moebox.runtime.text.pieces import Stats, ToolCall
 
@@ -81,7 +81,7 @@ class Totals:
 
 
 class Chat:
-    """The state of a chat, and its loop."""
+    """A chat: its conversation, its settings, and the loop that asks and answers."""
 
     def __init__(self, model: Model, options: ChatOptions, screen: Screen, reader: Reader) -> None:
         self.model = model
@@ -127,7 +127,7 @@ class Chat:
     def say(self, text: str) -> None:
         """Send a message, with what `/read` attached, and answer it.
 
-        What cannot be sent, or is stopped before the answer begins, waits at the prompt.
+        A text that cannot be sent, or whose answer is stopped before it begins, stays at the prompt.
         """
         before = len(self.conversation.messages)
         self.conversation.add_user("\n\n".join([*self.attached, text]))
@@ -144,7 +144,7 @@ class Chat:
     def answer(self) -> bool:
         """Let the model answer, asking the user for the results of the tools that it calls.
 
-        Returns False where the user stopped it before it said anything.
+        Returns False where the user stopped the answer before it began.
         """
         calls = self._answer_once()
         answered = calls is not None
@@ -159,7 +159,7 @@ class Chat:
         return answered
 
     def _answer_once(self) -> list[ToolCall] | None:
-        """The calls of one answer; None where there was none, since the user stopped it at once."""
+        """The tool calls of one answer; None where the user stopped it before it began."""
         with cancel_on_interrupt() as cancel:
             answer = self._stream(cancel)
         self.screen.end_line()
@@ -198,7 +198,7 @@ class Chat:
         return answer
 
     def _ask_result(self, call: ToolCall) -> str | None:
-        """What the tool returned, as the user types it (JSON or text) or `/read`s it; None: left open."""
+        """The tool's result, which the user types (JSON or text) or `/read`s; None: the user gave none."""
         self.screen.note(f"type what {call.name} returns, JSON or text, or /read FILE; Ctrl-C leaves it open")
         while True:
             try:

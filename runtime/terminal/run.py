@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from moebox.errors import RequestError
 from moebox.runtime.generate.answer import ReceivedAnswer
+from moebox.runtime.terminal.cancel import cancel_on_interrupt
 from moebox.runtime.terminal.conversation import Conversation, read_tools
 from moebox.runtime.terminal.cost_text import cost_dict, energy_dict
-from moebox.runtime.terminal.interrupts import cancel_on_interrupt
 from moebox.runtime.terminal.screen import Screen
 from moebox.runtime.text.pieces import Piece, Stats
 
@@ -47,7 +47,7 @@ def main(model: Model, options: RunOptions) -> int:
     """Answer once; the exit code: 0, or 130 after Ctrl-C.
 
     Raises:
-        RequestError: an empty prompt, a bad option, tools that are none, or a prompt beyond the context.
+        RequestError: the prompt is empty or longer than the context, or an option or a tool is wrong.
     """
     prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
     if not prompt.strip():

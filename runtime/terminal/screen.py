@@ -8,8 +8,8 @@ import time
 from dataclasses import asdict
 
 from moebox.errors import MoeboxError
+from moebox.runtime.terminal.console import ending, footer, harmless, open_console
 from moebox.runtime.terminal.cost_text import cost_line
-from moebox.runtime.terminal.interrupts import ending, footer, harmless, open_console
 from moebox.runtime.text.pieces import Piece, Stats, ToolCall
 
 _PROGRESS_AFTER_S = 0.5
@@ -18,7 +18,7 @@ _PROGRESS_AFTER_S = 0.5
 class Screen:
     """Streams one answer after another.
 
-    A terminal never sees a control character of the model's; a pipe gets the text as it is.
+    Control characters of the model's text are made visible on a terminal; a pipe gets the text as it is.
 
     Args:
         show_reasoning: print reasoning, dimmed.
@@ -33,7 +33,7 @@ class Screen:
         self._to_terminal = sys.stdout.isatty()
         self._notes_to_terminal = sys.stderr.isatty()
         self._clean = harmless if self._to_terminal else str
-        self._open: str | None = None  # "text" or "reasoning": what stands on a line not ended yet
+        self._open: str | None = None  # "text" or "reasoning": the kind of the line that has not ended
         self._progress_begin: float | None = None
         self._progress_shown = False
 
@@ -66,7 +66,7 @@ class Screen:
             self._answers.out(self._clean(f"tool call {call.name} {call.arguments}"), style="bold")
 
     def end_line(self) -> None:
-        """Begin a new line, where one is open."""
+        """End the line that has not ended, if there is one."""
         self._clear_progress()
         if self._open == "text":
             sys.stdout.write("\n")
@@ -81,14 +81,14 @@ class Screen:
         self.notes.out(harmless(text), style="dim")
 
     def error(self, error: MoeboxError) -> None:
-        """What went wrong and the fix, without ending anything."""
+        """An error and its fix; the chat goes on."""
         self.end_line()
         self.notes.out(harmless(f"error: {error.what}"), style="red")
         if error.fix:
             self.notes.out(harmless(error.fix))
 
     def end(self, stats: Stats) -> None:
-        """The end of an answer: why it ended, if not by itself, and on a terminal the footer."""
+        """The end of an answer: the limit that ended it, if one did, and on a terminal the footer."""
         self.end_line()
         reason = ending(stats)
         if reason:
@@ -99,7 +99,7 @@ class Screen:
                 self.note(line)
 
     def prefill(self, done: int, total: int) -> None:
-        """Progress through a long prompt: one line that goes away, on a terminal only."""
+        """Progress through a long prompt: one line that disappears, on a terminal only."""
         now = time.monotonic()
         if self._progress_begin is None or done == 0:
             self._progress_begin = now

@@ -18,9 +18,9 @@ from moebox.instruments.bench.options import BenchOptions
 def bench(as_json: bool, **options: Any) -> None:
     """Measure prompts and decoding beside what the box could do at best.
 
-    MODEL is a quantized checkpoint. With --shape, random weights of that shape are made in memory; where
-    they are fewer --layers than the shape has, budgets are for the whole model, the run gets its share, and
-    the report says what that is at full depth.
+    MODEL is a quantized checkpoint. With --shape, random weights of that shape are made in memory. With
+    fewer --layers than the shape has, budgets are those of the whole model: the run gets its share of them,
+    and the report also gives the figures of full depth.
 
     \b
     Examples:

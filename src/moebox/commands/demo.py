@@ -48,7 +48,7 @@ def run_demo(out: Console, log: Console) -> None:
     from moebox.runtime.terminal.chat import Totals
     from moebox.runtime.terminal.cost_text import cost_line
 
-    model = load(folder, ledger=False)  # what a demonstration costs is nobody's bill
+    model = load(folder, ledger=False)  # nobody pays for a demonstration
     messages, tools = script["messages"], script["tools"]
     show(out, "you", messages[-1]["content"])
     call, first = answer(out, model, messages, tools)
@@ -77,7 +77,7 @@ def quantize_once(source: Path, log: Console) -> Path:
     if not index.exists():
         raise CheckpointError(f"{index}: the bundled model is missing", "Install moebox again.")
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moebox"
-    # Another release's model gets another folder.
+    # The folder's name changes with the bundled model, so that another release quantizes its own.
     folder = base / f"{MODEL}-{source_digest(source)}"
     log.print(styled((f"quantizing {MODEL} (FP8) to INT4 experts in {folder}", "dim")))
     base.mkdir(parents=True, exist_ok=True)

@@ -24,8 +24,8 @@ from moebox.commands.output import new_console, print_report
 def doctor(model: Path | None, stores: tuple[Path, ...], deep: bool, as_json: bool) -> int:
     """Look at this machine and at MODEL: what is wrong, what is slow, what it costs and what to do.
 
-    Nothing is written but the machine's profile: the bandwidths of memory, GPU and drives, by which `moebox
-    plan` and loading go. Drives are measured by reading MODEL's shards. Exit code 1 where a check fails.
+    Nothing is written but the machine's profile: the bandwidths of memory, GPU and drives, which `moebox
+    plan` and loading use. Drives are measured by reading MODEL's shards. Exit code 1 where a check fails.
 
     \b
     Examples:

@@ -23,12 +23,12 @@ FOLDER = click.Path(file_okay=False, path_type=Path)
 
 
 class ByteSize(click.ParamType[int]):
-    """A size such as `60GiB`, `64GB` or `1000000`, in bytes."""
+    """A size such as `60GiB`, `64GB` or `1000000`; the value is in bytes."""
 
     name = "size"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """Parse `value`; click reports a usage error where it is no size."""
+        """Parse `value`; a usage error where it is no size."""
         if isinstance(value, int):
             return value
         match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([a-z]*)", str(value).strip().lower())
@@ -45,7 +45,7 @@ class Lengths(click.ParamType[tuple[int, ...]]):
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> tuple[int, ...]:
-        """Parse `value`; an empty one is no length at all."""
+        """Parse `value`; an empty text gives no lengths."""
         if isinstance(value, tuple):
             return value
         parts = [part.strip() for part in str(value).split(",") if part.strip()]
@@ -60,7 +60,7 @@ class DeviceName(click.ParamType[str]):
     name = "device"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """Check the form of `value`; whether there is such a device turns out when it is opened."""
+        """Check the form of `value`; whether the device exists is found out when it is opened."""
         if not re.fullmatch(r"cpu|cuda(:[0-9]+)?", str(value)):
             self.fail(f"{value!r} is not cpu, cuda or cuda:N", param, ctx)
         return str(value)
@@ -90,7 +90,7 @@ class Shares(click.ParamType[tuple[float, ...]]):
 
 
 class Names(click.ParamType[tuple[str, ...]]):
-    """Some of the names that there are, such as `lru,belady`."""
+    """A list of known names, such as `lru,belady`."""
 
     name = "names"
 
@@ -126,14 +126,8 @@ def store_option(command: Command) -> Command:
 def field_options(options: type) -> Callable[[Command], Command]:
     """Adds the fields of a dataclass of options, as `moebox.option_fields` describes them."""
     defaults = {item.name: item.default for item in fields(options)}
-    decorators = [_click_option(name, defaults[name], item) for name, item in options_of(options).items()]
-
-    def decorate(command: Command) -> Command:
-        for decorator in reversed(decorators):
-            command = decorator(command)
-        return command
-
-    return decorate
+    added = [_click_option(name, defaults[name], item) for name, item in options_of(options).items()]
+    return lambda command: _add(command, *added)
 
 
 def take_options(options: type[Options], given: dict[str, Any]) -> Options:
@@ -176,26 +170,38 @@ def model_argument(*, required: bool = True) -> Callable[[Command], Command]:
 
 
 def answer_options(command: Command) -> Command:
-    """Adds what an answer depends on; without a value the checkpoint's own defaults hold."""
-    for option in reversed(
-        (
-            click.option("--system", help="System prompt.  [default: the template's]"),
-            click.option("--tools", type=FILE, help="JSON file of function declarations."),
-            click.option("--think/--no-think", "thinking", default=True, help="Reason before the answer."),
-            click.option("--max-tokens", type=click.IntRange(1), help="Tokens to generate at most."),
-            click.option("--temperature", type=click.FloatRange(0), help="0 is greedy."),
-            click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="Nucleus mass kept."),
-            click.option("--top-k", type=click.IntRange(0), help="Most likely tokens kept; 0: all."),
-            click.option(
-                "--min-p", type=click.FloatRange(0, 1), help="Share of the best token's probability."
-            ),
-            click.option("--repetition-penalty", type=click.FloatRange(0, min_open=True), help="1: none."),
-            click.option(
-                "--seed", type=click.IntRange(0), help="Same seed, same text.  [default: a new one]"
-            ),
-            click.option("--stop", multiple=True, help="Text that ends the answer; may be repeated."),
-        )
-    ):
+    """Adds the options of an answer; the checkpoint's defaults replace those that are not given."""
+    return _add(
+        command,
+        click.option("--system", help="System prompt.  [default: the template's]"),
+        click.option("--tools", type=FILE, help="JSON file of function declarations."),
+        click.option("--think/--no-think", "thinking", default=True, help="Reason before the answer."),
+        click.option("--max-tokens", type=click.IntRange(1), help="Tokens to generate at most."),
+        click.option("--temperature", type=click.FloatRange(0), help="0 is greedy."),
+        click.option(
+            "--top-p",
+            type=click.FloatRange(0, 1, min_open=True),
+            help="Probability mass of the tokens that are kept.",
+        ),
+        click.option("--top-k", type=click.IntRange(0), help="Most likely tokens kept; 0: all."),
+        click.option(
+            "--min-p",
+            type=click.FloatRange(0, 1),
+            help="Least probability of a token, as a share of the best one's.",
+        ),
+        click.option(
+            "--repetition-penalty",
+            type=click.FloatRange(0, min_open=True),
+            help="Penalty of tokens that were seen before; 1: none.",
+        ),
+        click.option("--seed", type=click.IntRange(0), help="Same seed, same text.  [default: a new one]"),
+        click.option("--stop", multiple=True, help="Text that ends the answer; may be repeated."),
+    )
+
+
+def _add(command: Command, *options: Callable[[Command], Command]) -> Command:
+    """`command` with options that `--help` shows in their order."""
+    for option in reversed(options):
         command = option(command)
     return command
 

@@ -41,8 +41,8 @@ from moebox.runtime.engine.options import LoadOptions
 def plan(model: str | None, as_json: bool, **options: Any) -> None:
     """Say what goes where, how fast it will run and what would help most; nothing is loaded.
 
-    MODEL is a checkpoint's folder or a hub id, of which only headers are read. What was never measured of
-    this box is measured first, in some seconds.
+    MODEL is a checkpoint's folder or a hub id, of which only headers are read. Parts of this box that were
+    never measured are measured first, in some seconds.
 
     \b
     Examples:

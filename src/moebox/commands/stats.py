@@ -31,7 +31,7 @@ from moebox.commands.output import new_console, print_report
     "--policy",
     type=Names("decayed", "lru", "lfu", "belady"),
     default="decayed,lru,lfu,belady",
-    help="Who goes when a cache is full: decayed is what the tiers do, belady knows the future.",
+    help="What a full cache evicts: decayed is the rule that moebox uses, belady knows the future.",
 )
 @json_option
 def stats(

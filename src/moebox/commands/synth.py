@@ -13,7 +13,12 @@ from moebox.commands.output import print_report
 
 @click.command()
 @click.argument("dst", type=FOLDER)
-@click.option("--shape", type=click.Choice(["kimi-k2", "tiny"]), default="kimi-k2", help="Whose dimensions.")
+@click.option(
+    "--shape",
+    type=click.Choice(["kimi-k2", "tiny"]),
+    default="kimi-k2",
+    help="The model whose dimensions it has.",
+)
 @click.option("--layers", type=click.IntRange(1), help="Layers, dense ones included.  [default: the shape's]")
 @click.option("--experts", type=click.IntRange(1), help="Routed experts a layer.  [default: the shape's]")
 @click.option(
@@ -21,7 +26,7 @@ from moebox.commands.output import print_report
     "weights",
     type=click.Choice(["fp8", "bf16", "int4"]),
     default="fp8",
-    help="As Kimi-K2-Instruct, unquantized, or as Kimi-K2-Thinking.",
+    help="fp8: as Kimi-K2-Instruct; bf16: unquantized; int4: as Kimi-K2-Thinking.",
 )
 @click.option("--seed", type=click.IntRange(0), default=0, help="Same seed, same bytes.")
 @json_option

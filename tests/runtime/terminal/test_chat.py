@@ -6,9 +6,9 @@ from helpers.chat import fake_model
 from moebox.errors import RequestError
 from moebox.runtime.terminal.chat import PROMPT, Chat, ChatOptions
 from moebox.runtime.terminal.commands import COMMANDS, find_command
+from moebox.runtime.terminal.console import harmless
 from moebox.runtime.terminal.conversation import Conversation, read_tools
 from moebox.runtime.terminal.input import quote_is_open, unquoted
-from moebox.runtime.terminal.interrupts import harmless
 from moebox.runtime.terminal.screen import Screen
 
 CALL = (
