@@ -113,6 +113,13 @@ Command = Callable[..., Any]
 Options = TypeVar("Options")
 
 
+def add_options(command: Command, *options: Callable[[Command], Command]) -> Command:
+    """`command` with options that `--help` shows in their order."""
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 def json_option(command: Command) -> Command:
     """Adds `--json`."""
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")(command)
@@ -127,7 +134,7 @@ def field_options(options: type) -> Callable[[Command], Command]:
     """Adds the fields of a dataclass of options, as `moebox.option_fields` describes them."""
     defaults = {item.name: item.default for item in fields(options)}
     added = [_click_option(name, defaults[name], item) for name, item in options_of(options).items()]
-    return lambda command: _add(command, *added)
+    return lambda command: add_options(command, *added)
 
 
 def take_options(options: type[Options], given: dict[str, Any]) -> Options:
@@ -171,7 +178,7 @@ def model_argument(*, required: bool = True) -> Callable[[Command], Command]:
 
 def answer_options(command: Command) -> Command:
     """Adds the options of an answer; the checkpoint's defaults replace those that are not given."""
-    return _add(
+    return add_options(
         command,
         click.option("--system", help="System prompt.  [default: the template's]"),
         click.option("--tools", type=FILE, help="JSON file of function declarations."),
@@ -197,13 +204,6 @@ def answer_options(command: Command) -> Command:
         click.option("--seed", type=click.IntRange(0), help="Same seed, same text.  [default: a new one]"),
         click.option("--stop", multiple=True, help="Text that ends the answer; may be repeated."),
     )
-
-
-def _add(command: Command, *options: Callable[[Command], Command]) -> Command:
-    """`command` with options that `--help` shows in their order."""
-    for option in reversed(options):
-        command = option(command)
-    return command
 
 
 def take_sampling(given: dict[str, Any]) -> dict[str, Any]:

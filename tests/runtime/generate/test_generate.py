@@ -181,7 +181,7 @@ def test_a_refused_seeded_answer_leaves_the_kept_session(tmp_path):
     pieces += first
     answered = pieces[-1].stats
     second = model.generate(grown(USER, "one two three", "more"))
-    assert second.stats.cached_tokens == answered.prompt_tokens + answered.completion_tokens
+    assert second.stats.usage.cached_tokens == answered.prompt_tokens + answered.usage.completion_tokens
 
 
 def test_refused_seeded_answers_of_other_threads_leave_the_kept_session(tmp_path):
@@ -205,7 +205,7 @@ def test_refused_seeded_answers_of_other_threads_leave_the_kept_session(tmp_path
     answered = [*pieces][-1].stats
     assert model.session is session
     second = model.generate(grown(USER, "one two three", "more"))
-    assert second.stats.cached_tokens == answered.prompt_tokens + answered.completion_tokens
+    assert second.stats.usage.cached_tokens == answered.prompt_tokens + answered.usage.completion_tokens
 
 
 def test_a_seeded_answer_with_a_mistake_leaves_the_kept_session(tmp_path):
@@ -214,7 +214,7 @@ def test_a_seeded_answer_with_a_mistake_leaves_the_kept_session(tmp_path):
     with pytest.raises(RequestError, match="top_p = 7"):
         model.generate(USER, seed=1, top_p=7)
     second = model.generate(grown(USER, "sunny", "more"))
-    assert second.stats.cached_tokens == first.prompt_tokens + first.completion_tokens
+    assert second.stats.usage.cached_tokens == first.prompt_tokens + first.usage.completion_tokens
 
 
 def test_a_chat_uses_the_session_that_is_kept_when_it_begins(tmp_path):
@@ -223,7 +223,7 @@ def test_a_chat_uses_the_session_that_is_kept_when_it_begins(tmp_path):
     model.generate("another text", seed=1)  # drops the session that was kept until now
     first = [*begun_later][-1].stats
     second = model.generate(grown(USER, "sunny", "more"))
-    assert second.stats.cached_tokens == first.prompt_tokens + first.completion_tokens
+    assert second.stats.usage.cached_tokens == first.prompt_tokens + first.usage.completion_tokens
 
 
 def test_an_answer_that_never_begins_opens_no_session(tmp_path, monkeypatch):
