@@ -1,4 +1,4 @@
-"""The command line as a user meets it: real processes, exit codes, what goes to which stream."""
+"""The command line: exit codes, the streams of its output, and the options of each command."""
 
 import json
 import os
@@ -36,7 +36,7 @@ def source(tmp_path_factory):
     return folder
 
 
-def test_the_reference_is_what_the_commands_say():
+def test_the_reference_is_the_help_of_the_commands():
     check = subprocess.run(
         [sys.executable, ROOT / "docs" / "generate_cli.py", "--check"],
         capture_output=True,
@@ -62,7 +62,7 @@ def test_every_option_is_explained():
 
 
 PYTHON_ONLY = {"dtype", "progress"}
-"""Fields of `LoadOptions` that the command line does not offer."""
+"""Fields of `LoadOptions` that are no options of the command line."""
 
 
 @pytest.mark.parametrize("command", ["run", "chat"])
@@ -142,8 +142,8 @@ def test_quantize_and_inspect(source, tmp_path):
     assert "GB/s" in done.stderr
     report = json.loads(moebox("inspect", tmp_path / "out", "--verify", "--json").stdout)
     assert report["verified"] is True
-    people = moebox("inspect", tmp_path / "out")
-    assert "deepseek_v3" in people.stdout
+    text = moebox("inspect", tmp_path / "out")
+    assert "deepseek_v3" in text.stdout
 
 
 def test_dry_run_writes_nothing(source, tmp_path):
@@ -194,7 +194,7 @@ def test_sizes(text, size):
     assert ByteSize().convert(text, None, None) == size
 
 
-def test_a_size_that_is_none_is_wrong_usage():
+def test_text_instead_of_a_size_is_wrong_usage():
     result = CliRunner().invoke(main_group, ["run", "model", "hi", "--ram", "lots"])
     assert result.exit_code == 2
     assert "60GiB" in result.output

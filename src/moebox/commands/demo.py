@@ -35,8 +35,8 @@ def run_demo(out: Console, log: Console) -> None:
     """Quantize tiny-k2 into the cache folder, ask the question of `assets/demo.json`, show each step.
 
     Args:
-        out: where the conversation goes.
-        log: where progress goes.
+        out: shows the conversation.
+        log: shows progress.
 
     Raises:
         MoeboxError: the installation lacks the model, the cache folder cannot be written, or the model
@@ -98,24 +98,24 @@ def answer(
 ) -> tuple[ToolCall | None, Stats]:
     """Stream one answer to `out`; returns the tool call, if there was one, and the figures."""
     call = None
-    who = "tiny-k2: "
+    speaker = "tiny-k2: "
     for piece in model.chat(messages, tools, thinking=False, temperature=0.0, max_tokens=MAX_TOKENS):
         if piece.kind == "text":
-            out.print(styled((who, "bold"), piece.text), end="")
-            who = ""
+            out.print(styled((speaker, "bold"), piece.text), end="")
+            speaker = ""
         elif piece.tool_call is not None:
             call = piece.tool_call
             show(out, "tiny-k2 calls", f"{call.name}({call.arguments})")
         elif piece.stats is not None:
             stats = piece.stats
-    if not who:
+    if not speaker:
         out.print()
     return call, stats
 
 
-def show(out: Console, who: str, text: str) -> None:
+def show(out: Console, speaker: str, text: str) -> None:
     """One line of the conversation."""
-    out.print(styled((f"{who}: ", "bold"), text))
+    out.print(styled((f"{speaker}: ", "bold"), text))
 
 
 def styled(*parts: str | tuple[str, str]) -> Text:

@@ -116,7 +116,7 @@ def test_limits_are_named_as_the_reason(tmp_path):
     assert full.stats.prompt_tokens + full.stats.usage.completion_tokens == 61  # the last one needs no place
 
 
-def test_a_prompt_that_does_not_fit_is_said_with_both_numbers(tmp_path):
+def test_a_prompt_that_does_not_fit_is_refused_with_both_numbers(tmp_path):
     model = fake_model(tmp_path, context=40)
     with pytest.raises(RequestError, match=r"the prompt has [\d,]+ tokens, but the context holds 40"):
         model.chat([{"role": "user", "content": "x " * 100}])
@@ -298,7 +298,7 @@ def test_the_same_seed_gives_the_same_text(tmp_path, monkeypatch):
     assert texts[0] == texts[1] != texts[2]
 
 
-def test_errors_of_the_engine_are_not_taken_for_a_cancellation(tmp_path):
+def test_an_error_of_the_engine_is_no_cancellation(tmp_path):
     model = fake_model(tmp_path)
 
     def prefill(*_args, **_options):
