@@ -13,6 +13,7 @@ from click.testing import CliRunner
 
 from helpers.paths import ROOT
 from moebox.cli import main_group
+from moebox.commands import demo
 from moebox.commands.options import ByteSize
 from moebox.errors import PlanError
 from moebox.instruments.bench.options import BenchOptions
@@ -157,6 +158,11 @@ def test_options_come_from_the_environment_too(source, tmp_path):
     done = moebox("quantize", source, tmp_path / "out", MOEBOX_QUANTIZE_DRY_RUN="1")
     assert done.returncode == 0
     assert not (tmp_path / "out").exists()
+
+
+def test_the_demo_finds_what_is_bundled():
+    assert (demo.ASSETS / demo.MODEL / "config.json").is_file()
+    assert (demo.ASSETS / "demo.json").is_file()
 
 
 def test_synth_reports_what_it_wrote(tmp_path):
