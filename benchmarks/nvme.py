@@ -53,6 +53,7 @@ from moebox.quantize.convert import quantize
 from moebox.quantize.synth.write import synth
 from moebox.runtime.engine.cpu_plan import budget_for_share
 from moebox.runtime.engine.engine import Engine
+from moebox.runtime.engine.options import LoadOptions
 
 CONTEXT = 512
 READ_WAYS = tuple(itertools.product((1, 2, 4, 8), (1 << 20, 1 << 30)))
@@ -218,7 +219,8 @@ def opened(path: Path, share: float, *, prefetch: bool) -> Iterator[Engine]:
     dtype = torch.bfloat16
     ram = budget_for_share(checkpoint.config, dtype, "bf16", CONTEXT, share)
     engine = Engine.load(
-        path, device="cpu", ram=ram, dtype=dtype, context=CONTEXT, prefetch=prefetch, statistics=False
+        path,
+        LoadOptions(device="cpu", ram=ram, dtype=dtype, context=CONTEXT, prefetch=prefetch, statistics=False),
     )
     try:
         yield engine

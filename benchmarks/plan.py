@@ -35,8 +35,8 @@ from moebox.commands.demo import ASSETS, MODEL
 from moebox.commands.options import ByteSize
 from moebox.config import ModelConfig, load_config
 from moebox.instruments.bench.bench import bench
+from moebox.instruments.bench.options import BenchOptions
 from moebox.instruments.bench.report import BenchReport
-from moebox.instruments.bench.target import BenchOptions
 from moebox.instruments.measure.random_model import shape_config
 from moebox.instruments.plan.box import Box, BoxOptions, find_box
 from moebox.instruments.plan.hits import HitPredictor, find_hit_predictor, published_hit_predictor

@@ -28,7 +28,8 @@ import torch
 from torch import Tensor
 
 from moebox.commands.options import ByteSize
-from moebox.instruments.bench.target import BenchOptions, BenchTarget, make_pool, shape_target
+from moebox.instruments.bench.options import BenchOptions
+from moebox.instruments.bench.target import BenchTarget, make_pool, shape_target
 from moebox.instruments.measure.random_model import shape_config
 from moebox.offload.decode.host_step import FIELDS
 from moebox.offload.device.registry import open_device

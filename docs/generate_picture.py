@@ -25,9 +25,9 @@ if __name__ == "__main__":
     console = record()
     console.print(Text("$ moebox demo", style="bold green"))
     run_demo(console, Console(stderr=True))
-    # Once more as whole lines: the streamed pieces would become spans that lose the spaces between them.
+    # Print once more as whole lines: spans of streamed pieces would lose the spaces between them.
     picture = record()
     picture.print(Text.from_ansi(console.export_text(styles=True)))
     svg = picture.export_svg(title="moebox")
-    # rich links its font from the network; whoever looks at the picture should fetch nothing.
+    # rich links a font on the network; showing the picture should fetch nothing.
     TARGET.write_text(re.sub(r"@font-face \{.*?\}\s*", "", svg, flags=re.DOTALL))

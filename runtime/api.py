@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
+from moebox.config import load_config
 from moebox.cost.accounts import Accounts, Request, login_name
 from moebox.cost.prices.box_prices import load_prices
 from moebox.cost.usage import Traffic
-from moebox.errors import BusyError, RequestError
+from moebox.errors import RequestError
+from moebox.runtime.engine.options import LoadOptions
+from moebox.runtime.generate.answer import AnswerPieces, Parser, PlainParser, ReceivedAnswer
+from moebox.runtime.generate.generated_texts import GeneratedTexts
+from moebox.runtime.generate.kept_session import KeptSession
 from moebox.runtime.generate.loop import ContextError, Generation, OnPrefill, TokenSession
 from moebox.runtime.generate.sampling import Sampler, SamplingOptions, generation_defaults
 from moebox.runtime.text.messages import Message, Tool, next_tool_call_index, normalise_messages
 from moebox.runtime.text.output_parser import THINK_BEGIN, THINK_END, OutputParser
 from moebox.runtime.text.pieces import Completion, Piece, Stats, ToolCall
-from moebox.runtime.text.stop_strings import StopStrings
 from moebox.runtime.text.template import Template
 from moebox.runtime.text.tokenizer import Tokenizer
 
@@ -29,9 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["Completion", "Model", "Piece", "SamplingOptions", "Stats", "ToolCall", "load"]
 
 STOP_NAMES = ("[EOS]", "<|im_end|>", "[EOT]")
-"""Control tokens that end an answer whatever the configs say: their eos ids contradict the templates."""
-
-_REMEMBERED_TEXTS = 1024
+"""Control tokens that end every answer, since the eos ids of the configs contradict the templates."""
 
 
 def load(
@@ -40,18 +42,8 @@ def load(
     vram: int | None = None,
     ram: int | None = None,
     *,
-    backbone: str = "bf16",
-    dtype: torch.dtype | None = None,
-    context: int | None = None,
-    threads: int | None = None,
-    progress: Callable[[str, int, int], None] | None = None,
-    stores: Sequence[str | Path] = (),
-    verify_reads: bool = False,
-    prefetch: bool = True,
-    statistics: bool = True,
-    record_trace: str | Path | None = None,
-    ledger: bool = True,
-    user: str | None = None,
+    options: LoadOptions | None = None,
+    **fields: Any,
 ) -> Model:
     """Load a quantized checkpoint with its tokenizer and chat template.
 
@@ -60,66 +52,42 @@ def load(
         device: "cpu", "cuda" or "cuda:N"; None for the GPU if there is one.
         vram: GPU memory to use, bytes; None for what is free.
         ram: memory to use, bytes; experts beyond it are read from disk. None for what is free.
-        backbone: precision of everything but the experts: "bf16", or on the CPU "int8" or "nf4".
-        dtype: `torch.bfloat16` (default) or, on the CPU, `torch.float32`.
-        context: tokens that a conversation may hold; None for what the model and the memory allow.
-        threads: cores to compute on; None for all.
-        progress: called with (what, bytes done, bytes in all).
-        stores: folders, best on several drives, with copies of some or all shards.
-        verify_reads: compare every expert that is read with its checksum.
-        prefetch: read experts that the next layers are likely to need, while the drives are idle.
-        statistics: keep what the router picked in the user's data folder, and start with what is known.
-        record_trace: a file for the experts that were picked.
-        ledger: keep a row of what each answer used, never of what it said, for `moebox cost`.
-        user: who asks, for the ledger; None: the login name.
+        options: how to load, as one object.
+        fields: fields of `LoadOptions` by name, such as `context`, `backbone` or `stores`; they replace those
+            of `options`, as do `device`, `vram` and `ram` where they are not None.
 
     Raises:
+        TypeError: names a field that `LoadOptions` does not have.
         ConfigError, CheckpointError, TokenizerError, PlanError, PricesError: names file, value and fix.
     """
+    given = {"device": device, "vram": vram, "ram": ram}
+    fields |= {name: value for name, value in given.items() if value is not None}
+    options = replace(options or LoadOptions(), **fields)
     folder = Path(path)
-    from moebox.config import load_config
-
-    # The small files first: a missing tokenizer is said before minutes of loading.
+    # Small files come first: a missing tokenizer is reported before minutes of loading.
     prices = load_prices()
     tokenizer = Tokenizer.load(folder, load_config(folder).vocab_size)
     template = Template.load(folder, tokenizer)
     from moebox.runtime.engine.engine import Engine
 
-    engine = Engine.load(
-        folder,
-        device=device,
-        vram=vram,
-        ram=ram,
-        backbone=backbone,
-        dtype=dtype,
-        context=context,
-        threads=threads,
-        progress=progress,
-        stores=[Path(store) for store in stores],
-        verify_reads=verify_reads,
-        prefetch=prefetch,
-        statistics=statistics,
-        record_trace=None if record_trace is None else Path(record_trace),
-    )
-    accounts = Accounts.open(engine.device, prices, ledger=ledger)
-    return Model(engine, tokenizer, template, accounts, user)
-
-
-class _Parser(Protocol):
-    def push(self, token: int) -> list[Piece]: ...
-
-    def finish(self) -> list[Piece]: ...
+    engine = Engine.load(folder, options)
+    accounts = Accounts.open(engine.device, prices, ledger=options.ledger)
+    return Model(engine, tokenizer, template, accounts, options.user)
 
 
 @dataclass(frozen=True)
-class _Call:
-    """What a caller of `chat` or `generate` gave besides the prompt."""
+class _CallOptions:
+    """What a caller of `chat` or `generate` gave besides the prompt.
+
+    `afresh`: compute the whole prompt, even where the kept session holds a part of it.
+    """
 
     sampling: dict[str, Any]
     cancel: threading.Event | None
     user: str | None
     queue_s: float
     on_prefill: OnPrefill | None = None
+    afresh: bool = False
 
 
 class Model:
@@ -133,8 +101,8 @@ class Model:
         template: messages -> token ids.
         defaults: sampling options where a call gives none (the checkpoint's own, where it has any).
         stop_ids: tokens that end an answer.
-        accounts: what answers use, and what that costs.
-        user: who asks, for the ledger.
+        accounts: measures what answers use, and knows the prices.
+        user: the user's name in the ledger where a call gives none.
     """
 
     def __init__(
@@ -153,9 +121,8 @@ class Model:
         self.defaults, eos_ids = generation_defaults(Path(engine.folder))
         named = {tokenizer.specials[name] for name in STOP_NAMES if name in tokenizer.specials}
         self.stop_ids = frozenset({*engine.config.eos_token_ids, *eos_ids, *named})
-        self._session: TokenSession | None = None
-        self._busy = threading.Lock()
-        self._generated: dict[str, list[int]] = {}
+        self._kept = KeptSession(engine)
+        self._generated = GeneratedTexts(tokenizer)
 
     def __enter__(self) -> Model:
         return self
@@ -164,9 +131,9 @@ class Model:
         self.close()
 
     def close(self) -> None:
-        """End reads, save what was learned of the routing and what is left for the ledger; no more answers.
+        """End reads, and save the statistics of routing and the ledger's last rows.
 
-        The end of the program does it, too.
+        The model answers nothing afterwards. The end of the program closes it, too.
         """
         try:
             self.engine.close()
@@ -180,13 +147,11 @@ class Model:
 
     @property
     def session(self) -> TokenSession:
-        """The conversation whose cache is kept; opened on first use."""
-        if self._session is None:
-            self._session = self.engine.session()
-        return self._session
+        """The session whose cache is kept from answer to answer; opened on first use."""
+        return self._kept.get()
 
     def logits(self, token_ids: list[int]) -> torch.Tensor:
-        """One forward pass, no cache kept: fp32 [T, vocab_size]."""
+        """Logits of one forward pass that keeps no cache: fp32 [T, vocab_size]."""
         return self.engine.logits(token_ids)
 
     def generate(
@@ -215,17 +180,15 @@ class Model:
         Raises:
             RequestError: an option, a message, or a prompt that does not fit the context.
         """
-        if sampling.get("seed") is not None:
-            self._session = None
-        call = _Call(sampling, cancel, user, queue_s)
+        call = _CallOptions(sampling, cancel, user, queue_s, afresh=sampling.get("seed") is not None)
         if isinstance(prompt, str):
             tokens = self.tokenizer.encode(prompt)
             if not tokens:
                 raise RequestError("the prompt is empty", "Give at least one character.")
-            run = self._start(tokens, _PlainParser(self.tokenizer), call)
+            answer = self._answer(tokens, PlainParser(self.tokenizer), call)
         else:
-            run = self._chat(prompt, tools, thinking, call)
-        return run.completion()
+            answer = self._chat(prompt, tools, thinking, call)
+        return answer.completion()
 
     def chat(
         self,
@@ -250,7 +213,7 @@ class Model:
             thinking: let the model reason first, where its template has that switch.
             cancel: set from another thread or a signal handler to end the answer early.
             on_prefill: called with (tokens computed, tokens to compute) while the prompt is read.
-            user: who asks, for the ledger; None: the model's `user`.
+            user: the user's name in the ledger; None: the model's `user`.
             queue_s: seconds that the request has waited before this call, for the ledger.
             sampling: fields of `SamplingOptions`.
 
@@ -258,27 +221,27 @@ class Model:
             RequestError: an option, a message, or a conversation that does not fit the context.
             BusyError: another answer of this model is still running.
         """
-        call = _Call(sampling, cancel, user, queue_s, on_prefill)
+        call = _CallOptions(sampling, cancel, user, queue_s, on_prefill)
         return iter(self._chat(messages, tools, thinking, call))
 
     def count_tokens(
         self, messages: Sequence[Message], tools: Sequence[Tool] | None = None, thinking: bool = True
     ) -> int:
         """Tokens of the prompt that `chat` would make of a conversation."""
-        return len(self.template.render(messages, tools, thinking, generated=self._generated))
+        return len(self.template.render(messages, tools, thinking, generated=self._generated.ids))
 
     def _chat(
         self,
         messages: Sequence[Message],
         tools: Sequence[Tool] | None,
         thinking: bool,
-        call: _Call,
-    ) -> _Run:
-        prompt = self.template.render(messages, tools, thinking, generated=self._generated)
+        call: _CallOptions,
+    ) -> _Answer:
+        prompt = self.template.render(messages, tools, thinking, generated=self._generated.ids)
         next_index = next_tool_call_index(normalise_messages(messages))
         think_as_text = THINK_BEGIN not in self.tokenizer.specials and THINK_BEGIN in self.template.source
         parser = OutputParser(self.tokenizer, self._thinking_open(prompt), think_as_text, next_index)
-        return self._start(prompt, parser, call)
+        return self._answer(prompt, parser, call)
 
     def _thinking_open(self, prompt: list[int]) -> bool:
         """Whether the prompt ends inside a think block that the template opened."""
@@ -288,88 +251,67 @@ class Model:
         last = next((token for token in reversed(prompt) if token in self.tokenizer.special_names), end)
         return last == begin
 
-    def _start(self, prompt: list[int], parser: _Parser, call: _Call) -> _Run:
-        options = self.defaults.with_(**call.sampling)
-        context = self.session.context
+    def _answer(self, prompt: list[int], parser: Parser, call: _CallOptions) -> _Answer:
+        options, context = self.defaults.with_(**call.sampling), self.engine.context
         if len(prompt) > context:
             raise ContextError(
                 f"the prompt has {len(prompt):,} tokens, but the context holds {context:,}",
                 "Shorten the conversation, or load the model with a larger context.",
             )
-        generation = Generation(
-            self.session,
-            prompt,
-            Sampler(options, prompt),
-            self.stop_ids,
-            cancel=call.cancel,
-            on_prefill=call.on_prefill,
-        )
-        return _Run(self, generation, parser, StopStrings(options.stop), call)
-
-    def _remember(self, tokens: list[int]) -> None:
-        """Keep the model's own ids for its texts, where `encode` would choose others."""
-        run: list[int] = []
-        for token in [*tokens, -1]:
-            if token >= 0 and token not in self.tokenizer.special_names:
-                run.append(token)
-                continue
-            data = self.tokenizer.decode_bytes(run)
-            text = data.decode("utf-8", errors="ignore")
-            if text and text.encode("utf-8") == data and self.tokenizer.encode(text) != run:
-                self._generated[text] = run
-            run = []
-        while len(self._generated) > _REMEMBERED_TEXTS:
-            del self._generated[next(iter(self._generated))]
+        return _Answer(self, prompt, options, parser, call)
 
 
-class _PlainParser:
-    """Everything is text: for completions without a chat template."""
+class _Answer:
+    """One answer of a model: checked when it is made, computed while it is iterated, once.
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._decoder = tokenizer.stream()
+    Nothing of the model changes before the iteration has the kept session for itself.
+    """
 
-    def push(self, token: int) -> list[Piece]:
-        text = self._decoder.push(token)
-        return [Piece("text", text)] if text else []
-
-    def finish(self) -> list[Piece]:
-        text = self._decoder.finish()
-        return [Piece("text", text)] if text else []
-
-
-class _Run:
-    """One answer on its way: tokens -> parser -> stop strings -> pieces."""
+    _generation: Generation
+    _stats: Stats
 
     def __init__(
-        self, model: Model, generation: Generation, parser: _Parser, stops: StopStrings, call: _Call
+        self,
+        model: Model,
+        prompt: list[int],
+        options: SamplingOptions,
+        parser: Parser,
+        call: _CallOptions,
     ) -> None:
         self._model = model
-        self._generation = generation
+        self._prompt = prompt
+        self._options = options
         self._parser = parser
-        self._stops = stops
         self._call = call
-        self._called_tools = False
-        self._stats = generation.stats
 
     def __iter__(self) -> Iterator[Piece]:
-        busy = self._model._busy
-        if not busy.acquire(blocking=False):
-            raise BusyError("the model is busy with another answer", "Read that one to its end, or close it.")
-        try:
-            yield from self._accounted()
-        finally:
-            self._model._remember(self._generation.tokens)
-            busy.release()
+        model = self._model
+        with model._kept.use(afresh=self._call.afresh) as session:
+            self._generation = self._generate(session)
+            try:
+                yield from self._accounted()
+            finally:
+                model._generated.add(self._generation.tokens)
         yield Piece("stats", stats=self._stats)
 
+    def _generate(self, session: TokenSession) -> Generation:
+        return Generation(
+            session,
+            self._prompt,
+            Sampler(self._options, self._prompt),
+            self._model.stop_ids,
+            cancel=self._call.cancel,
+            on_prefill=self._call.on_prefill,
+        )
+
     def _accounted(self) -> Iterator[Piece]:
-        """The answer, of which an account is kept whatever becomes of it."""
+        """The answer's pieces; its account is closed however the answer ends."""
         model = self._model
         before, failed = model.engine.traffic(), False
         request = model.accounts.begin(model.name, self._call.user or model.user)
         self._generation.on_tokens = request.tokens
         try:
-            yield from self._answer()
+            yield from AnswerPieces(self._generation, self._parser, self._options.stop)
         except Exception:
             failed = True
             raise
@@ -384,42 +326,15 @@ class _Run:
             stats, usage=usage, cost=accounts.cost(usage), currency=accounts.prices.currency
         )
 
-    def _answer(self) -> Iterator[Piece]:
-        for token in self._generation:
-            yield from self._filtered(self._parser.push(token))
-            if self._stops.stopped:
-                self._generation.finish_reason = "stop"
-                return
-        yield from self._filtered(self._parser.finish())
-        rest = self._stops.finish()
-        if rest:
-            yield Piece("text", rest)
-        if self._called_tools and self._generation.finish_reason == "stop":
-            self._generation.finish_reason = "tool_calls"
-
-    def _filtered(self, pieces: list[Piece]) -> Iterator[Piece]:
-        """`pieces` up to a stop string in their text."""
-        for piece in pieces:
-            if piece.kind != "text":
-                held = self._stops.finish()
-                if held:
-                    yield Piece("text", held)
-                self._called_tools |= piece.kind == "tool_call"
-                yield piece
-                continue
-            text = self._stops.push(piece.text)
-            if text:
-                yield Piece("text", text, warning=piece.warning)
-            if self._stops.stopped:
-                return
-
     def completion(self) -> Completion:
         """The whole answer."""
-        pieces = list(self)
+        received = ReceivedAnswer()
+        for piece in self:
+            received.add(piece)
         return Completion(
-            text="".join(piece.text for piece in pieces if piece.kind == "text"),
+            text=received.text,
             tokens=self._generation.tokens,
-            stats=self._stats,
-            reasoning="".join(piece.text for piece in pieces if piece.kind == "reasoning"),
-            tool_calls=tuple(piece.tool_call for piece in pieces if piece.tool_call is not None),
+            stats=received.stats,
+            reasoning=received.reasoning,
+            tool_calls=tuple(received.tool_calls),
         )

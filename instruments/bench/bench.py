@@ -20,12 +20,12 @@ from moebox.cost.prices.box_prices import Prices, load_prices
 from moebox.errors import RequestError
 from moebox.instruments.bench.cost import RunCost
 from moebox.instruments.bench.decode_report import DecodeReport, decode_report
+from moebox.instruments.bench.options import BenchOptions
 from moebox.instruments.bench.prefill_report import LayerWork, PrefillReport, prefill_report
 from moebox.instruments.bench.prompt import SEED, random_ids, text_ids
 from moebox.instruments.bench.report import BenchReport
 from moebox.instruments.bench.roads import Samples
 from moebox.instruments.bench.target import (
-    BenchOptions,
     BenchTarget,
     checkpoint_target,
     make_pool,

@@ -15,7 +15,8 @@ from moebox.instruments.bench.instrumented_experts import (
     InstrumentedGpuExperts,
 )
 from moebox.instruments.bench.measured_model import MeasuredModel
-from moebox.instruments.measure.random_model import Shape, experts_in_ram, synthetic_model
+from moebox.instruments.bench.options import BenchOptions
+from moebox.instruments.measure.random_model import experts_in_ram, synthetic_model
 from moebox.kernels import cpu
 from moebox.offload.cpu_experts import CpuExperts
 from moebox.offload.device.base import Device
@@ -39,40 +40,6 @@ from moebox.runtime.model.mlp import MoE
 from moebox.units import ceil_div, gib
 
 MAKE_CHECKPOINT = "`moebox synth DST --format int4`, then `moebox bench DST`"
-
-
-@dataclass(frozen=True)
-class BenchOptions:
-    """What `moebox bench` is asked.
-
-    Attributes:
-        model: a checkpoint's folder; or None, with
-        shape: "kimi-k2" or "tiny", random weights.
-        layers: depth of the random model, dense layers included; None: the shape's own.
-        vram, ram: budgets in bytes, of the whole model however shallow the run; None: what is free.
-        context: tokens that the budget's cache holds; None: what the plan gives.
-        prompt_tokens: lengths to measure.
-        decode_tokens: tokens to measure after the last prompt; 0: none.
-        routing: "synthetic", "model" or a trace's path; None: "model" for a checkpoint, else "synthetic".
-        device: "cpu", "cuda", "cuda:N"; None: a GPU if there is one.
-        threads: cores for the experts; None: all, or all but one beside a GPU.
-        stores: more folders with the checkpoint's shards.
-        prefetch: let idle drives read what the next layers are likely to need.
-    """
-
-    model: Path | None = None
-    shape: Shape | None = None
-    layers: int | None = None
-    vram: int | None = None
-    ram: int | None = None
-    context: int | None = None
-    prompt_tokens: tuple[int, ...] = (512, 4096)
-    decode_tokens: int = 128
-    routing: str | None = None
-    device: str | None = None
-    threads: int | None = None
-    stores: tuple[Path, ...] = ()
-    prefetch: bool = True
 
 
 @dataclass(frozen=True)
@@ -119,18 +86,8 @@ def checkpoint_target(
     Raises:
         MoeboxError: as `Engine.load`.
     """
-    engine = Engine.load(
-        path,
-        device=device,
-        vram=options.vram,
-        ram=options.ram,
-        context=options.context,
-        threads=options.threads,
-        progress=progress,
-        stores=options.stores,
-        prefetch=options.prefetch,
-        statistics=False,
-    )
+    loading = options.load_options(device=device, progress=progress, statistics=False)
+    engine = Engine.load(path, loading)
     runner, config, plan = engine.runner, engine.config, engine.plan
     experts: InstrumentedExperts
     store: Store | None

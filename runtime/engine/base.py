@@ -1,37 +1,16 @@
-"""The interface of a runner: what the engine asks of a CPU or a GPU, and the options both are loaded with."""
+"""The interface of a runner: what the engine asks of a CPU or a GPU."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from moebox.offload.experts import Progress
 from moebox.offload.traffic import Traffic
 from moebox.runtime.model.kimi_k2 import KimiK2
 from moebox.runtime.model.kv_cache import KVCache
-
-
-@dataclass(frozen=True)
-class LoadOptions:
-    """What `Engine.load` was asked for; see there. Budgets in bytes, `context` in tokens."""
-
-    vram: int | None = None
-    ram: int | None = None
-    backbone: str = "bf16"
-    dtype: torch.dtype | None = None
-    context: int | None = None
-    threads: int | None = None
-    progress: Progress | None = None
-    stores: Sequence[Path] = ()
-    verify_reads: bool = False
-    prefetch: bool = True
-    statistics: bool = True
-    record_trace: Path | None = None
 
 
 class Runner(Protocol):

@@ -15,8 +15,9 @@ from moebox.offload.cpu_experts import CpuExperts
 from moebox.offload.disk.store import ExpertStore
 from moebox.offload.prefetch.prefetch import Prefetcher
 from moebox.offload.traffic import Traffic
-from moebox.runtime.engine.base import LoadOptions, Runner
+from moebox.runtime.engine.base import Runner
 from moebox.runtime.engine.cpu_plan import CHUNK_TOKENS, CpuPlan, plan_cpu_memory, return_large_blocks
+from moebox.runtime.engine.options import LoadOptions
 from moebox.runtime.engine.recording import open_recording
 from moebox.runtime.engine.resources import Resources
 from moebox.runtime.engine.router_lookahead import RouterLookahead

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from threading import Event
@@ -14,11 +14,11 @@ from torch import Tensor
 from moebox.config import ModelConfig
 from moebox.errors import MoeboxError, PlanError, RequestError
 from moebox.offload.checkpoint.safetensors import Checkpoint
-from moebox.offload.experts import Progress
 from moebox.offload.traffic import Traffic
-from moebox.runtime.engine.base import LoadOptions, Runner
+from moebox.runtime.engine.base import Runner
 from moebox.runtime.engine.cpu_plan import CpuPlan
 from moebox.runtime.engine.cpu_runner import load_on_cpu
+from moebox.runtime.engine.options import LoadOptions
 from moebox.runtime.model import precision
 from moebox.runtime.model.kv_cache import bytes_per_token
 from moebox.runtime.model.loader import check_names, check_quantized, stored_bytes
@@ -63,68 +63,19 @@ class Engine:
         self.kv_bytes_per_token = bytes_per_token(self.config, self.dtype)
 
     @classmethod
-    def load(
-        cls,
-        path: Path,
-        *,
-        device: str | None = None,
-        vram: int | None = None,
-        ram: int | None = None,
-        backbone: str = "bf16",
-        dtype: torch.dtype | None = None,
-        context: int | None = None,
-        threads: int | None = None,
-        progress: Progress | None = None,
-        stores: Sequence[Path] = (),
-        verify_reads: bool = False,
-        prefetch: bool = True,
-        statistics: bool = True,
-        record_trace: Path | None = None,
-    ) -> Engine:
-        """Load a quantized checkpoint.
-
-        Args:
-            path: a folder that `moebox quantize` wrote, or a native INT4 checkpoint.
-            device: "cpu", "cuda" or "cuda:N"; None: the GPU if there is one. "stand-in" runs the GPU's code
-                in CPU memory, for tests.
-            vram: bytes of GPU memory to use; None: what is free.
-            ram: bytes that experts (and without a GPU everything else of the model) may take; experts beyond
-                it are read from disk as they are needed. None: what is free.
-            backbone: "bf16", or on the CPU "int8" or "nf4".
-            dtype: `torch.bfloat16` or, on the CPU, `torch.float32`; None: bf16, but fp32 for a backbone of up
-                to 64 MiB on a CPU without bf16 instructions, where that is faster.
-            context: tokens a session can hold; None: `max_position_embeddings`, or what memory allows.
-            threads: cores to compute on; None: all that this process may use.
-            progress: called with ("backbone" | "memory" | "experts", bytes done, bytes in all).
-            stores: folders, best on several drives, with copies of some or all shards.
-            verify_reads: compare every expert that is read with its checksum.
-            prefetch: read experts that the next layers are likely to need, while the drives are idle.
-            statistics: let earlier runs' routing say what to keep at first, and learn from this one's.
-            record_trace: a file for the experts that were picked.
+    def load(cls, path: Path, options: LoadOptions | None = None) -> Engine:
+        """Load a quantized checkpoint: a folder that `moebox quantize` wrote, or a native INT4 checkpoint.
 
         Raises:
             ConfigError: `config.json` is missing or of another family.
             CheckpointError: not quantized, damaged, or tensors do not match the config.
             PlanError: it does not fit the memory, or asks for what the device does not have.
         """
-        precision.check_precision(backbone)
-        if threads is not None and threads < 1:
-            raise PlanError(f"threads = {threads}, at least 1 is needed")
-        options = LoadOptions(
-            vram,
-            ram,
-            backbone,
-            dtype,
-            context,
-            threads,
-            progress,
-            tuple(map(Path, stores)),
-            verify_reads,
-            prefetch,
-            statistics,
-            None if record_trace is None else Path(record_trace),
-        )
-        name = device or _default_device()
+        options = options or LoadOptions()
+        precision.check_precision(options.backbone)
+        if options.threads is not None and options.threads < 1:
+            raise PlanError(f"threads = {options.threads}, at least 1 is needed")
+        name = options.device or _default_device()
         checkpoint = Checkpoint.open(Path(path), stores=options.stores)
         check_quantized(checkpoint)
         check_names(checkpoint)

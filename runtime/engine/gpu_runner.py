@@ -20,9 +20,9 @@ from moebox.offload.gpu_experts import GpuExperts
 from moebox.offload.machine.hardware import available_ram_bytes
 from moebox.offload.memory.ram_slab import RamSlab
 from moebox.offload.traffic import Traffic
-from moebox.runtime.engine.base import LoadOptions
 from moebox.runtime.engine.decode_program import DecodeProgram
 from moebox.runtime.engine.gpu_plan import GpuPlan, plan_gpu_memory
+from moebox.runtime.engine.options import LoadOptions
 from moebox.runtime.engine.recording import open_recording
 from moebox.runtime.engine.resources import Resources
 from moebox.runtime.model.compute import GpuProcessor

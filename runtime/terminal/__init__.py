@@ -1,1 +1,1 @@
-"""runtime/terminal"""
+"""`moebox chat` and `moebox run` in a terminal."""

@@ -16,14 +16,15 @@ from moebox.cost.economics import TokenCost, cost_of, work_of
 from moebox.cost.prices.box_prices import Prices
 from moebox.cost.usage import Usage
 from moebox.errors import MoeboxError, RequestError
+from moebox.runtime.generate.answer import ReceivedAnswer
 from moebox.runtime.generate.loop import ContextError
 from moebox.runtime.generate.sampling import SamplingOptions
+from moebox.runtime.terminal.cancel import cancel_on_interrupt
 from moebox.runtime.terminal.commands import COMMANDS, Leave, find_command
 from moebox.runtime.terminal.conversation import Conversation, read_text, read_tools
 from moebox.runtime.terminal.input import Reader, open_reader
-from moebox.runtime.terminal.interrupts import cancel_on_interrupt
 from moebox.runtime.terminal.screen import Screen
-from moebox.runtime.text.pieces import Piece, Stats, ToolCall
+from moebox.runtime.text.pieces import Stats, ToolCall
 
 if TYPE_CHECKING:
     from moebox.runtime.api import Model
@@ -79,36 +80,8 @@ class Totals:
         return cost_of(work_of(self.usage), prices)
 
 
-@dataclass
-class _Answer:
-    """One answer as it arrives."""
-
-    text: str = ""
-    reasoning: str = ""
-    calls: list[ToolCall] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-    final: Stats | None = None
-
-    def add(self, piece: Piece) -> None:
-        if piece.kind == "text":
-            self.text += piece.text
-        elif piece.kind == "reasoning":
-            self.reasoning += piece.text
-        if piece.tool_call is not None:
-            self.calls.append(piece.tool_call)
-        if piece.warning:
-            self.warnings.append(piece.warning)
-        self.final = piece.stats or self.final
-
-    @property
-    def stats(self) -> Stats:
-        if self.final is None:
-            raise RequestError("the answer ended without statistics")
-        return self.final
-
-
 class Chat:
-    """The state of a chat, and its loop."""
+    """A chat: its conversation, its settings, and the loop that asks and answers."""
 
     def __init__(self, model: Model, options: ChatOptions, screen: Screen, reader: Reader) -> None:
         self.model = model
@@ -154,7 +127,7 @@ class Chat:
     def say(self, text: str) -> None:
         """Send a message, with what `/read` attached, and answer it.
 
-        What cannot be sent, or is stopped before the answer begins, waits at the prompt.
+        A text that cannot be sent, or whose answer is stopped before it begins, stays at the prompt.
         """
         before = len(self.conversation.messages)
         self.conversation.add_user("\n\n".join([*self.attached, text]))
@@ -171,7 +144,7 @@ class Chat:
     def answer(self) -> bool:
         """Let the model answer, asking the user for the results of the tools that it calls.
 
-        Returns False where the user stopped it before it said anything.
+        Returns False where the user stopped the answer before it began.
         """
         calls = self._answer_once()
         answered = calls is not None
@@ -186,7 +159,7 @@ class Chat:
         return answered
 
     def _answer_once(self) -> list[ToolCall] | None:
-        """The calls of one answer; None where there was none, since the user stopped it at once."""
+        """The tool calls of one answer; None where the user stopped it before it began."""
         with cancel_on_interrupt() as cancel:
             answer = self._stream(cancel)
         self.screen.end_line()
@@ -194,20 +167,20 @@ class Chat:
             self.screen.note(f"note: {warning}")
         stats = answer.stats
         interrupted = stats.finish_reason == "cancelled"
-        if interrupted and not (answer.text or answer.reasoning or answer.calls):
+        if interrupted and not (answer.text or answer.reasoning or answer.tool_calls):
             self.screen.note("stopped before the answer began")
             return None
         self.last = stats
         self.totals.add(stats)
-        self.conversation.add_answer(answer.text, answer.reasoning, answer.calls, interrupted)
+        self.conversation.add_answer(answer.text, answer.reasoning, answer.tool_calls, interrupted)
         self.screen.end(stats)
         if interrupted:
             self.screen.note("stopped; what was written so far is kept. /regen answers again")
-        return [] if interrupted else answer.calls
+        return [] if interrupted else answer.tool_calls
 
-    def _stream(self, cancel: Event) -> _Answer:
+    def _stream(self, cancel: Event) -> ReceivedAnswer:
         conversation = self.conversation
-        answer = _Answer()
+        answer = ReceivedAnswer()
         try:
             pieces = self.model.chat(
                 conversation.prompt(),
@@ -221,16 +194,11 @@ class Chat:
             raise ContextError(error.what, CONTEXT_FIX) from None
         for piece in pieces:
             answer.add(piece)
-            if piece.kind == "text":
-                self.screen.text(piece.text)
-            elif piece.kind == "reasoning":
-                self.screen.reasoning(piece.text)
-            elif piece.tool_call is not None:
-                self.screen.tool_call(piece.tool_call)
+            self.screen.show(piece)
         return answer
 
     def _ask_result(self, call: ToolCall) -> str | None:
-        """What the tool returned, as the user types it (JSON or text) or `/read`s it; None: left open."""
+        """The tool's result, which the user types (JSON or text) or `/read`s; None: the user gave none."""
         self.screen.note(f"type what {call.name} returns, JSON or text, or /read FILE; Ctrl-C leaves it open")
         while True:
             try:

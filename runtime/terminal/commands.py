@@ -36,10 +36,10 @@ class Command:
 
 
 def find_command(line: str) -> tuple[Callable[[Chat, str], None], str] | None:
-    """What `line` asks for and its argument; None where it is a message (`//` escapes a slash).
+    """The command in `line` and its argument; None where `line` is a message (`//` escapes a slash).
 
     Raises:
-        RequestError: a command that does not exist; suggests the nearest.
+        RequestError: the command does not exist; the error suggests similar ones.
     """
     match = _COMMAND.fullmatch(line.strip())
     if match is None:
@@ -103,7 +103,7 @@ def _value(name: str, text: str) -> Any:
     try:
         return json.loads(text)
     except ValueError:
-        return text  # the check of the options names it
+        return text  # SamplingOptions raises an error that names the option
 
 
 def _think(chat: Chat, argument: str) -> None:

@@ -18,14 +18,14 @@ VERSION = 1
 
 @dataclass
 class Conversation:
-    """Messages without the system prompt, which outlives `/clear`."""
+    """A system prompt, tools and the other messages; `/clear` removes only the messages."""
 
     system: str | None = None
     tools: list[Tool] = field(default_factory=list)
     messages: list[Message] = field(default_factory=list)
 
     def prompt(self) -> list[Message]:
-        """What the model is given."""
+        """All messages for the model, the system prompt first."""
         first = [{"role": "system", "content": self.system}] if self.system else []
         return [*first, *self.messages]
 

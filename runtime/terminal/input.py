@@ -1,4 +1,4 @@
-"""Where the chat's questions come from: a terminal with line editing, or lines of a pipe."""
+"""Input of the chat: a terminal with line editing, or lines of a pipe."""
 
 from __future__ import annotations
 
@@ -24,7 +24,12 @@ class Reader(Protocol):
     """Asks the user for text."""
 
     def ask(self, label: str, text: str = "", remember: bool = True) -> str:
-        """One message; `text` stands there to be edited.
+        """Ask for one message.
+
+        Args:
+            label: stands before the input.
+            text: the input to begin with, which the user may edit.
+            remember: keep the message in the history.
 
         Raises:
             EOFError: there is no more input (Ctrl-D).
@@ -58,7 +63,7 @@ class LineReader:
     '''Messages from a pipe: one a line, or several lines between `"""`.'''
 
     def ask(self, label: str, text: str = "", remember: bool = True) -> str:
-        """See `Reader.ask`; `label` shows only where somebody types."""
+        """Read one message; `label` is shown only where stdin is a terminal."""
         if sys.stdin.isatty():
             sys.stderr.write(label)
             sys.stderr.flush()
@@ -78,7 +83,7 @@ class LineReader:
 
 
 class TerminalReader:
-    """Line editing with a history that outlives the program, through prompt_toolkit.
+    """Line editing through prompt_toolkit, with a history that is kept in a file.
 
     Enter sends, except inside an open `\"\"\"`; Alt-Enter begins a new line; pasted lines stay together.
     """
@@ -90,7 +95,7 @@ class TerminalReader:
         }
 
     def ask(self, label: str, text: str = "", remember: bool = True) -> str:
-        """See `Reader.ask`; answers that are not to be remembered leave the history alone."""
+        """Let the user edit one message; it joins the history where `remember` is set."""
         return unquoted(self._sessions[remember].prompt(label, default=text))
 
 
@@ -115,7 +120,7 @@ def _session(history: Path | None, commands: list[str]) -> PromptSession[str]:
 
 
 def _writable(history: Path) -> bool:
-    """Create the history file for its owner alone; without one the session still works, and says so."""
+    """Create the history file for its owner alone; a warning and False where that fails."""
     try:
         history.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         os.close(os.open(history, os.O_CREAT | os.O_APPEND | os.O_RDWR, 0o600))

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moebox.errors import RequestError
+from moebox.runtime.generate.answer import ReceivedAnswer
+from moebox.runtime.terminal.cancel import cancel_on_interrupt
 from moebox.runtime.terminal.conversation import Conversation, read_tools
 from moebox.runtime.terminal.cost_text import cost_dict, energy_dict
-from moebox.runtime.terminal.interrupts import cancel_on_interrupt
 from moebox.runtime.terminal.screen import Screen
 from moebox.runtime.text.pieces import Piece, Stats
 
@@ -46,7 +47,7 @@ def main(model: Model, options: RunOptions) -> int:
     """Answer once; the exit code: 0, or 130 after Ctrl-C.
 
     Raises:
-        RequestError: an empty prompt, a bad option, tools that are none, or a prompt beyond the context.
+        RequestError: the prompt is empty or longer than the context, or an option or a tool is wrong.
     """
     prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
     if not prompt.strip():
@@ -72,14 +73,16 @@ def _ask(
 
 
 def _print_json(pieces: Iterator[Piece], model: str) -> Stats:
-    parts = list(pieces)
-    stats = _stats(parts)
+    answer = ReceivedAnswer()
+    for piece in pieces:
+        answer.add(piece)
+    stats = answer.stats
     usage = stats.usage
     report = {
         "model": model,
-        "text": "".join(piece.text for piece in parts if piece.kind == "text"),
-        "reasoning": "".join(piece.text for piece in parts if piece.kind == "reasoning"),
-        "tool_calls": [asdict(piece.tool_call) for piece in parts if piece.tool_call],
+        "text": answer.text,
+        "reasoning": answer.reasoning,
+        "tool_calls": [asdict(call) for call in answer.tool_calls],
         "finish_reason": stats.finish_reason,
         "seed": stats.seed,
         "usage": {
@@ -102,25 +105,11 @@ def _print_json(pieces: Iterator[Piece], model: str) -> Stats:
     return stats
 
 
-def _stats(parts: list[Piece]) -> Stats:
-    stats = parts[-1].stats
-    if stats is None:
-        raise RequestError("the answer ended without statistics")
-    return stats
-
-
 def _print_text(pieces: Iterator[Piece]) -> Stats:
     """Stream text to stdout, tool calls as one JSON line each; reasoning only to a terminal."""
-    screen = Screen(show_reasoning=sys.stderr.isatty())
-    parts: list[Piece] = []
+    screen, answer = Screen(show_reasoning=sys.stderr.isatty(), calls_as_json=True), ReceivedAnswer()
     for piece in pieces:
-        parts.append(piece)
-        if piece.kind == "text":
-            screen.text(piece.text)
-        elif piece.kind == "reasoning":
-            screen.reasoning(piece.text)
-        elif piece.tool_call is not None:
-            screen.tool_call_json(piece.tool_call)
-    stats = _stats(parts)
-    screen.end(stats)
-    return stats
+        answer.add(piece)
+        screen.show(piece)
+    screen.end(answer.stats)
+    return answer.stats

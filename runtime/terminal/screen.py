@@ -8,9 +8,9 @@ import time
 from dataclasses import asdict
 
 from moebox.errors import MoeboxError
+from moebox.runtime.terminal.console import ending, footer, harmless, open_console
 from moebox.runtime.terminal.cost_text import cost_line
-from moebox.runtime.terminal.interrupts import ending, footer, harmless, open_console
-from moebox.runtime.text.pieces import Stats, ToolCall
+from moebox.runtime.text.pieces import Piece, Stats, ToolCall
 
 _PROGRESS_AFTER_S = 0.5
 
@@ -18,49 +18,55 @@ _PROGRESS_AFTER_S = 0.5
 class Screen:
     """Streams one answer after another.
 
-    A terminal never sees a control character of the model's; a pipe gets the text as it is.
+    Control characters of the model's text are made visible on a terminal; a pipe gets the text as it is.
 
     Args:
         show_reasoning: print reasoning, dimmed.
+        calls_as_json: print each tool call as a line of JSON, for programs, instead of a line for reading.
     """
 
-    def __init__(self, show_reasoning: bool = True) -> None:
+    def __init__(self, show_reasoning: bool = True, calls_as_json: bool = False) -> None:
         self.show_reasoning = show_reasoning
+        self._calls_as_json = calls_as_json
         self.notes = open_console(sys.stderr)
         self._answers = open_console(sys.stdout)
         self._to_terminal = sys.stdout.isatty()
         self._notes_to_terminal = sys.stderr.isatty()
         self._clean = harmless if self._to_terminal else str
-        self._open: str | None = None  # "text" or "reasoning": what stands on a line not ended yet
+        self._open: str | None = None  # "text" or "reasoning": the kind of the line that has not ended
         self._progress_begin: float | None = None
         self._progress_shown = False
 
-    def text(self, text: str) -> None:
-        """A piece of the answer."""
+    def show(self, piece: Piece) -> None:
+        """The next piece of an answer; its figures are for `end`."""
+        if piece.kind == "text":
+            self._text(piece.text)
+        elif piece.kind == "reasoning":
+            self._reasoning(piece.text)
+        elif piece.tool_call is not None:
+            self._tool_call(piece.tool_call)
+
+    def _text(self, text: str) -> None:
         self._switch("text")
         sys.stdout.write(self._clean(text))
         sys.stdout.flush()
         self._open = None if text.endswith("\n") else "text"
 
-    def reasoning(self, text: str) -> None:
-        """A piece of what the model thinks before it answers."""
+    def _reasoning(self, text: str) -> None:
         if self.show_reasoning:
             self._switch("reasoning")
             self.notes.out(harmless(text), style="dim", end="")
             self._open = None if text.endswith("\n") else "reasoning"
 
-    def tool_call(self, call: ToolCall) -> None:
-        """A call as a line for reading."""
+    def _tool_call(self, call: ToolCall) -> None:
         self.end_line()
-        self._answers.out(self._clean(f"tool call {call.name} {call.arguments}"), style="bold")
-
-    def tool_call_json(self, call: ToolCall) -> None:
-        """A call as a line of JSON, for programs."""
-        self.end_line()
-        self.text(json.dumps({"tool_call": asdict(call)}, ensure_ascii=False) + "\n")
+        if self._calls_as_json:
+            self._text(json.dumps({"tool_call": asdict(call)}, ensure_ascii=False) + "\n")
+        else:
+            self._answers.out(self._clean(f"tool call {call.name} {call.arguments}"), style="bold")
 
     def end_line(self) -> None:
-        """Begin a new line, where one is open."""
+        """End the line that has not ended, if there is one."""
         self._clear_progress()
         if self._open == "text":
             sys.stdout.write("\n")
@@ -75,14 +81,14 @@ class Screen:
         self.notes.out(harmless(text), style="dim")
 
     def error(self, error: MoeboxError) -> None:
-        """What went wrong and the fix, without ending anything."""
+        """An error and its fix; the chat goes on."""
         self.end_line()
         self.notes.out(harmless(f"error: {error.what}"), style="red")
         if error.fix:
             self.notes.out(harmless(error.fix))
 
     def end(self, stats: Stats) -> None:
-        """The end of an answer: why it ended, if not by itself, and on a terminal the footer."""
+        """The end of an answer: the limit that ended it, if one did, and on a terminal the footer."""
         self.end_line()
         reason = ending(stats)
         if reason:
@@ -93,7 +99,7 @@ class Screen:
                 self.note(line)
 
     def prefill(self, done: int, total: int) -> None:
-        """Progress through a long prompt: one line that goes away, on a terminal only."""
+        """Progress through a long prompt: one line that disappears, on a terminal only."""
         now = time.monotonic()
         if self._progress_begin is None or done == 0:
             self._progress_begin = now

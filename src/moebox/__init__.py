@@ -32,6 +32,7 @@ from moebox.version import __version__
 if TYPE_CHECKING:
     from moebox.quantize.convert import QuantizeResult, quantize
     from moebox.runtime.api import Completion, Model, Piece, load
+    from moebox.runtime.engine.options import LoadOptions
 
 __all__ = [
     "BusyError",
@@ -40,6 +41,7 @@ __all__ = [
     "ConfigError",
     "DeviceError",
     "LedgerError",
+    "LoadOptions",
     "Model",
     "MoeboxError",
     "Piece",
@@ -57,6 +59,7 @@ _HOMES = {
     "Model": "moebox.runtime.api",
     "Piece": "moebox.runtime.api",
     "load": "moebox.runtime.api",
+    "LoadOptions": "moebox.runtime.engine.options",
     "QuantizeResult": "moebox.quantize.convert",
 }
 

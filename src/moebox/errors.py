@@ -1,7 +1,7 @@
 """The exceptions moebox raises for a user's mistake or a broken file.
 
 Each message says what failed, names the file, the tensor and the value, and puts the fix on its
-next line. `cli.py` prints the message alone and exits with 1; a traceback is a bug.
+next line. `cli.py` prints the message without a traceback and exits with 1.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class PricesError(MoeboxError):
 
 
 class BusyError(MoeboxError):
-    """Another process is writing the same destination."""
+    """Another process writes the same destination, or the model is computing another answer."""
 
 
 class RequestError(MoeboxError):

@@ -1,4 +1,4 @@
-"""A tiny Kimi tokenizer, an engine that says what a script tells it, and a chat program around both."""
+"""A tiny Kimi tokenizer, an engine that answers from a script, and a chat program around both."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def write_tokenizer(
 
 @dataclass
 class FakeSession:
-    """Follows the contract of `engine.Session`; says the engine's script."""
+    """Has the interface of `engine.Session`; answers from the engine's script."""
 
     engine: FakeEngine
     context: int
@@ -156,7 +156,7 @@ class FakeSession:
 
 
 class FakeEngine:
-    """Follows the contract of `engine.Engine`: answer number i is `answers[i]`, the last one repeats.
+    """Has the interface of `engine.Engine`: answer number i is `answers[i]`, and the last one repeats.
 
     An answer is text in which control tokens may be named, or a list of token ids.
     """

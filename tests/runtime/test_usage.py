@@ -1,4 +1,4 @@
-"""A row of the ledger for each answer, however it ends, and the same figures where answers are shown."""
+"""Each answer adds a row to the ledger, however it ends; the row has the figures that are shown."""
 
 import json
 import threading
@@ -49,7 +49,7 @@ def requests(model):
 
 
 def written(path):
-    """User and model of all rows that are there."""
+    """User and model of all rows in the ledger."""
     if not path.exists():
         return []
     with Ledger.open(path) as ledger:
@@ -81,7 +81,7 @@ def test_the_next_answer_counts_only_its_own(model):
     assert second.begun_s >= first.begun_s + first.usage.work_s
 
 
-def test_neither_prompt_nor_answer_is_kept(model, ledger_path):
+def test_the_ledger_keeps_neither_prompt_nor_answer(model, ledger_path):
     model.generate(USER)
     model.close()
     kept = b"".join(path.read_bytes() for path in ledger_path.parent.glob("ledger*"))
@@ -90,7 +90,7 @@ def test_neither_prompt_nor_answer_is_kept(model, ledger_path):
     assert b"sunny" not in kept
 
 
-def test_an_answer_that_is_dropped(model):
+def test_an_answer_that_is_closed_early_is_a_cancelled_row(model):
     pieces = model.chat(USER)
     next(pieces)
     pieces.close()
@@ -116,7 +116,7 @@ def test_a_prompt_that_is_cancelled_counts_what_was_read(model):
 
 
 @pytest.mark.parametrize("step", ["prefill", "decode"])
-def test_an_answer_that_fails(model, monkeypatch, step):
+def test_an_answer_that_fails_is_a_row_with_an_error(model, monkeypatch, step):
     def broken(*_arguments, **_options):
         raise MoeboxError("a drive is gone")
 
@@ -131,7 +131,7 @@ def test_an_answer_that_fails(model, monkeypatch, step):
     assert [row.finish_reason for row in requests(model)] == ["error", "stop"]
 
 
-def test_what_is_refused_is_no_row(model):
+def test_a_refused_request_adds_no_row(model):
     first = model.chat(USER)
     next(first)
     with pytest.raises(BusyError):
@@ -150,7 +150,7 @@ def test_no_ledger(tmp_path, ledger_path):
     assert not ledger_path.exists()
 
 
-def test_run_json_has_all_of_it(tmp_path, capsys, prices):
+def test_run_json_has_energy_traffic_and_cost(tmp_path, capsys, prices):
     prices(
         "hardware_price = 26_280\nlife_months = 10\nelectricity_per_kwh = 0.36\n"
         "currency = 'EUR'\nper_usd = 0.9\n"
@@ -174,7 +174,7 @@ def test_run_json_has_all_of_it(tmp_path, capsys, prices):
     assert (cost["currency"], cost["utilisation"]) == ("EUR", 1.0)
 
 
-def test_a_mistake_in_the_prices_is_said_before_anything_is_loaded(prices):
+def test_a_mistake_in_the_prices_is_reported_before_anything_is_loaded(prices):
     prices("electricity = 0.2")
     with pytest.raises(PricesError, match="electricity_per_kwh"):
         load(TINY_K2)  # which is not quantized: that would be the next error
@@ -212,7 +212,7 @@ def test_real_tiers_are_counted(folder, ledger_path, device):
         assert list(ledger.idle())
 
 
-def test_the_commands_options(folder, ledger_path):
+def test_the_options_user_and_no_ledger(folder, ledger_path):
     command = ["run", str(folder), "hi", "--device", "cpu", "--context", "256", "--max-tokens", "2"]
     for options in (["--user", "bob", "--no-ledger"], ["--user", "ada"]):
         done = CliRunner().invoke(main_group, command + options, standalone_mode=False)

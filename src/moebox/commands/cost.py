@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from moebox.commands.options import json_option
+from moebox.commands.options import FILE, Command, add_options, json_option
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -62,71 +62,59 @@ class Moment(click.ParamType[float]):
         return (at + timedelta(days=1) if whole_day and self.end else at).timestamp()
 
 
-Command = Callable[..., Any]
-FILE = click.Path(dir_okay=False, path_type=Path)
-
-
 def what_options(command: Command) -> Command:
     """Add the options that select requests, and the lines of the report."""
-    for option in reversed(
-        (
-            click.option(
-                "--since", type=Moment(), help="From then on: 7d, 12h, 4w, or 2026-11-01.  [default: all]"
-            ),
-            click.option(
-                "--until", type=Moment(end=True), help="Until then; a day counts whole.  [default: now]"
-            ),
-            click.option("--model", help="Only of this model: its folder's name."),
-            click.option("--user", help="Only of this user or API key."),
-            click.option(
-                "--by",
-                type=click.Choice(["model", "user", "day"]),
-                default="model",
-                help="One line for each of these.",
-            ),
-            click.option("--ledger", type=FILE, help="The ledger's file.  [default: the user's own]"),
-        )
-    ):
-        command = option(command)
-    return command
+    return add_options(
+        command,
+        click.option(
+            "--since", type=Moment(), help="From then on: 7d, 12h, 4w, or 2026-11-01.  [default: all]"
+        ),
+        click.option(
+            "--until", type=Moment(end=True), help="Until then; a day counts whole.  [default: now]"
+        ),
+        click.option("--model", help="Only of this model: its folder's name."),
+        click.option("--user", help="Only of this user or API key."),
+        click.option(
+            "--by",
+            type=click.Choice(["model", "user", "day"]),
+            default="model",
+            help="One line for each of these.",
+        ),
+        click.option("--ledger", type=FILE, help="The ledger's file.  [default: the user's own]"),
+    )
 
 
 def price_options(command: Command) -> Command:
     """Add the options for the prices of the box, and for what it is compared with."""
     amount = click.FloatRange(0)
-    for option in reversed(
-        (
-            click.option(
-                "--prices", type=FILE, help="A file of prices.  [default: prices.toml of the user's]"
-            ),
-            click.option("--electricity", type=amount, help="Price of a kWh.  [default: 0.176]"),
-            click.option("--hardware-price", type=amount, help="Price of the box.  [default: left out]"),
-            click.option(
-                "--life-months", type=click.FloatRange(0, min_open=True), help="Its life.  [default: 36]"
-            ),
-            click.option("--residual", type=amount, help="What it is still worth then.  [default: 0]"),
-            click.option("--other", type=amount, help="Other costs a month.  [default: 0]"),
-            click.option(
-                "--utilisation",
-                type=click.FloatRange(0, 1, min_open=True),
-                help="Part of the time that it works, instead of the measured one.",
-            ),
-            click.option("--share-idle", is_flag=True, help="Charge tokens with the energy of waiting, too."),
-            click.option(
-                "--api",
-                multiple=True,
-                help=f"A hosted model to compare with; may be repeated.  [default: {', '.join(API_MODELS)}]",
-            ),
-            click.option("--api-prices", type=FILE, help="A file of your own with hosted models' prices."),
-            click.option(
-                "--subscription",
-                type=amount,
-                help="Price of one developer's subscription a month.",
-            ),
-        )
-    ):
-        command = option(command)
-    return command
+    return add_options(
+        command,
+        click.option("--prices", type=FILE, help="A file of prices.  [default: prices.toml of the user's]"),
+        click.option("--electricity", type=amount, help="Price of a kWh.  [default: 0.176]"),
+        click.option("--hardware-price", type=amount, help="Price of the box.  [default: left out]"),
+        click.option(
+            "--life-months", type=click.FloatRange(0, min_open=True), help="Its life.  [default: 36]"
+        ),
+        click.option("--residual", type=amount, help="What it is still worth then.  [default: 0]"),
+        click.option("--other", type=amount, help="Other costs a month.  [default: 0]"),
+        click.option(
+            "--utilisation",
+            type=click.FloatRange(0, 1, min_open=True),
+            help="Part of the time that it works, instead of the measured one.",
+        ),
+        click.option("--share-idle", is_flag=True, help="Charge tokens with the energy of waiting, too."),
+        click.option(
+            "--api",
+            multiple=True,
+            help=f"A hosted model to compare with; may be repeated.  [default: {', '.join(API_MODELS)}]",
+        ),
+        click.option("--api-prices", type=FILE, help="A file of your own with hosted models' prices."),
+        click.option(
+            "--subscription",
+            type=amount,
+            help="Price of one developer's subscription a month.",
+        ),
+    )
 
 
 @click.command()

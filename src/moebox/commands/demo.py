@@ -8,26 +8,35 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.text import Text
+import click
 
+from moebox.commands.output import new_console
 from moebox.errors import CheckpointError, MoeboxError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.text import Text
+
     from moebox.runtime.api import Model
     from moebox.runtime.text.pieces import Stats, ToolCall
 
-ASSETS = Path(__file__).resolve().parent / "assets"
+ASSETS = Path(__file__).resolve().parents[1] / "assets"
 MODEL = "tiny-k2"
 MAX_TOKENS = 256
+
+
+@click.command()
+def demo() -> None:
+    """Quantize the bundled tiny-k2 and ask it a question that needs a tool; offline, under a minute."""
+    run_demo(new_console(), new_console(stderr=True))
 
 
 def run_demo(out: Console, log: Console) -> None:
     """Quantize tiny-k2 into the cache folder, ask the question of `assets/demo.json`, show each step.
 
     Args:
-        out: where the conversation goes.
-        log: where progress goes.
+        out: shows the conversation.
+        log: shows progress.
 
     Raises:
         MoeboxError: the installation lacks the model, the cache folder cannot be written, or the model
@@ -39,7 +48,7 @@ def run_demo(out: Console, log: Console) -> None:
     from moebox.runtime.terminal.chat import Totals
     from moebox.runtime.terminal.cost_text import cost_line
 
-    model = load(folder, ledger=False)  # what a demonstration costs is nobody's bill
+    model = load(folder, ledger=False)  # nobody pays for a demonstration
     messages, tools = script["messages"], script["tools"]
     show(out, "you", messages[-1]["content"])
     call, first = answer(out, model, messages, tools)
@@ -57,7 +66,7 @@ def run_demo(out: Console, log: Console) -> None:
         totals.add(stats)
     cost = cost_line(totals.usage, totals.cost(prices), prices.currency)
     for line in (speed_line(model, [first, second]), cost or ""):
-        out.print(Text(line, style="dim"))
+        out.print(styled((line, "dim")))
 
 
 def quantize_once(source: Path, log: Console) -> Path:
@@ -68,9 +77,9 @@ def quantize_once(source: Path, log: Console) -> Path:
     if not index.exists():
         raise CheckpointError(f"{index}: the bundled model is missing", "Install moebox again.")
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moebox"
-    # Another release's model gets another folder.
+    # The folder's name changes with the bundled model, so that another release quantizes its own.
     folder = base / f"{MODEL}-{source_digest(source)}"
-    log.print(Text(f"quantizing {MODEL} (FP8) to INT4 experts in {folder}", style="dim"))
+    log.print(styled((f"quantizing {MODEL} (FP8) to INT4 experts in {folder}", "dim")))
     base.mkdir(parents=True, exist_ok=True)
     quantize(source, folder)
     return folder
@@ -89,24 +98,31 @@ def answer(
 ) -> tuple[ToolCall | None, Stats]:
     """Stream one answer to `out`; returns the tool call, if there was one, and the figures."""
     call = None
-    who = "tiny-k2: "
+    speaker = "tiny-k2: "
     for piece in model.chat(messages, tools, thinking=False, temperature=0.0, max_tokens=MAX_TOKENS):
         if piece.kind == "text":
-            out.print(Text.assemble((who, "bold"), piece.text), end="")
-            who = ""
+            out.print(styled((speaker, "bold"), piece.text), end="")
+            speaker = ""
         elif piece.tool_call is not None:
             call = piece.tool_call
             show(out, "tiny-k2 calls", f"{call.name}({call.arguments})")
         elif piece.stats is not None:
             stats = piece.stats
-    if not who:
+    if not speaker:
         out.print()
     return call, stats
 
 
-def show(out: Console, who: str, text: str) -> None:
-    """One line of the conversation; `text` is never read as markup."""
-    out.print(Text.assemble((f"{who}: ", "bold"), text))
+def show(out: Console, speaker: str, text: str) -> None:
+    """One line of the conversation."""
+    out.print(styled((f"{speaker}: ", "bold"), text))
+
+
+def styled(*parts: str | tuple[str, str]) -> Text:
+    """Text that is never read as markup; a part is a string, or a string and its style."""
+    from rich.text import Text  # takes 50 ms, for which `moebox --help` does not wait
+
+    return Text.assemble(*parts)
 
 
 def speed_line(model: Model, answers: list[Stats]) -> str:

@@ -4,26 +4,31 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
+
+from moebox.option_fields import Kind, Option, options_of
+from moebox.runtime.engine.options import LoadOptions
 
 _UNITS = {"": 1, "b": 1} | {
     f"{prefix}{suffix}": base**power
     for power, prefix in enumerate("kmgt", start=1)
     for suffix, base in (("b", 1000), ("ib", 1024))
 }
-SAMPLING = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "stop")
+FILE = click.Path(dir_okay=False, path_type=Path)
+FOLDER = click.Path(file_okay=False, path_type=Path)
 
 
 class ByteSize(click.ParamType[int]):
-    """A size such as `60GiB`, `64GB` or `1000000`, in bytes."""
+    """A size such as `60GiB`, `64GB` or `1000000`; the value is in bytes."""
 
     name = "size"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """Parse `value`; click reports a usage error where it is no size."""
+        """Parse `value`; a usage error where it is no size."""
         if isinstance(value, int):
             return value
         match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([a-z]*)", str(value).strip().lower())
@@ -40,7 +45,7 @@ class Lengths(click.ParamType[tuple[int, ...]]):
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> tuple[int, ...]:
-        """Parse `value`; an empty one is no length at all."""
+        """Parse `value`; an empty text gives no lengths."""
         if isinstance(value, tuple):
             return value
         parts = [part.strip() for part in str(value).split(",") if part.strip()]
@@ -55,7 +60,7 @@ class DeviceName(click.ParamType[str]):
     name = "device"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """Check the form of `value`; whether there is such a device turns out when it is opened."""
+        """Check the form of `value`; whether the device exists is found out when it is opened."""
         if not re.fullmatch(r"cpu|cuda(:[0-9]+)?", str(value)):
             self.fail(f"{value!r} is not cpu, cuda or cuda:N", param, ctx)
         return str(value)
@@ -85,7 +90,7 @@ class Shares(click.ParamType[tuple[float, ...]]):
 
 
 class Names(click.ParamType[tuple[str, ...]]):
-    """Some of the names that there are, such as `lru,belady`."""
+    """A list of known names, such as `lru,belady`."""
 
     name = "names"
 
@@ -105,6 +110,14 @@ class Names(click.ParamType[tuple[str, ...]]):
 
 
 Command = Callable[..., Any]
+Options = TypeVar("Options")
+
+
+def add_options(command: Command, *options: Callable[[Command], Command]) -> Command:
+    """`command` with options that `--help` shows in their order."""
+    for option in reversed(options):
+        command = option(command)
+    return command
 
 
 def json_option(command: Command) -> Command:
@@ -114,108 +127,88 @@ def json_option(command: Command) -> Command:
 
 def store_option(command: Command) -> Command:
     """Adds `--store`."""
-    return click.option(
-        "--store",
-        "stores",
-        type=click.Path(file_okay=False, path_type=Path),
-        multiple=True,
-        help="Folder on another drive with copies of shards, read beside MODEL's; may be repeated.",
-    )(command)
+    return _click_option("stores", (), options_of(LoadOptions)["stores"])(command)
 
 
-def prefetch_option(command: Command) -> Command:
-    """Adds `--prefetch`."""
-    return click.option(
-        "--prefetch/--no-prefetch",
-        default=True,
-        help="Read experts that the next layers are likely to need while the drives are idle.",
-    )(command)
+def field_options(options: type) -> Callable[[Command], Command]:
+    """Adds the fields of a dataclass of options, as `moebox.option_fields` describes them."""
+    defaults = {item.name: item.default for item in fields(options)}
+    added = [_click_option(name, defaults[name], item) for name, item in options_of(options).items()]
+    return lambda command: add_options(command, *added)
 
 
-def model_options(command: Command) -> Command:
-    """Adds MODEL and how to load it."""
-    for option in reversed(
-        (
-            click.argument("model", type=click.Path(file_okay=False, path_type=Path)),
-            click.option(
-                "--device", type=DeviceName(), help="cpu, cuda or cuda:N.  [default: a GPU if there is one]"
-            ),
-            click.option(
-                "--vram", type=ByteSize(), help="GPU memory to use at most.  [default: what is free]"
-            ),
-            click.option(
-                "--ram",
-                type=ByteSize(),
-                help="Memory to use at most; experts beyond it are read from disk.  [default: what is free]",
-            ),
-            click.option(
-                "--backbone",
-                type=click.Choice(["bf16", "int8", "nf4"]),
-                default="bf16",
-                help="Precision of attention, shared experts, dense layers and head; on a GPU bf16.",
-            ),
-            click.option(
-                "--context", type=click.IntRange(1), help="Tokens of context.  [default: the model's]"
-            ),
-            click.option("--threads", type=click.IntRange(1), help="Cores to use.  [default: all]"),
-            store_option,
-            click.option(
-                "--verify-reads", is_flag=True, help="Compare every expert that is read with its checksum."
-            ),
-            prefetch_option,
-            click.option(
-                "--statistics/--no-statistics",
-                default=True,
-                help="Learn which experts are used, and start with those that were.",
-            ),
-            click.option(
-                "--record-trace",
-                type=click.Path(dir_okay=False, path_type=Path),
-                help="Write the experts that the router picks to this file.",
-            ),
-            click.option(
-                "--ledger/--no-ledger",
-                default=True,
-                help="Keep what each answer used, never what it said, for `moebox cost`.",
-            ),
-            click.option("--user", help="Who asks, for the ledger.  [default: the login name]"),
-        )
-    ):
-        command = option(command)
-    return command
+def take_options(options: type[Options], given: dict[str, Any]) -> Options:
+    """The dataclass of options from what `field_options` added to a command; removes that from `given`."""
+    return options(**{name: given.pop(name) for name in options_of(options)})
 
 
-LOADING = (
-    *("device", "vram", "ram", "backbone", "context", "threads"),
-    *("stores", "verify_reads", "prefetch", "statistics", "record_trace", "ledger", "user"),
-)
-"""Names of what `model_options` adds beside MODEL, as `moebox.load` has them."""
+def _click_option(name: str, default: Any, item: Option) -> Callable[[Command], Command]:
+    flag = item.flag or name.replace("_", "-")
+    shown: dict[str, Any] = {"help": item.help}
+    if item.kind == "switch":
+        names = f"--{flag}/--no-{flag}" if default else f"--{flag}"
+        return click.option(names, name, is_flag=True, default=default, **shown)
+    if item.kind == "folders":
+        shown["multiple"] = True
+    elif item.kind == "lengths":
+        shown["default"] = ",".join(map(str, default))
+    elif default is not None:
+        shown["default"] = default
+    return click.option(f"--{flag}", name, type=_click_type(item), **shown)
+
+
+def _click_type(item: Option) -> click.ParamType[Any]:
+    types: dict[Kind, click.ParamType[Any]] = {
+        "bytes": ByteSize(),
+        "choice": click.Choice(item.choices),
+        "device": DeviceName(),
+        "file": FILE,
+        "folders": FOLDER,
+        "lengths": Lengths(),
+        "number": click.IntRange(item.least),
+        "text": click.STRING,
+    }
+    return types[item.kind]
+
+
+def model_argument(*, required: bool = True) -> Callable[[Command], Command]:
+    """Adds MODEL, a checkpoint's folder."""
+    return click.argument("model", type=FOLDER, required=required)
 
 
 def answer_options(command: Command) -> Command:
-    """Adds what an answer depends on; without a value the checkpoint's own defaults hold."""
-    for option in reversed(
-        (
-            click.option("--system", help="System prompt.  [default: the template's]"),
-            click.option(
-                "--tools",
-                type=click.Path(dir_okay=False, path_type=Path),
-                help="JSON file of function declarations.",
-            ),
-            click.option("--think/--no-think", "thinking", default=True, help="Reason before the answer."),
-            click.option("--max-tokens", type=click.IntRange(1), help="Tokens to generate at most."),
-            click.option("--temperature", type=click.FloatRange(0), help="0 is greedy."),
-            click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="Nucleus mass kept."),
-            click.option("--top-k", type=click.IntRange(0), help="Most likely tokens kept; 0: all."),
-            click.option(
-                "--min-p", type=click.FloatRange(0, 1), help="Share of the best token's probability."
-            ),
-            click.option("--repetition-penalty", type=click.FloatRange(0, min_open=True), help="1: none."),
-            click.option(
-                "--seed", type=click.IntRange(0), help="Same seed, same text.  [default: a new one]"
-            ),
-            click.option("--stop", multiple=True, help="Text that ends the answer; may be repeated."),
-        )
-    ):
-        command = option(command)
-    return command
+    """Adds the options of an answer; the checkpoint's defaults replace those that are not given."""
+    return add_options(
+        command,
+        click.option("--system", help="System prompt.  [default: the template's]"),
+        click.option("--tools", type=FILE, help="JSON file of function declarations."),
+        click.option("--think/--no-think", "thinking", default=True, help="Reason before the answer."),
+        click.option("--max-tokens", type=click.IntRange(1), help="Tokens to generate at most."),
+        click.option("--temperature", type=click.FloatRange(0), help="0 is greedy."),
+        click.option(
+            "--top-p",
+            type=click.FloatRange(0, 1, min_open=True),
+            help="Probability mass of the tokens that are kept.",
+        ),
+        click.option("--top-k", type=click.IntRange(0), help="Most likely tokens kept; 0: all."),
+        click.option(
+            "--min-p",
+            type=click.FloatRange(0, 1),
+            help="Least probability of a token, as a share of the best one's.",
+        ),
+        click.option(
+            "--repetition-penalty",
+            type=click.FloatRange(0, min_open=True),
+            help="Penalty of tokens that were seen before; 1: none.",
+        ),
+        click.option("--seed", type=click.IntRange(0), help="Same seed, same text.  [default: a new one]"),
+        click.option("--stop", multiple=True, help="Text that ends the answer; may be repeated."),
+    )
+
+
+def take_sampling(given: dict[str, Any]) -> dict[str, Any]:
+    """Removes from `given` the fields of `SamplingOptions`; returns those that have a value."""
+    from moebox.runtime.generate.sampling import SamplingOptions
+
+    values = {item.name: given.pop(item.name) for item in fields(SamplingOptions)}
+    return {name: value for name, value in values.items() if value not in (None, ())}

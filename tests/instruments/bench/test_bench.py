@@ -16,8 +16,8 @@ from moebox.cli import main_group
 from moebox.config import load_config
 from moebox.errors import PlanError, RequestError
 from moebox.instruments.bench.bench import bench
+from moebox.instruments.bench.options import BenchOptions
 from moebox.instruments.bench.prompt import prompt_text
-from moebox.instruments.bench.target import BenchOptions
 from moebox.instruments.bench.text import render_bench
 from moebox.instruments.measure import ceilings
 from moebox.instruments.measure.random_model import shape_config

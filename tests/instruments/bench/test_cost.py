@@ -8,7 +8,7 @@ from moebox.cost.prices.box_prices import Prices
 from moebox.cost.usage import Joules
 from moebox.instruments.bench.bench import bench
 from moebox.instruments.bench.cost import RunCost
-from moebox.instruments.bench.target import BenchOptions
+from moebox.instruments.bench.options import BenchOptions
 from moebox.instruments.measure import ceilings
 
 ENERGY = (Joules("gpu", 3.0, "counter"), Joules("cpu", 1.0, "estimated"))

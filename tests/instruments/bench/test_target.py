@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from moebox.errors import PlanError
-from moebox.instruments.bench.target import BenchOptions, make_pool, scale_budgets
+from moebox.instruments.bench.options import BenchOptions
+from moebox.instruments.bench.target import make_pool, scale_budgets
 from moebox.instruments.measure.random_model import experts_in_ram, shape_config, synthetic_model
 from moebox.kernels import cpu
 from moebox.offload.memory.ram_slab import RamSlab

@@ -29,6 +29,7 @@ from moebox.quantize.synth.write import synth
 from moebox.runtime.engine.cpu_plan import budget_for_share
 from moebox.runtime.engine.cpu_runner import default_dtype
 from moebox.runtime.engine.engine import Engine
+from moebox.runtime.engine.options import LoadOptions
 from moebox.runtime.engine.plan_parts import learned_bytes
 
 GIB = 1 << 30
@@ -200,7 +201,7 @@ def test_a_budget_on_this_box_is_obeyed_as_run_obeys_it(model, measured):
     budget = budget_for(load_config(model), 0.75)
 
     plan = make_plan(PlanOptions(str(model), box=BoxOptions(ram=budget), context=512))
-    engine = Engine.load(model, device="cpu", ram=budget, context=512, statistics=False)
+    engine = Engine.load(model, LoadOptions(device="cpu", ram=budget, context=512, statistics=False))
 
     assert taken(plan, RAM) == engine.plan.planned_bytes
     assert 0 < plan.placement.disk_experts < plan.placement.keys
@@ -212,7 +213,7 @@ def test_a_budget_on_this_box_is_obeyed_as_run_obeys_it(model, measured):
 
 
 def test_without_measurements_the_line_has_no_speed(model):
-    engine = Engine.load(model, device="cpu", context=512, statistics=False)
+    engine = Engine.load(model, LoadOptions(device="cpu", context=512, statistics=False))
 
     line = loaded_line(engine)
 

@@ -235,7 +235,7 @@ PEAK = """
     folder = Path(sys.argv[1])
     config = load_config(folder)
     ram = budget_for_share(config, default_dtype(config, "bf16"), "bf16", 2048, 0.5)
-    engine = Engine.load(folder, ram=ram, context=2048, statistics=False, threads=1)
+    engine = Engine.load(folder, LoadOptions(ram=ram, context=2048, statistics=False, threads=1))
     session = engine.session()
     ids = torch.randint(0, config.vocab_size, (1200,)).tolist()
     session.prefill(ids)

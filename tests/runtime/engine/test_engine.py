@@ -11,6 +11,7 @@ from helpers.runtime import make_checkpoint
 from moebox.errors import CheckpointError, ConfigError, PlanError, RequestError
 from moebox.runtime.engine.cpu_plan import budget_for_share, plan_cpu_memory
 from moebox.runtime.engine.engine import Cancelled, Engine, common_prefix
+from moebox.runtime.engine.options import LoadOptions
 
 TOKENS = torch.randint(0, 512, (60,), generator=torch.Generator().manual_seed(2)).tolist()
 
@@ -22,7 +23,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def engine(folder):
-    return Engine.load(folder, dtype=torch.float32, context=100)
+    return Engine.load(folder, LoadOptions(dtype=torch.float32, context=100))
 
 
 @pytest.fixture
@@ -46,7 +47,7 @@ def test_sizes_are_reported(engine, folder):
 
 def test_load_reports_progress(folder):
     calls = []
-    Engine.load(folder, progress=lambda *call: calls.append(call))
+    Engine.load(folder, LoadOptions(progress=lambda *call: calls.append(call)))
     for stage in ("backbone", "experts"):
         done = [done for name, done, _ in calls if name == stage]
         (total,) = {total for name, _, total in calls if name == stage}
@@ -177,11 +178,11 @@ def test_the_context_of_a_session_is_limited(engine):
 )
 def test_options_that_cannot_be_served(folder, options, error, message):
     with pytest.raises(error, match=message):
-        Engine.load(folder, **options)
+        Engine.load(folder, LoadOptions(**options))
 
 
 def test_budget_that_fits(folder):
-    loaded = Engine.load(folder, ram=64 << 20)
+    loaded = Engine.load(folder, LoadOptions(ram=64 << 20))
     assert loaded.plan.experts_fit
     assert loaded.plan.planned_bytes <= 64 << 20
     assert loaded.context == loaded.config.max_position_embeddings
@@ -190,7 +191,7 @@ def test_budget_that_fits(folder):
 @pytest.mark.parametrize("share", [0.5, 0.75])
 def test_a_budget_for_some_of_the_experts(folder, engine, share):
     budget = budget_for_share(engine.config, torch.float32, "bf16", 100, share)
-    loaded = Engine.load(folder, dtype=torch.float32, context=100, ram=budget)
+    loaded = Engine.load(folder, LoadOptions(dtype=torch.float32, context=100, ram=budget))
     assert loaded.plan.rows == 16 * share
     assert loaded.plan.planned_bytes <= budget
     assert torch.equal(loaded.logits(TOKENS), engine.logits(TOKENS))

@@ -10,6 +10,7 @@ from moebox.offload.memory.ram_slab import row_stride
 from moebox.quantize.synth.write import synth
 from moebox.runtime.engine.engine import Engine
 from moebox.runtime.engine.gpu_plan import least_vram_bytes
+from moebox.runtime.engine.options import LoadOptions
 from moebox.runtime.model.mlp import MoE
 
 TOKENS = torch.randint(0, 512, (40,), generator=torch.Generator().manual_seed(3)).tolist()
@@ -30,9 +31,11 @@ class Always:
 
 
 def load(folder, device, slots=12, **options):
-    config = Engine.load(folder, device="cpu").config
+    config = Engine.load(folder, LoadOptions(device="cpu")).config
     vram = least_vram_bytes(config, CONTEXT) + slots * row_stride(config)
-    return Engine.load(folder, device=need(device), context=CONTEXT, vram=vram, statistics=False, **options)
+    return Engine.load(
+        folder, LoadOptions(device=need(device), context=CONTEXT, vram=vram, statistics=False, **options)
+    )
 
 
 @pytest.fixture(scope="module")

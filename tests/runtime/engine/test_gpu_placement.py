@@ -11,6 +11,7 @@ from moebox.offload.decode.host_step import FIELDS
 from moebox.quantize.convert import quantize
 from moebox.runtime.api import load
 from moebox.runtime.engine.engine import Engine
+from moebox.runtime.engine.options import LoadOptions
 from moebox.runtime.model.compute import CPU
 from moebox.runtime.model.router import choose_experts
 
@@ -89,7 +90,7 @@ def check_roads(name, stats):
 @pytest.mark.parametrize("name", PLACEMENTS)
 def test_logits(folder, cpu_model, tokens, expected, forced, device, name):  # noqa: F811
     budgets = PLACEMENTS[name].budgets(cpu_model.engine.config, CONTEXT)
-    engine = Engine.load(folder, device=need(device), context=CONTEXT, **budgets)
+    engine = Engine.load(folder, LoadOptions(device=need(device), context=CONTEXT, **budgets))
     assert engine.plan.exclusive == (name == "exclusive" or name.startswith("cold"))
     assert (engine.plan.cold > 0) == (engine.runner.experts.cold is not None) == name.startswith("cold")
     logits, _ = expected
@@ -119,7 +120,7 @@ def test_greedy_text(folder, cpu_model, greedy_tokens, device, name):
 @pytest.mark.parametrize("device", DEVICES)
 def test_one_token_through_either_path(folder, tokens, device):
     """Decoding with the captured program agrees with a prefill of one token."""
-    engine = Engine.load(folder, device=need(device), context=CONTEXT)
+    engine = Engine.load(folder, LoadOptions(device=need(device), context=CONTEXT))
     session = engine.session()
     session.prefill(tokens[:PROMPT])
     by_program = session.decode(tokens[PROMPT])

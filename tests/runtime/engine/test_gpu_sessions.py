@@ -12,6 +12,7 @@ from moebox.offload.memory.ram_slab import row_stride
 from moebox.quantize.synth.write import synth
 from moebox.runtime.engine.engine import Cancelled, Engine
 from moebox.runtime.engine.gpu_plan import least_vram_bytes
+from moebox.runtime.engine.options import LoadOptions
 
 TOKENS = torch.randint(0, 512, (60,), generator=torch.Generator().manual_seed(2)).tolist()
 CONTEXT = 100
@@ -26,9 +27,9 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=DEVICES)
 def engine(request, folder):
-    config = Engine.load(folder, device="cpu").config
+    config = Engine.load(folder, LoadOptions(device="cpu")).config
     vram = least_vram_bytes(config, CONTEXT) + 4 * row_stride(config)
-    engine = Engine.load(folder, device=need(request.param), context=CONTEXT, vram=vram)
+    engine = Engine.load(folder, LoadOptions(device=need(request.param), context=CONTEXT, vram=vram))
     assert engine.plan.slots == 4
     return engine
 
@@ -40,7 +41,7 @@ def small_chunks(engine, monkeypatch):
 
 @pytest.fixture(scope="module")
 def cpu_engine(folder):
-    return Engine.load(folder, device="cpu", dtype=torch.float32, context=CONTEXT)
+    return Engine.load(folder, LoadOptions(device="cpu", dtype=torch.float32, context=CONTEXT))
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 import json
 import threading
+import time
 
 import pytest
 import torch
@@ -115,7 +116,7 @@ def test_limits_are_named_as_the_reason(tmp_path):
     assert full.stats.prompt_tokens + full.stats.usage.completion_tokens == 61  # the last one needs no place
 
 
-def test_a_prompt_that_does_not_fit_is_said_with_both_numbers(tmp_path):
+def test_a_prompt_that_does_not_fit_is_refused_with_both_numbers(tmp_path):
     model = fake_model(tmp_path, context=40)
     with pytest.raises(RequestError, match=r"the prompt has [\d,]+ tokens, but the context holds 40"):
         model.chat([{"role": "user", "content": "x " * 100}])
@@ -167,6 +168,101 @@ def test_two_answers_at_once_are_refused(tmp_path):
     assert model.generate(USER).text == "one two three"
 
 
+def grown(messages, answer, question):
+    return [*messages, {"role": "assistant", "content": answer}, {"role": "user", "content": question}]
+
+
+def test_a_refused_seeded_answer_leaves_the_kept_session(tmp_path):
+    model = fake_model(tmp_path, answers=["one two three", "fine"])
+    first = model.chat(USER)
+    pieces = [next(first)]
+    with pytest.raises(BusyError):
+        model.generate(USER, seed=1)
+    pieces += first
+    answered = pieces[-1].stats
+    second = model.generate(grown(USER, "one two three", "more"))
+    assert second.stats.usage.cached_tokens == answered.prompt_tokens + answered.usage.completion_tokens
+
+
+def test_refused_seeded_answers_of_other_threads_leave_the_kept_session(tmp_path):
+    model = fake_model(tmp_path, answers=["one two three", "fine"])
+    session, refused = model.session, []
+
+    def ask():
+        try:
+            model.generate(USER, seed=1)
+        except BusyError as error:
+            refused.append(error)
+
+    pieces = model.chat(USER)
+    next(pieces)
+    others = [threading.Thread(target=ask) for _ in range(4)]
+    for other in others:
+        other.start()
+    for other in others:
+        other.join()
+    assert len(refused) == len(others)
+    answered = [*pieces][-1].stats
+    assert model.session is session
+    second = model.generate(grown(USER, "one two three", "more"))
+    assert second.stats.usage.cached_tokens == answered.prompt_tokens + answered.usage.completion_tokens
+
+
+def test_a_seeded_answer_with_a_mistake_leaves_the_kept_session(tmp_path):
+    model = fake_model(tmp_path, answers=["sunny", "fine"])
+    first = model.generate(USER).stats
+    with pytest.raises(RequestError, match="top_p = 7"):
+        model.generate(USER, seed=1, top_p=7)
+    second = model.generate(grown(USER, "sunny", "more"))
+    assert second.stats.usage.cached_tokens == first.prompt_tokens + first.usage.completion_tokens
+
+
+def test_a_chat_uses_the_session_that_is_kept_when_it_begins(tmp_path):
+    model = fake_model(tmp_path, answers=["seeded", "sunny", "fine"])
+    begun_later = model.chat(USER)
+    model.generate("another text", seed=1)  # drops the session that was kept until now
+    first = [*begun_later][-1].stats
+    second = model.generate(grown(USER, "sunny", "more"))
+    assert second.stats.usage.cached_tokens == first.prompt_tokens + first.usage.completion_tokens
+
+
+def test_an_answer_that_never_begins_opens_no_session(tmp_path, monkeypatch):
+    model = fake_model(tmp_path)
+    opened = []
+    session = model.engine.session
+    monkeypatch.setattr(model.engine, "session", lambda: opened.append(1) or session())
+    model.chat(USER)
+    with pytest.raises(RequestError, match="the prompt is empty"):
+        model.generate("", seed=1)
+    assert not opened
+    model.generate(USER)
+    model.generate(USER)
+    assert len(opened) == 1
+
+
+def test_threads_that_want_the_session_at_once_get_the_same(tmp_path, monkeypatch):
+    model = fake_model(tmp_path)
+    session = model.engine.session
+    both = threading.Barrier(2)
+
+    def slowly():
+        time.sleep(0.05)
+        return session()
+
+    def take():
+        both.wait()
+        seen.append(model.session)
+
+    monkeypatch.setattr(model.engine, "session", slowly)
+    seen = []
+    threads = [threading.Thread(target=take) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen[0] is seen[1]
+
+
 def test_options_are_checked_before_anything_runs(tmp_path):
     model = fake_model(tmp_path)
     with pytest.raises(RequestError, match="top_p = 7"):
@@ -202,7 +298,7 @@ def test_the_same_seed_gives_the_same_text(tmp_path, monkeypatch):
     assert texts[0] == texts[1] != texts[2]
 
 
-def test_errors_of_the_engine_are_not_taken_for_a_cancellation(tmp_path):
+def test_an_error_of_the_engine_is_no_cancellation(tmp_path):
     model = fake_model(tmp_path)
 
     def prefill(*_args, **_options):

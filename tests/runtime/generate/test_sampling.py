@@ -56,7 +56,7 @@ def test_flat_logits_need_the_whole_vocabulary():
     assert len(kept(flat, min_p=0.5)) == 2000
 
 
-def test_a_draw_looks_only_as_far_as_it_must_and_stays_exact():
+def test_a_draw_sorts_few_tokens_and_stays_exact():
     logits = torch.randn(20_000, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     options = SamplingOptions(temperature=1.0)
     everything, tokens, total = candidates(logits, options)

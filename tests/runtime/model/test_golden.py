@@ -5,6 +5,7 @@ import torch
 
 from helpers.runtime import load_tensors, make_checkpoint, reference_logits, reference_model, rewrite
 from moebox.runtime.engine.engine import Engine
+from moebox.runtime.engine.options import LoadOptions
 from moebox.runtime.model import linear
 from moebox.runtime.model.compute import CPU
 
@@ -51,7 +52,7 @@ def golden(request, tmp_path_factory):
     folder = make_checkpoint(tmp_path_factory.mktemp("golden") / "model", **VARIANTS[request.param])
     expected = reference_logits(folder, TOKENS)
     assert expected.std() > 0.5
-    return Engine.load(folder, dtype=torch.float32), expected
+    return Engine.load(folder, LoadOptions(dtype=torch.float32)), expected
 
 
 def test_one_forward(golden):
@@ -101,14 +102,14 @@ def test_groups_where_scores_are_negative(tmp_path):
     for name, bias in load_tensors(folder).items():
         if name.endswith("e_score_correction_bias"):
             rewrite(folder, name, bias - 1.5)
-    logits = Engine.load(folder, dtype=torch.float32).logits(TOKENS)
+    logits = Engine.load(folder, LoadOptions(dtype=torch.float32)).logits(TOKENS)
     assert largest_difference(logits, reference_logits(folder, TOKENS)) <= TOLERANCE
 
 
 def test_attention_forms_agree(tmp_path):
     """Absorbed and expanded attention give the same result."""
     folder = make_checkpoint(tmp_path / "model")
-    loaded = Engine.load(folder, dtype=torch.float32)
+    loaded = Engine.load(folder, LoadOptions(dtype=torch.float32))
     logits = []
     for threshold in (1, 10_000):
         for layer in loaded.runner.model.model.layers:
@@ -126,7 +127,7 @@ def test_bf16_stays_close(tmp_path, monkeypatch, native):
     monkeypatch.setattr(linear, "native_bf16", lambda: native)
     folder = make_checkpoint(tmp_path / "model", n_routed_experts=4)
     expected = reference_logits(folder, TOKENS)
-    loaded = Engine.load(folder, dtype=torch.bfloat16)
+    loaded = Engine.load(folder, LoadOptions(dtype=torch.bfloat16))
     session = loaded.session()
     last = session.prefill(TOKENS[:-1]), session.decode(TOKENS[-1])
     with torch.inference_mode():
@@ -138,5 +139,5 @@ def test_bf16_stays_close(tmp_path, monkeypatch, native):
 def test_kimi_k25_layout(tmp_path):
     """Text tensors have the prefix `language_model.`; vision tensors are not loaded."""
     folder = make_checkpoint(tmp_path / "model", model_type="kimi_k25")
-    logits = Engine.load(folder, dtype=torch.float32).logits(TOKENS)
+    logits = Engine.load(folder, LoadOptions(dtype=torch.float32)).logits(TOKENS)
     assert largest_difference(logits, reference_logits(folder, TOKENS)) <= TOLERANCE

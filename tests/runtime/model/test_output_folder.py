@@ -11,6 +11,7 @@ from helpers.runtime import PROJECTIONS, dequantize, load_tensors, reference_log
 from moebox.quantize.convert import quantize
 from moebox.quantize.synth.write import synth
 from moebox.runtime.engine.engine import Engine
+from moebox.runtime.engine.options import LoadOptions
 
 TOKENS = torch.randint(0, 500, (120,), generator=torch.Generator().manual_seed(5)).tolist()
 
@@ -64,13 +65,14 @@ def typical_error(logits, expected):
 def test_same_logits_in_bf16(folder, theirs):
     with torch.inference_mode():
         expected = theirs(torch.tensor([TOKENS])).logits[0].float()
-    assert typical_error(Engine.load(folder, dtype=torch.bfloat16).logits(TOKENS), expected) <= 4e-2
-    assert typical_error(Engine.load(folder, dtype=torch.float32).logits(TOKENS), expected) <= 4e-2
+    for dtype in (torch.bfloat16, torch.float32):
+        engine = Engine.load(folder, LoadOptions(dtype=dtype))
+        assert typical_error(engine.logits(TOKENS), expected) <= 4e-2
 
 
 def test_same_logits_in_fp32(folder):
     expected = reference_logits(folder, TOKENS)
-    engine = Engine.load(folder, dtype=torch.float32)
+    engine = Engine.load(folder, LoadOptions(dtype=torch.float32))
     assert (engine.logits(TOKENS) - expected).abs().max() <= 1e-4
     session = engine.session()
     assert (session.prefill(TOKENS[:100]) - expected[99]).abs().max() <= 1e-4
@@ -85,5 +87,5 @@ def test_bf16_is_nearer_to_fp32_than_transformers(folder, theirs):
     expected = reference_logits(folder, TOKENS)
     with torch.inference_mode():
         their_error = typical_error(theirs(torch.tensor([TOKENS])).logits[0].float(), expected)
-    logits = Engine.load(folder, dtype=torch.bfloat16).logits(TOKENS)
+    logits = Engine.load(folder, LoadOptions(dtype=torch.bfloat16)).logits(TOKENS)
     assert typical_error(logits, expected) < their_error

@@ -6,9 +6,9 @@ from helpers.chat import fake_model
 from moebox.errors import RequestError
 from moebox.runtime.terminal.chat import PROMPT, Chat, ChatOptions
 from moebox.runtime.terminal.commands import COMMANDS, find_command
+from moebox.runtime.terminal.console import harmless
 from moebox.runtime.terminal.conversation import Conversation, read_tools
 from moebox.runtime.terminal.input import quote_is_open, unquoted
-from moebox.runtime.terminal.interrupts import harmless
 from moebox.runtime.terminal.screen import Screen
 
 CALL = (
@@ -116,7 +116,7 @@ def test_clear_keeps_the_system_prompt(talk):
     )
 
 
-def test_system_shows_sets_and_removes(talk):
+def test_system_shows_sets_and_removes_the_prompt(talk):
     _, _, err = talk("/system", "/system One two", "/system", "/system none", "/system")
     lines = err.splitlines()[1:]
     assert lines == [
@@ -190,7 +190,7 @@ def test_a_damaged_file_is_refused_by_name(tmp_path, content, message):
         Conversation.load(path)
 
 
-def test_save_never_overwrites_what_is_no_chat(tmp_path):
+def test_save_never_overwrites_a_file_that_is_no_chat(tmp_path):
     path = tmp_path / "notes.txt"
     path.write_text("precious")
     with pytest.raises(RequestError, match="is no saved chat"):
@@ -212,7 +212,7 @@ def test_read_sends_a_file_with_the_next_message_only(talk, tmp_path):
     assert "error: /no/such: No such file" in err
 
 
-def test_overflow_is_said_with_numbers_and_the_text_stays(talk, tmp_path):
+def test_overflow_is_an_error_with_both_numbers_and_keeps_the_text(talk, tmp_path):
     long = "word " * 100
     chat, out, err = talk("hi", long, "/clear", context=90)
     assert out == "ok\n"
@@ -250,7 +250,7 @@ def test_the_session_sums_what_its_answers_used(talk):
     assert cost.total == pytest.approx(joules / 3.6e6 * 0.176 / totals.usage.computed_tokens * 1e6)
 
 
-def test_unknown_commands_are_said_with_a_suggestion(talk):
+def test_an_unknown_command_is_an_error_with_a_suggestion(talk):
     chat, _, err = talk("/sytem x", "/zzz", "/usr/bin is a folder", "//help me", "/exit", "never")
     assert "error: no command /sytem\nDid you mean /system" in err
     assert "no command /zzz\n/help lists them" in err
@@ -259,7 +259,7 @@ def test_unknown_commands_are_said_with_a_suggestion(talk):
     assert chat._reader.lines == ["never"]
 
 
-def test_malformed_calls_are_shown_and_said(talk):
+def test_malformed_calls_are_shown_with_a_warning(talk):
     _, out, err = talk("hi", answers=["<|tool_calls_section_begin|>oops<|tool_calls_section_end|>"])
     assert out == "<|tool_calls_section_begin|>oops<|tool_calls_section_end|>\n"
     assert "note: text in a tool-call section" in err
@@ -289,6 +289,6 @@ def test_triple_quotes(text, is_open, plain):
     assert unquoted(text) == plain
 
 
-def test_harmless_leaves_text_and_disarms_the_rest():
+def test_harmless_keeps_text_and_makes_control_characters_visible():
     assert harmless("a[i] é 天\t😀\n") == "a[i] é 天\t😀\n"
     assert harmless("\x1b[2J\r\x07\x7f\x9b1m\u202e") == "␛[2J␍␇␡<U+009B>1m<U+202E>"

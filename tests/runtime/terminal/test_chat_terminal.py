@@ -83,7 +83,7 @@ def test_the_partial_answer_is_kept_and_marked(open_chat, tmp_path):
     assert "word word word" in text
 
 
-def test_ctrl_c_while_the_prompt_is_read_gives_the_text_back(open_chat):
+def test_ctrl_c_during_the_prefill_keeps_the_text_at_the_prompt(open_chat):
     terminal = open_chat(engine={"prefill_delay_s": 3.0})
     terminal.send("a question\r")
     terminal.expect("reading the prompt")
@@ -129,7 +129,7 @@ def test_triple_quotes_and_paste_keep_lines_together(open_chat, tmp_path):
     assert '"three\\nfour"' in text
 
 
-def test_history_outlives_the_program_and_belongs_to_its_user(open_chat, tmp_path):
+def test_history_is_kept_in_a_file_of_the_user_alone(open_chat, tmp_path):
     first = open_chat()
     first.send("remember me\r")
     first.expect_exact("ok\r\n")

@@ -45,7 +45,7 @@ def model(folder):
     return load(folder, context=2048)
 
 
-def test_the_tokenizer_and_template_are_its_own(model):
+def test_the_tokenizer_and_template_are_those_of_the_checkpoint(model):
     ids = model.template.render([{"role": "user", "content": QUESTION}], TOOLS, thinking=False)
     text = model.tokenizer.decode(ids)
     assert text.startswith('<|im_system|>tool_declare<|im_middle|>[{"function": {"description"')
@@ -56,7 +56,7 @@ def test_the_tokenizer_and_template_are_its_own(model):
     assert model.tokenizer.special("<|im_end|>") in model.stop_ids
 
 
-def test_a_dialogue_with_tools_reads_only_what_is_new(model):
+def test_a_dialogue_with_tools_computes_only_new_tokens(model):
     messages = [{"role": "user", "content": QUESTION}]
     first = model.generate(messages, tools=TOOLS, thinking=False, **GREEDY)
     assert first.stats.finish_reason in ("stop", "tool_calls")

@@ -90,7 +90,7 @@ def test_mistakes_are_messages(ask, run, message):
     assert "Traceback" not in done.stderr
 
 
-def test_a_cut_answer_is_said(ask):
+def test_an_answer_that_a_limit_cuts_is_reported(ask):
     limited = {"prompt": "hi", "sampling": {"max_tokens": 2}}
     done = ask(limited, engine={"answers": [list(b"abcdef")]})
     assert done.stdout == "ab\n"

@@ -1,14 +1,9 @@
-"""What a terminal may be shown, and how an interrupt reaches a running answer."""
+"""Text for a terminal: model text without control characters, and the lines that end an answer."""
 
 from __future__ import annotations
 
 import os
 import re
-import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from types import FrameType
 from typing import TYPE_CHECKING, TextIO
 
 from moebox.runtime.text.pieces import Stats
@@ -21,9 +16,9 @@ _UNSAFE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u20
 
 
 def harmless(text: str) -> str:
-    """`text` with every control character made visible: no terminal escape sequence survives.
+    """`text` with every control character made visible, so that it contains no terminal escape sequence.
 
-    A model's text is not trusted with the cursor, the title, the clipboard or the direction of writing.
+    Such sequences could move the cursor, or change the title, the clipboard or the direction of writing.
     """
     return _UNSAFE.sub(_visible, text)
 
@@ -53,26 +48,6 @@ def open_console(stream: TextIO) -> Console:
     )
 
 
-@contextmanager
-def cancel_on_interrupt() -> Iterator[threading.Event]:
-    """An event that Ctrl-C sets; a second Ctrl-C raises KeyboardInterrupt, should nobody look at it."""
-    cancel = threading.Event()
-
-    def handle(_signal: int, _frame: FrameType | None) -> None:
-        if cancel.is_set():
-            raise KeyboardInterrupt
-        cancel.set()
-
-    if threading.current_thread() is not threading.main_thread():
-        yield cancel
-        return
-    before = signal.signal(signal.SIGINT, handle)
-    try:
-        yield cancel
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
 def footer(stats: Stats) -> str:
     """One line on an answer: prompt and decode speed, time to the first token, context used."""
     usage = stats.usage
@@ -87,7 +62,7 @@ def footer(stats: Stats) -> str:
 
 
 def ending(stats: Stats) -> str | None:
-    """What to tell a reader about an answer that did not end by itself; None where it did."""
+    """A line that names the limit that ended an answer; None where it ended by itself."""
     if stats.finish_reason == "length":
         return f"stopped at max_tokens = {stats.usage.completion_tokens:,}"
     if stats.finish_reason == "context":
