@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from helpers.store import AlwaysOn, SlowStore
-from helpers.tiers import EXPERTS, FIRST, LAYERS, TOP_K, small_config
+from helpers.offload.store import AlwaysOn, SlowStore
+from helpers.offload.tiers import EXPERTS, FIRST, LAYERS, TOP_K, small_config
 from moebox.errors import CheckpointError
 from moebox.kernels import cpu
 from moebox.offload.cpu_experts import CpuExperts

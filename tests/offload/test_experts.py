@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
+from helpers.offload.store import cpu_experts
 from helpers.runtime import PROJECTIONS, dequantize, load_tensors, make_checkpoint, rewrite
-from helpers.store import cpu_experts
 from moebox.errors import CheckpointError
 from moebox.offload.checkpoint.layout import MANIFEST_FILE
 from moebox.offload.checkpoint.safetensors import Checkpoint

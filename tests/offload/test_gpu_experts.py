@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from helpers.runtime import make_checkpoint
-from helpers.store import cpu_experts
-from helpers.tiers import (
+from helpers.offload.store import cpu_experts
+from helpers.offload.tiers import (
     EXPERTS,
     FIRST,
     LAYERS,
@@ -17,6 +16,7 @@ from helpers.tiers import (
     random_chunk,
     small_config,
 )
+from helpers.runtime import make_checkpoint
 from moebox.errors import PlanError
 from moebox.kernels import cpu
 from moebox.offload.checkpoint.safetensors import Checkpoint

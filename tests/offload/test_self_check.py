@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from helpers.tiers import build
+from helpers.offload.tiers import build
 from moebox.errors import DeviceError
 from moebox.kernels.gpu.reference import ops as torch_ops
 from moebox.offload.device.stand_in import StandInDevice

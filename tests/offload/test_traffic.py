@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from helpers.runtime import make_checkpoint
-from helpers.store import cpu_experts
-from helpers.tiers import (
+from helpers.offload.store import cpu_experts
+from helpers.offload.tiers import (
     EXPERTS,
     FIRST,
     LAYERS,
@@ -19,6 +18,7 @@ from helpers.tiers import (
     random_chunk,
     small_config,
 )
+from helpers.runtime import make_checkpoint
 from moebox.errors import CheckpointError
 from moebox.offload.checkpoint.safetensors import Checkpoint
 from moebox.offload.device.stand_in import StandInDevice

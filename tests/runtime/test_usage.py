@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from helpers.chat import FakeSession, fake_model, run_program
-from helpers.gpu import DEVICES, need
+from helpers.offload.gpu import DEVICES, need
 from helpers.paths import TINY_K2
 from moebox.cli import main_group
 from moebox.cost.ledger.ledger import Ledger

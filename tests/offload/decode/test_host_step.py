@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from helpers.decode_rig import Gpu, Rig, Spec, play_token, random_ids
+from helpers.offload.decode_rig import Gpu, Rig, Spec, play_token, random_ids
 from moebox.errors import DeviceError
 from moebox.kernels import cpu
 from moebox.offload.decode.host_step import FIELDS

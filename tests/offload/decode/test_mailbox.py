@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from helpers.decode_rig import Rig, Spec
+from helpers.offload.decode_rig import Rig, Spec
 from moebox._kernels import FLAG_WORDS, SPLIT_WORDS, mailbox_shapes
 from moebox.offload.decode.mailbox import MAILBOX_FIELDS, Mailbox
 from moebox.offload.device.stand_in import StandInDevice

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from helpers.decode_rig import Gpu, Rig, Spec, check_layer, play_token, random_ids
-from helpers.tiers import build
+from helpers.offload.decode_rig import Gpu, Rig, Spec, check_layer, play_token, random_ids
+from helpers.offload.tiers import build
 from moebox.errors import DeviceError
 from moebox.offload.decode.host_step import AHEAD_FIELDS, FIELDS
 from moebox.offload.decode.upload_ahead import UploadAheadTrial

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from helpers.decode_rig import Gpu, Rig, Spec, play_token, random_ids
-from helpers.tiers import (
+from helpers.offload.decode_rig import Gpu, Rig, Spec, play_token, random_ids
+from helpers.offload.tiers import (
     EXPERTS,
     FIRST,
     LAYERS,

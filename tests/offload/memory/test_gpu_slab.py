@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 
-from helpers.tiers import EXPERTS, LAYERS, TOP_K, all_bytes, small_config
+from helpers.offload.tiers import EXPERTS, LAYERS, TOP_K, all_bytes, small_config
 from moebox.errors import PlanError
 from moebox.offload.device.stand_in import StandInDevice
 from moebox.offload.memory.gpu_slab import STAGING_SLOTS, GpuSlab, spread_keys

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from helpers.store import SlowStore
-from helpers.tiers import small_config
+from helpers.offload.store import SlowStore
+from helpers.offload.tiers import small_config
 from moebox.errors import CheckpointError
 from moebox.offload.memory.ram_cache import RamCache
 from moebox.offload.memory.ram_slab import RamSlab

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from helpers.offload.tiers import TOP_K, all_bytes, small_config
 from helpers.runtime import load_tensors, make_checkpoint
-from helpers.tiers import TOP_K, all_bytes, small_config
 from moebox.errors import CheckpointError, PlanError
 from moebox.kernels import cpu
 from moebox.offload.checkpoint.layout import EXPERT_TENSORS

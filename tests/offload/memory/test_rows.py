@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers.tiers import small_config
+from helpers.offload.tiers import small_config
 from moebox.offload.memory.ram_slab import RamSlab
 from moebox.offload.memory.rows import RamRows
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from helpers.store import AlwaysOn, SlowStore
-from helpers.tiers import EXPERTS, TOP_K, small_config
+from helpers.offload.store import AlwaysOn, SlowStore
+from helpers.offload.tiers import EXPERTS, TOP_K, small_config
 from moebox.offload.memory.ram_cache import RamCache
 from moebox.offload.memory.ram_slab import RamSlab
 from moebox.offload.prefetch.ab_trial import LAST_TOKENS, LEAST_ON, Trial

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers.tiers import (
+from helpers.offload.tiers import (
     EXPERTS,
     FIRST,
     LAYERS,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from helpers.tiers import (
+from helpers.offload.tiers import (
     EXPERTS,
     FIRST,
     TOP_K,

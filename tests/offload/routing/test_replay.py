@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from helpers.decode_rig import Rig, Spec, play_token, random_ids
+from helpers.offload.decode_rig import Rig, Spec, play_token, random_ids
 from moebox.errors import RequestError
 from moebox.offload.decode.host_step import FIELDS
 from moebox.offload.routing.replay import POLICIES, hit_curve, hits_of_tokens, replay

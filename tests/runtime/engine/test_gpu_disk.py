@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from helpers.gpu import PLACEMENTS
+from helpers.offload.gpu import PLACEMENTS
 from helpers.paths import TINY_K2
 from moebox.errors import CheckpointError
 from moebox.offload.experts import TIERS

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from helpers.gpu import DEVICES, need
+from helpers.offload.gpu import DEVICES, need
 from moebox.offload.memory.ram_slab import row_stride
 from moebox.quantize.synth.write import synth
 from moebox.runtime.engine.engine import Engine

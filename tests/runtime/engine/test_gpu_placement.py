@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from helpers.gpu import DEVICES, PLACEMENTS, forced, need  # noqa: F401  # a fixture
+from helpers.offload.gpu import DEVICES, PLACEMENTS, forced, need  # noqa: F401  # a fixture
 from helpers.paths import ROOT
 from moebox.offload.decode.host_step import FIELDS
 from moebox.quantize.convert import quantize

@@ -6,7 +6,7 @@ import threading
 import pytest
 import torch
 
-from helpers.gpu import DEVICES, need
+from helpers.offload.gpu import DEVICES, need
 from moebox.errors import DeviceError, RequestError
 from moebox.offload.memory.ram_slab import row_stride
 from moebox.quantize.synth.write import synth

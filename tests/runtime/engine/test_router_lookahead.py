@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from helpers.offload.store import AlwaysOn
+from helpers.offload.tiers import small_config
 from helpers.paths import TINY_K2
-from helpers.store import AlwaysOn
-from helpers.tiers import small_config
 from moebox import load
 from moebox.offload.routing.identity import ModelIdentity
 from moebox.offload.routing.statistics import RouterStatistics

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from helpers.gpu import DEVICES, need
+from helpers.offload.gpu import DEVICES, need
 from moebox.kernels.gpu.ops import load_ops
 from moebox.runtime.model.compute import EXPANDED_BYTES, CpuProcessor, GpuProcessor
 

@@ -6,7 +6,7 @@ import types
 import pytest
 import torch
 
-from helpers.gpu import need
+from helpers.offload.gpu import need
 from moebox.instruments.doctor.checks import gpu
 from moebox.instruments.doctor.checks.base import Roots
 from moebox.instruments.doctor.checks.gpu import Gpu, Link
