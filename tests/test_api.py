@@ -89,6 +89,7 @@ def load(folder, *arguments, **keywords):
         moebox.load(folder, *arguments, **keywords)
 
 
+@pytest.mark.slow
 def test_every_field_of_the_options_is_a_keyword_of_load(tmp_path, asked):
     vocabulary = Tokenizer.load(write_tokenizer(tmp_path / "tokenizer")).n_vocab
     assert list(VALUES) == [item.name for item in fields(moebox.LoadOptions)]

@@ -135,6 +135,7 @@ def test_bench_loads_a_checkpoint_with_the_options_that_both_have():
     )
 
 
+@pytest.mark.slow
 def test_quantize_and_inspect(source, tmp_path):
     done = moebox("quantize", source, tmp_path / "out", "--json")
     assert done.returncode == 0, done.stderr
@@ -147,6 +148,7 @@ def test_quantize_and_inspect(source, tmp_path):
     assert "deepseek_v3" in text.stdout
 
 
+@pytest.mark.slow
 def test_dry_run_writes_nothing(source, tmp_path):
     done = moebox("quantize", source, tmp_path / "out", "--dry-run")
     assert done.returncode == 0
@@ -154,6 +156,7 @@ def test_dry_run_writes_nothing(source, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_options_come_from_the_environment_too(source, tmp_path):
     done = moebox("quantize", source, tmp_path / "out", MOEBOX_QUANTIZE_DRY_RUN="1")
     assert done.returncode == 0
@@ -165,12 +168,14 @@ def test_the_demo_finds_what_is_bundled():
     assert (demo.ASSETS / "demo.json").is_file()
 
 
+@pytest.mark.slow
 def test_synth_reports_what_it_wrote(tmp_path):
     done = moebox("synth", tmp_path / "s", "--shape", "tiny", "--format", "int4", "--json")
     assert json.loads(done.stdout)["tensors"] > 0
     assert (tmp_path / "s" / "config.json").exists()
 
 
+@pytest.mark.slow
 def test_an_error_is_one_message_with_its_fix_and_exit_code_1(tmp_path):
     done = moebox("inspect", tmp_path / "nowhere")
     assert done.returncode == 1
@@ -179,6 +184,7 @@ def test_an_error_is_one_message_with_its_fix_and_exit_code_1(tmp_path):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_an_unquantized_model_says_which_command_to_run(source):
     done = moebox("run", source, "hello")
     assert done.returncode == 1
@@ -206,6 +212,7 @@ def test_text_instead_of_a_size_is_wrong_usage():
     assert "60GiB" in result.output
 
 
+@pytest.mark.slow
 def test_a_closed_pipe_is_no_traceback(source):
     script = f"{sys.executable} -c 'from moebox.cli import main; main()' inspect {source} | true"
     done = subprocess.run(script, shell=True, capture_output=True, text=True, check=False, timeout=120)

@@ -74,6 +74,7 @@ def test_experts_are_contiguous_and_where_the_manifest_says(converted):
     assert all(start % ALIGNMENT == 0 for start in starts.values())
 
 
+@pytest.mark.slow
 def test_k2_shards_hold_a_few_gigabytes_and_page_aligned_experts():
     from moebox.config import parse_config
 

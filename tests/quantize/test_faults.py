@@ -98,6 +98,7 @@ def test_duplicate_tensor(source, tmp_path):
     refused(source, tmp_path / "out", rf"{other.name}: {EXPERT}: is a second copy")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize(
     "name", [f"{EXPERT}_scale_inv", "model.layers.1.mlp.gate.weight", "model.norm.weight"]
@@ -204,6 +205,7 @@ def test_destination_that_cannot_be_written(source, tmp_path):
         quantize(source, tmp_path / "file")
 
 
+@pytest.mark.slow
 def test_file_size_limit_keeps_finished_shards(source, tmp_path):
     """RLIMIT_FSIZE fails a write as a full disk does, in a real process without privileges."""
     dst = tmp_path / "out"
@@ -222,6 +224,7 @@ def test_file_size_limit_keeps_finished_shards(source, tmp_path):
     assert contents(dst) == contents(tmp_path / "clean")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call", ["posix_fallocate", "pwrite", "fsync"])
 def test_disk_that_fills_up_in_the_middle(source, tmp_path, monkeypatch, call):
     dst, real, calls = tmp_path / "out", getattr(os, call), []

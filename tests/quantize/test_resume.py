@@ -48,6 +48,7 @@ def halted(source, dst, shards=3, **options):
         quantize(source, dst, shard_bytes=SHARD_BYTES, progress=stop_at(shards), **options)
 
 
+@pytest.mark.slow
 def test_killed_again_and_again(source, expected, tmp_path):
     dst = tmp_path / "out"
     journal = dst / ".moebox" / "journal.jsonl"
@@ -75,6 +76,7 @@ def test_killed_again_and_again(source, expected, tmp_path):
     assert result.shards_resumed >= 9
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments(source, expected, tmp_path):
     rng = random.Random(0)
     for attempt in range(3):
@@ -88,6 +90,7 @@ def test_killed_at_random_moments(source, expected, tmp_path):
         assert contents(dst) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_interrupts_leave_a_state_to_resume_from(source, expected, tmp_path, name):
     dst = tmp_path / "out"
@@ -105,6 +108,7 @@ def test_interrupts_leave_a_state_to_resume_from(source, expected, tmp_path, nam
     assert contents(dst) == expected
 
 
+@pytest.mark.slow
 def test_two_runs_exclude_each_other_and_a_dead_one_does_not(source, expected, tmp_path):
     dst = tmp_path / "out"
     child = start(source, dst, delay_s=0.05)
@@ -216,6 +220,7 @@ def test_delete_source_keeps_what_is_still_needed(expected, tmp_path):
     assert quantize(source, dst, shard_bytes=SHARD_BYTES).shards_resumed == result.shards
 
 
+@pytest.mark.slow
 def test_delete_source_survives_kills(expected, tmp_path):
     source, dst = make_source(tmp_path / "fp8"), tmp_path / "out"
     shards = len(list(source.glob("*.safetensors")))

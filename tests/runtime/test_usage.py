@@ -195,6 +195,7 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", ["cpu", *DEVICES])
 def test_real_tiers_are_counted(folder, ledger_path, device):
     with load(folder, device=need(device) if device != "cpu" else device, context=256, user="ada") as model:
@@ -212,6 +213,7 @@ def test_real_tiers_are_counted(folder, ledger_path, device):
         assert list(ledger.idle())
 
 
+@pytest.mark.slow
 def test_the_options_user_and_no_ledger(folder, ledger_path):
     command = ["run", str(folder), "hi", "--device", "cpu", "--context", "256", "--max-tokens", "2"]
     for options in (["--user", "bob", "--no-ledger"], ["--user", "ada"]):

@@ -46,6 +46,7 @@ def test_overlapping_requests_are_compared_together_and_short_ones_one_by_one(be
     assert benchmark.Round("short", served).compare(trace)["outside_joules"] == pytest.approx(500.0)
 
 
+@pytest.mark.slow
 def test_a_run_with_a_stand_in(benchmark, monkeypatch, capsys):
     for name, seconds in {"REQUEST_S": 0.2, "SHORT_S": 0.02, "PAUSE_S": 0.02}.items():
         monkeypatch.setattr(benchmark, name, seconds)

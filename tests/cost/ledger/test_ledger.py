@@ -201,6 +201,7 @@ def reused(tmp_path_factory):
         yield ledger
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=40)
 @given(st.lists(requests, max_size=12, unique_by=lambda row: row.id))
 def test_totals_are_the_sums_over_the_rows(reused, rows):

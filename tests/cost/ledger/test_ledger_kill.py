@@ -71,6 +71,7 @@ def committed(processes, kill_after):
     return ids
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", [ROW_BY_ROW, BY_THE_THREAD], ids=["row by row", "by the thread"])
 @pytest.mark.parametrize("kill_after", [1, 400])
 def test_kill_9_loses_no_committed_row_and_doubles_none(tmp_path, program, kill_after):

@@ -135,6 +135,7 @@ def marks(browser, chart, kind=""):
     return browser.find_elements(By.CSS_SELECTOR, f"#{chart} .mark{kind and '.' + kind}")
 
 
+@pytest.mark.slow
 def test_every_figure_has_its_mark(browser, pages, report):
     opened(browser, pages / "report.html")
     days = len(report.days)

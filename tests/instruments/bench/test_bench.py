@@ -167,6 +167,7 @@ def test_bench_reports_prefetched_reads(quick, tmp_path, monkeypatch):
     assert bench(replace(options, prefetch=False)).prefetch is None
 
 
+@pytest.mark.slow
 def test_bench_of_a_checkpoint_decodes_behind_the_fixed_text(quick, monkeypatch, tmp_path):
     given, forward = [], CpuRunner.forward
 

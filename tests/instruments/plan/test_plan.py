@@ -84,6 +84,7 @@ def test_the_parts_fill_an_80_gb_card():
     assert plan.pick_shares.gpu + plan.pick_shares.ram == pytest.approx(1)
 
 
+@pytest.mark.slow
 def test_a_box_that_cannot_hold_the_model_reads_the_rest_from_the_disk():
     plan = k2(ram=400 * GIB)
 
@@ -144,6 +145,7 @@ def test_changes_are_sorted_by_gain():
     assert gains[0] > 0.1
 
 
+@pytest.mark.slow
 def test_the_change_to_ram_for_all_experts_leaves_none_on_the_disk():
     changes = {change.what: change for change in k2(ram=400 * GIB).changes}
 
@@ -169,6 +171,7 @@ def test_assumed_ram_holds_all_experts():
     assert any("assumed, enough for all experts" in source for source in plan.box.sources)
 
 
+@pytest.mark.slow
 def test_this_box_is_measured_once(model, measured, monkeypatch):
     options = PlanOptions(str(model))
     first = make_plan(options)
@@ -253,6 +256,7 @@ def test_less_ram_is_never_faster(model, measured):
     assert rates[0] < rates[-1]
 
 
+@pytest.mark.slow
 def test_a_model_on_the_hub_is_planned_from_its_headers(tmp_path, monkeypatch):
     source = make_source(tmp_path / "fp8")
     hub = Hub(source, "org/tiny")

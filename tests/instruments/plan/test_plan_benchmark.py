@@ -34,6 +34,7 @@ def quick(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
 
 
+@pytest.mark.slow
 def test_a_shape_is_filled_once_and_planned_at_full_depth(benchmark, quick, monkeypatch, capsys):
     used, bench = [], benchmark.bench
     monkeypatch.setattr(

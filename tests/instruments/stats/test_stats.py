@@ -209,6 +209,7 @@ def test_folding_takes_means_and_the_most_frequent_place():
     assert heat_map.fold_places(np.array([[0, 0, 2, 1, 0, 2, 1, 1]]), 3, kinds=3).tolist() == [[0, 2, 1]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("layers", "experts"), [(LAYERS, EXPERTS), (60, 384), (1, 2000)])
 def test_the_picture_shows_every_expert(tmp_path, layers, experts):
     statistics = RouterStatistics(ModelIdentity("m", "1", layers, experts, 2), tmp_path / "s.npz")
@@ -238,6 +239,7 @@ def moebox(*arguments):
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
 
 
+@pytest.mark.slow
 def test_the_command(model, tmp_path):
     learn(model, picks(60))
 

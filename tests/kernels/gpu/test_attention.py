@@ -58,6 +58,7 @@ def test_latents(shape, device):
     assert torch.equal(cache[others], expected[others])
 
 
+@pytest.mark.slow
 @SHAPES
 def test_absorb(shape, device):
     rotations, position = shape.rotations().to(device), torch.tensor([5], device=device)
@@ -95,6 +96,7 @@ def check_mla(shape, count, device):
     assert relative_l2(out, exact_attention(q, cache, count, scale, shape.rank)) < 4e-3
 
 
+@pytest.mark.slow
 @SHAPES
 @pytest.mark.parametrize("count", [1, 17, 33])
 def test_mla_decode(shape, count, device):

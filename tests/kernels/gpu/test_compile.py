@@ -8,10 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 READS_WEIGHTS_AHEAD = {"_combine_norm", "_gemv", "_absorb", "_value_up", "down"}
 POLLS = {"_wait"}
 
 
+@pytest.mark.slow
 def test_kernels_compile_for_hopper_and_wait_for_their_predecessors():
     """Before `griddepcontrol.wait` a kernel may read weights (or poll a flag), and never write."""
     program = Path(__file__).parent / "compile_for_hopper.py"

@@ -84,6 +84,7 @@ def error(out: Tensor, expected: Tensor, before: Tensor | float = 0.0) -> float:
     return float((out.double() - expected).norm() / (expected - before).norm())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(32, 32), (96, 160), (256, 64)], ids=str)
 def test_one_token(module: Any, shape: tuple[int, int], device: torch.device, generator: Any) -> None:
     """Odd numbers of groups; scales of both signs; a slot listed twice."""
@@ -126,6 +127,7 @@ def many(
     return out.cpu()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "shape, counts", [((96, 160), [3, 0, 40]), ((32, 32), [1, 2, 1]), ((224, 96), [0, 0, 33])], ids=str
 )
@@ -144,6 +146,7 @@ def test_many_tokens(
     assert error(out, expected, before) < (BAR if module is experts else FINE)
 
 
+@pytest.mark.slow
 def test_repeated_tokens_in_rounds(
     module: Any, device: torch.device, generator: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

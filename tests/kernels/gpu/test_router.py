@@ -43,6 +43,7 @@ def _case(request, device):
     return spec, logits.to(device), (torch.randn(n_experts) * 0.7).to(device)
 
 
+@pytest.mark.slow
 def test_route(case):
     spec, logits, bias = case
     ids, weights = router.route(logits, bias, spec)
@@ -70,6 +71,7 @@ def test_nan_still_chooses_experts_that_there_are(device):
     assert sorted(ids[0].tolist()) == [0, 1, 2, 3]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [96, 7168])
 def test_route_and_post(case, width, device):
     spec, logits, bias = case

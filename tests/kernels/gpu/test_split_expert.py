@@ -60,6 +60,7 @@ def run(
     return out.cpu()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "shape, rows",
     [((96, 160), 64), ((96, 160), 160), ((224, 32), 32), ((256, 64), 32), ((64, 1088), 1056)],

@@ -43,6 +43,7 @@ def fields(rig: Rig) -> dict[str, np.ndarray]:
     return dict(zip(FIELDS, rig.host.stats.T, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("name", PLACEMENTS)
 def test_every_expert_is_served_whatever_the_order_of_events(name: str, seed: int) -> None:
@@ -106,6 +107,7 @@ def test_a_pool_shares_the_work() -> None:
         play_token(rig, random_ids(spec, generator), token)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("isa", cpu.isa_paths())
 @pytest.mark.parametrize("shape", [(96, 160), (224, 32), (1024, 384)], ids=str)
 @pytest.mark.parametrize("top_k", [1, 5])

@@ -42,6 +42,7 @@ def column(rig: Rig, name: str) -> np.ndarray:
     return rig.host.stats[:, FIELDS.index(name)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("name", PLACEMENTS)
 def test_every_expert_is_served_whatever_was_predicted(name: str, seed: int) -> None:

@@ -113,6 +113,7 @@ def test_a_failed_copy_raises_where_the_host_waits():
         device.synchronize()
 
 
+@pytest.mark.slow
 def test_stand_in_memory_is_counted():
     device = StandInDevice(vram_bytes=1000)
     first = device.empty((100,), torch.float32)

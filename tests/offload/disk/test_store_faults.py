@@ -277,6 +277,7 @@ def test_faults_at_random(folder, other_drive, expected, seed):
         assert right > failed
 
 
+@pytest.mark.slow
 def test_interrupts_leave_the_read_going(folder, expected):
     with open_store(folder) as store:
         store.reader.inject("", "delay", 1_000_000, count=1)

@@ -152,6 +152,7 @@ for number in range(100000):
 """
 
 
+@pytest.mark.slow
 def test_a_kill_while_saving_leaves_the_old_file_or_the_new_one(path):
     for run in range(3):
         writer = subprocess.Popen(

@@ -123,6 +123,7 @@ def test_sizes_that_do_not_fit_are_named():
         rig.make_host()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("slots", "rows"), PLACES)
 @pytest.mark.parametrize("seed", [1, 2])
 def test_prompts_have_the_same_answers(oracle, tmp_path, slots, rows, seed):
@@ -171,6 +172,7 @@ def watch_reads(races, store, monkeypatch):
     monkeypatch.setattr(store, "submit", recorded)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("slots", "rows"), PLACES)
 @pytest.mark.parametrize("seed", [3, 4])
 def test_prompts_and_tokens_take_turns(oracle, tmp_path, slots, rows, seed):

@@ -52,6 +52,7 @@ def relative_error(out, expected):
     return float((out.double() - expected).norm() / expected.norm())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("slots", "exclusive"), PLACEMENTS)
 @pytest.mark.parametrize("seed", [1, 2])
 def test_same_answers_wherever_experts_lie(oracle, slots, exclusive, seed):

@@ -58,6 +58,7 @@ def all_records(tiers):
     return list(tiers.prefill.records)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("slots", [0, 4, 40, 100])
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_same_answers(oracle, slots, seed):
@@ -238,6 +239,7 @@ def interrupt_at(step, tiers, patch):
     patch.setattr(tiers.device.uploads, "copy_all", interrupt)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", range(1, 9))
 def test_an_interrupt(oracle, step, monkeypatch):
     tiers = build(StandInDevice(step, max_delay_us=50), 12, **DEEP)

@@ -103,6 +103,7 @@ def test_foreign_encodings_are_refused_by_name(part, what):
             classify(f"{module}.{part}", CONFIG)
 
 
+@pytest.mark.slow
 def test_the_inventory_of_kimi_k2_is_complete():
     raw = synth_config("kimi-k2")
     names = [tensor.name for tensor in synth_tensors(raw, "fp8")]

@@ -67,6 +67,7 @@ def test_malformed_hub_id():
         parse_hub_id("hf://nobody")
 
 
+@pytest.mark.slow
 def test_source_stays_and_cut_connections_are_resumed(hub, source, expected, tmp_path):
     shards = sorted(path.name for path in source.glob("*.safetensors"))
     hub.drop_after = {name: [40_000, 90_000] for name in shards[:2]}
@@ -85,6 +86,7 @@ def test_source_stays_and_cut_connections_are_resumed(hub, source, expected, tmp
     assert not any("README" in path or path.endswith(".py") for _, path, _ in hub.requests)
 
 
+@pytest.mark.slow
 def test_delete_source_never_holds_the_whole_source(hub, source, expected, tmp_path):
     dst, held = tmp_path / "out", []
 
@@ -97,6 +99,7 @@ def test_delete_source_never_holds_the_whole_source(hub, source, expected, tmp_p
     assert 0 < max(held) < len(list(source.glob("*.safetensors")))
 
 
+@pytest.mark.slow
 def test_killed_while_fetching_resumes_the_partial_file_at_the_pinned_commit(source, expected, tmp_path):
     hub = Hub(source, REPO)
     hub.bytes_per_s = 800_000
@@ -130,6 +133,7 @@ def test_killed_while_fetching_resumes_the_partial_file_at_the_pinned_commit(sou
     hub.close()
 
 
+@pytest.mark.slow
 def test_a_partial_file_of_other_content_is_noticed(hub, source, tmp_path):
     dst = tmp_path / "out"
     (dst / ".moebox").mkdir(parents=True)
@@ -141,6 +145,7 @@ def test_a_partial_file_of_other_content_is_noticed(hub, source, tmp_path):
     assert quantize(REPO, dst, shard_bytes=SHARD_BYTES).shards > 1
 
 
+@pytest.mark.slow
 def test_token_is_sent(hub, expected, tmp_path, monkeypatch):
     hub.token = "hf_secret"
     with pytest.raises(CheckpointError, match="no such model on the hub"):
@@ -176,6 +181,7 @@ def test_shard_missing_on_the_hub(source, tmp_path, monkeypatch, request):
         quantize(REPO, tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_plan_fetches_headers_only(hub, source, tmp_path):
     report = plan(REPO, tmp_path / "out", shard_bytes=SHARD_BYTES)
     assert report.source_bytes == sum(path.stat().st_size for path in source.glob("*.safetensors"))
@@ -185,6 +191,7 @@ def test_plan_fetches_headers_only(hub, source, tmp_path):
     assert shard_requests and all(shard_requests)
 
 
+@pytest.mark.slow
 def test_interrupted_fetch_ends_soon(source, tmp_path, hub):
     hub.bytes_per_s = 100_000
     begin = time.monotonic()

@@ -21,6 +21,7 @@ from moebox.quantize.synth.write import synth
 FORMATS = ("fp8", "bf16", "int4")
 
 
+@pytest.mark.slow
 def test_fp8_inventory_is_that_of_kimi_k2_instruct():
     tensors = synth_tensors(synth_config("kimi-k2", format="fp8"), "fp8")
     assert len(tensors) == 139_644
@@ -37,6 +38,7 @@ def test_fp8_inventory_is_that_of_kimi_k2_instruct():
     assert found["lm_head.weight"] == ("BF16", (163_840, 7168))
 
 
+@pytest.mark.slow
 def test_int4_inventory_is_that_of_kimi_k2_thinking():
     tensors = synth_tensors(synth_config("kimi-k2", format="int4"), "int4")
     assert len(tensors) == 208_215

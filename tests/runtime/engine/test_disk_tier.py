@@ -54,6 +54,7 @@ def experts_of(model):
     return model.engine.runner.model.model.layers[-1].mlp.experts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prefetch", [True, False])
 @pytest.mark.parametrize("share", [0.1, 0.5])
 def test_answers_equal_those_with_all_experts_in_ram(in_ram, share, prefetch):
@@ -70,6 +71,7 @@ def test_answers_equal_those_with_all_experts_in_ram(in_ram, share, prefetch):
         assert (experts_of(model).prefetcher is not None) == prefetch
 
 
+@pytest.mark.slow
 def test_logits_are_the_same_bits_in_several_chunks_and_token_by_token(in_ram, monkeypatch):
     with with_share(in_ram, 0.3) as model:
         for runner in (model.engine.runner, in_ram.engine.runner):
@@ -84,6 +86,7 @@ def test_logits_are_the_same_bits_in_several_chunks_and_token_by_token(in_ram, m
             assert torch.equal(one, other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [70, 49, 48])
 def test_a_long_chunk_equals_its_parts(in_ram, monkeypatch, count):
     reads = []
@@ -129,6 +132,7 @@ def test_after_a_cancelled_prefill(in_ram, monkeypatch):
         assert torch.equal(session.prefill(TOKENS), model.engine.session().prefill(TOKENS))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", ["prefill", "decode"])
 def test_a_drive_that_fails_for_a_while(in_ram, step):
     with with_share(in_ram, 0.1, prefetch=False) as model:
@@ -157,6 +161,7 @@ def test_options_reach_the_store(in_ram, folder, tmp_path):
         load(folder, stores=[tmp_path / "nowhere"])
 
 
+@pytest.mark.slow
 def test_routing_is_learned_and_recorded(in_ram, folder, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
     with with_share(in_ram, 0.5, statistics=True, record_trace=tmp_path / "trace.npz") as model:
@@ -191,6 +196,7 @@ DROPPED = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", [LEFT_OPEN, LEFT_OPEN + DROPPED], ids=["left open", "dropped"])
 def test_the_end_of_the_program_saves_what_was_recorded(in_ram, folder, tmp_path, monkeypatch, script):
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
@@ -249,6 +255,7 @@ PEAK = """
 """
 
 
+@pytest.mark.slow
 def test_peak_memory_is_as_planned(tmp_path):
     """With half of 680 MB of experts in RAM, a prompt and some tokens take at most 5 % more than planned."""
     shape = {"hidden_size": 2048, "moe_intermediate_size": 1024, "intermediate_size": 4096}

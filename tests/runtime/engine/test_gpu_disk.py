@@ -56,6 +56,7 @@ def same_routing(in_memory, session, tokens):
     return relative(session.prefill(tokens), expected) < 0.2
 
 
+@pytest.mark.slow
 def test_a_failed_read_loses_one_token_and_names_the_expert(in_memory):
     with load_cold(in_memory) as model:
         session = model.engine.session()
@@ -83,6 +84,7 @@ def test_a_failed_read_of_a_prompt(in_memory):
         assert same_routing(in_memory, session, TOKENS)
 
 
+@pytest.mark.slow
 def test_a_drive_that_fails_beside_a_copy_is_reported(in_memory, tmp_path, caplog):
     """Decoding goes on with the copy."""
     copy = tmp_path / "copy"
@@ -107,6 +109,7 @@ def test_verify_reads_finds_damaged_bytes(in_memory):
                 session.decode(token)
 
 
+@pytest.mark.slow
 def test_picks_are_recorded_and_decide_the_next_placement(in_memory, tmp_path, monkeypatch):
     """Picks of prompts and answers, in order. The next load puts the most used experts on the GPU."""
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))

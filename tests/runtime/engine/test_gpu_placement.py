@@ -86,6 +86,7 @@ def check_roads(name, stats):
         assert hits < 7 * 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", PLACEMENTS)
 def test_logits(folder, cpu_model, tokens, expected, forced, device, name):  # noqa: F811
@@ -107,6 +108,7 @@ def test_logits(folder, cpu_model, tokens, expected, forced, device, name):  # n
     assert relative(torch.stack(found), logits[PROMPT - 1 :]) <= TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", PLACEMENTS)
 def test_greedy_text(folder, cpu_model, greedy_tokens, device, name):

@@ -60,6 +60,7 @@ def test_names_no_more_experts_than_there_are():
     assert sorted(named) == list(range(6))
 
 
+@pytest.mark.slow
 def test_most_picks_of_tiny_k2_are_predicted(tmp_path):
     """Random predictions would name 9 %. The statistics that `moebox stats` shows count them, too."""
     quantize(TINY_K2, tmp_path / "int4")

@@ -81,6 +81,7 @@ def test_greedy_takes_the_first_best():
     assert Sampler(SamplingOptions(temperature=0)).sample(torch.tensor([1.0, 5.0, 5.0])) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"top_p": 0.9}, {"top_k": 3}, {"min_p": 0.1}])
 def test_draws_follow_the_probabilities(options):
     sampler = Sampler(SamplingOptions(temperature=1.0, seed=5).with_(**options))

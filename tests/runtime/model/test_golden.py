@@ -55,6 +55,7 @@ def golden(request, tmp_path_factory):
     return Engine.load(folder, LoadOptions(dtype=torch.float32)), expected
 
 
+@pytest.mark.slow
 def test_one_forward(golden):
     engine, expected = golden
     logits = engine.logits(TOKENS)
@@ -71,6 +72,7 @@ def test_prefill_then_decode(golden):
         assert largest_difference(session.decode(TOKENS[position]), expected[position]) <= TOLERANCE
 
 
+@pytest.mark.slow
 def test_token_by_token(golden):
     engine, expected = golden
     session = engine.session()
@@ -78,6 +80,7 @@ def test_token_by_token(golden):
     assert largest_difference(torch.stack(logits), expected[:60]) <= TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", [7, 70])  # attention expands keys and values for the larger one only
 def test_chunks_and_small_blocks(golden, monkeypatch, chunk):
     loaded, expected = golden

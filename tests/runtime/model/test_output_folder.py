@@ -43,6 +43,7 @@ def theirs(folder):
     return model
 
 
+@pytest.mark.slow
 def test_same_weights(folder, theirs):
     tensors = load_tensors(folder)
     state = theirs.state_dict()
@@ -62,6 +63,7 @@ def typical_error(logits, expected):
     return ((logits - expected).norm(dim=1) / expected.norm(dim=1)).median()
 
 
+@pytest.mark.slow
 def test_same_logits_in_bf16(folder, theirs):
     with torch.inference_mode():
         expected = theirs(torch.tensor([TOKENS])).logits[0].float()
@@ -70,6 +72,7 @@ def test_same_logits_in_bf16(folder, theirs):
         assert typical_error(engine.logits(TOKENS), expected) <= 4e-2
 
 
+@pytest.mark.slow
 def test_same_logits_in_fp32(folder):
     expected = reference_logits(folder, TOKENS)
     engine = Engine.load(folder, LoadOptions(dtype=torch.float32))
@@ -82,6 +85,7 @@ def test_same_logits_in_fp32(folder):
     assert session.reused == 110
 
 
+@pytest.mark.slow
 def test_bf16_is_nearer_to_fp32_than_transformers(folder, theirs):
     """Residual stream and sums are fp32 here, bf16 in transformers."""
     expected = reference_logits(folder, TOKENS)

@@ -56,6 +56,7 @@ def test_a_turn_with_its_footer_then_ctrl_d(open_chat):
     leave(terminal)
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_the_answer_and_keeps_the_session(open_chat):
     terminal = open_chat(engine=SLOW)
     terminal.send("go\r")
@@ -68,6 +69,7 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_session(open_chat):
     leave(terminal)
 
 
+@pytest.mark.slow
 def test_the_partial_answer_is_kept_and_marked(open_chat, tmp_path):
     terminal = open_chat(engine=SLOW)
     terminal.send("go\r")
@@ -83,6 +85,7 @@ def test_the_partial_answer_is_kept_and_marked(open_chat, tmp_path):
     assert "word word word" in text
 
 
+@pytest.mark.slow
 def test_ctrl_c_during_the_prefill_keeps_the_text_at_the_prompt(open_chat):
     terminal = open_chat(engine={"prefill_delay_s": 3.0})
     terminal.send("a question\r")
@@ -129,6 +132,7 @@ def test_triple_quotes_and_paste_keep_lines_together(open_chat, tmp_path):
     assert '"three\\nfour"' in text
 
 
+@pytest.mark.slow
 def test_history_is_kept_in_a_file_of_the_user_alone(open_chat, tmp_path):
     first = open_chat()
     first.send("remember me\r")

@@ -45,6 +45,7 @@ def model(folder):
     return load(folder, context=2048)
 
 
+@pytest.mark.slow
 def test_the_tokenizer_and_template_are_those_of_the_checkpoint(model):
     ids = model.template.render([{"role": "user", "content": QUESTION}], TOOLS, thinking=False)
     text = model.tokenizer.decode(ids)

@@ -200,6 +200,7 @@ def test_think_text_does_not_depend_on_chunking(text, cuts, is_open):
 FRAGMENTS = [*SPECIALS.values(), "functions.f:0", '{"a": 1}', "{}", "text", " ", "\n", "天", "😀"]
 
 
+@pytest.mark.slow
 @settings(max_examples=400, deadline=None)
 @given(st.lists(st.sampled_from(FRAGMENTS), max_size=14), st.booleans())
 def test_no_output_is_lost_or_invented(tokenizer, fragments, is_open):

@@ -176,6 +176,7 @@ def special_ids(tokenizer, tokens):
     return [token for token in tokens if token in tokenizer.special_names]
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(hostile_text, hostile_text, hostile_text, hostile_text)
 @pytest.mark.parametrize("style", ["k2_style", "k25_style", "fallback"])
