@@ -235,6 +235,7 @@ PEAK = """
     from moebox.runtime.engine.engine import Engine
     from moebox.runtime.engine.cpu_plan import budget_for_share
     from moebox.runtime.engine.cpu_runner import default_dtype
+    from moebox.runtime.engine.options import LoadOptions
     from moebox.config import load_config
 
     torch.inference_mode(True)
