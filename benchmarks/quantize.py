@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from moebox.kernels.cpu import allowed_cpus
-from moebox.quantize.files import drop_cache
+from moebox.quantize.page_cache import drop_cache
 from moebox.quantize.synth.write import synth
 
 DIRECT_CHUNK_BYTES = 16 << 20

@@ -22,10 +22,10 @@ from typing import Any
 
 from moebox.config import ModelConfig
 from moebox.errors import CheckpointError, PlanError
+from moebox.files import writing
 from moebox.offload.checkpoint.layout import MANIFEST_FILE, Manifest, load_manifest
 from moebox.quantize.dryrun import plan
-from moebox.quantize.files import writing
-from moebox.quantize.output.journal import WORK_FOLDER, DestinationLock, Journal
+from moebox.quantize.output.journal import LOCK_FILE, WORK_FOLDER, DestinationLock, Journal
 from moebox.quantize.output.shards import SHARD_BYTES
 from moebox.quantize.output.small_files import digest, remove_output, write_manifest, write_small_files
 from moebox.quantize.output.writer import remove_partials
@@ -185,7 +185,7 @@ class _Run:
             self._journal.load()
             remove_output(self._dst, [*(manifest.shards if manifest else ()), *self._journal.shards])
             for path in self._work.rglob("*"):
-                if path.is_file() and path.name != "lock":
+                if path.is_file() and path.name != LOCK_FILE:
                     path.unlink()
             if self._is_hub():
                 hub.remove_fetched(self._dst)

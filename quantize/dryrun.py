@@ -17,11 +17,12 @@ from rich.table import Table
 
 from moebox.config import ModelConfig
 from moebox.errors import CheckpointError
+from moebox.files import free_bytes
 from moebox.offload.checkpoint.safetensors import TensorInfo
-from moebox.quantize.files import drop_cache, free_bytes
 from moebox.quantize.int4 import quantize_int4
 from moebox.quantize.output.journal import WORK_FOLDER, Journal
 from moebox.quantize.output.shards import SHARD_BYTES
+from moebox.quantize.page_cache import drop_cache
 from moebox.quantize.pipeline import Model, open_shards
 from moebox.quantize.prepare import (
     default_workers,

@@ -20,11 +20,11 @@ import torch
 from moebox.errors import CheckpointError, PlanError
 from moebox.offload.checkpoint.layout import expert_checksum
 from moebox.offload.checkpoint.safetensors import TORCH_DTYPES, TensorInfo, map_bytes
-from moebox.quantize.files import drop_cache, drop_mapped, will_need
 from moebox.quantize.int4 import FP8_BLOCK, Int4Matrix, QuantError
 from moebox.quantize.output.journal import Journal
 from moebox.quantize.output.shards import OutputTensor, Shard
 from moebox.quantize.output.writer import ShardWriter
+from moebox.quantize.page_cache import drop_cache, drop_mapped, will_need
 from moebox.quantize.progress import Meter
 from moebox.quantize.source.formats import Inventory, SourceTensor, read_backbone, read_expert
 from moebox.quantize.source.origin import Source

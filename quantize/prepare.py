@@ -7,9 +7,9 @@ from typing import Any
 
 from moebox.config import ModelConfig, parse_config
 from moebox.errors import CheckpointError, PlanError
+from moebox.files import free_bytes, writing
 from moebox.kernels.cpu import allowed_cpus
 from moebox.offload.checkpoint.layout import MANIFEST_FILE
-from moebox.quantize.files import free_bytes, writing
 from moebox.quantize.output.journal import WORK_FOLDER
 from moebox.quantize.output.shards import plan_shards
 from moebox.quantize.output.small_files import bare_config

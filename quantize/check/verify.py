@@ -23,7 +23,7 @@ from moebox.offload.checkpoint.layout import (
     expert_checksum,
 )
 from moebox.offload.checkpoint.safetensors import Checkpoint
-from moebox.quantize.files import drop_cache
+from moebox.quantize.page_cache import drop_cache
 from moebox.quantize.progress import Meter, ProgressCallback
 
 Bytes = npt.NDArray[np.uint8]

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from moebox.config import ModelConfig
+from moebox.files import replace_file, writing
 from moebox.offload.checkpoint.layout import MANIFEST_FILE, ExpertExtent, Manifest
 from moebox.offload.checkpoint.safetensors import INDEX_FILE
-from moebox.quantize.files import write_durably, writing
 from moebox.quantize.int4 import INT4_QUANTIZATION
 from moebox.quantize.output.shards import Shard
 from moebox.version import __version__
@@ -63,7 +63,7 @@ def write_small_files(
     )
     for name, path in extra.items():
         with writing(dst / name):
-            write_durably(dst / name, path.read_bytes())
+            replace_file(dst / name, path.read_bytes())
 
 
 def write_manifest(
@@ -118,7 +118,7 @@ def _extents(
 
 def _write_json(path: Path, data: Mapping[str, Any], indent: int | None = 2) -> None:
     with writing(path):
-        write_durably(path, (json.dumps(data, indent=indent, ensure_ascii=False) + "\n").encode())
+        replace_file(path, (json.dumps(data, indent=indent, ensure_ascii=False) + "\n").encode())
 
 
 def remove_output(dst: Path, files: Sequence[str]) -> None:

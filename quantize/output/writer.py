@@ -13,9 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moebox.errors import MoeboxError
-from moebox.quantize.files import drop_cache, sync_folder, writing
+from moebox.files import publish, writing
 from moebox.quantize.output.journal import WORK_FOLDER
 from moebox.quantize.output.shards import Shard
+from moebox.quantize.page_cache import drop_cache
 
 _HASH_CHUNK_BYTES = 4 << 20
 Buffer = bytes | memoryview
@@ -86,10 +87,8 @@ class ShardWriter:
         with writing(self._partial):
             if self._hash_error is not None:
                 raise self._hash_error
-            os.fsync(self._descriptor)
-            self._close()
-            self._partial.replace(self._final)
-            sync_folder(self._final.parent)
+            publish(self._descriptor, self._partial, self._final)
+        self._close()
         drop_cache(self._final)
         return self._sha256.hexdigest()
 

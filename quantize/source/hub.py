@@ -41,6 +41,7 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # public, but
 
 from moebox.config import read_json
 from moebox.errors import CheckpointError
+from moebox.files import writing
 from moebox.offload.checkpoint.safetensors import (
     INDEX_FILE,
     SINGLE_FILE,
@@ -50,7 +51,6 @@ from moebox.offload.checkpoint.safetensors import (
     read_index,
     release_mappings,
 )
-from moebox.quantize.files import writing
 from moebox.quantize.progress import Meter
 from moebox.quantize.source.origin import FileFacts, HeaderStore, InterruptedFetchError, is_copied
 

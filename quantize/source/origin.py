@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from moebox.config import read_json
 from moebox.errors import CheckpointError, MoeboxError
+from moebox.files import existing_folder, replace_file, writing
 from moebox.offload.checkpoint.safetensors import (
     INDEX_FILE,
     SINGLE_FILE,
@@ -25,7 +26,6 @@ from moebox.offload.checkpoint.safetensors import (
     read_index,
     release_mappings,
 )
-from moebox.quantize.files import writing
 from moebox.quantize.progress import Meter
 
 HEADER_FOLDER = "headers"
@@ -124,13 +124,11 @@ class HeaderStore:
         self._folder = folder
 
     def save(self, file: str, raw: bytes, size: int) -> None:
-        """Keep `raw`; no sync: a lost copy is read again."""
+        """Keep `raw`, the header of a shard of `size` bytes."""
         path = self._folder / file
         with writing(path):
             self._folder.mkdir(parents=True, exist_ok=True)
-            partial = path.with_suffix(".partial")
-            partial.write_bytes(struct.pack("<Q", size) + raw)
-            partial.replace(path)
+            replace_file(path, struct.pack("<Q", size) + raw)
 
     def load(self, file: str) -> tuple[bytes, int] | None:
         """The kept header and the size of its file, None where there is none."""
@@ -153,13 +151,6 @@ def sample_sha256(path: Path) -> str:
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
     return sha256.hexdigest()
-
-
-def disk_of(folder: Path) -> int:
-    """Device number of `folder`, or of the nearest parent that exists."""
-    while not folder.exists():
-        folder = folder.parent
-    return folder.stat().st_dev
 
 
 def is_copied(name: str) -> bool:
@@ -259,7 +250,7 @@ class FolderSource:
 
     def bytes_freed(self, file: str, dst: Path) -> int:
         """The shard's size, if it lies on the disk of `dst`."""
-        return self.facts[file].size if self.folder.stat().st_dev == disk_of(dst) else 0
+        return self.facts[file].size if self.folder.stat().st_dev == existing_folder(dst).stat().st_dev else 0
 
     def extra_files(self) -> dict[str, Path]:
         """Tokenizer, template, generation and licence files."""

@@ -8,7 +8,6 @@ alike. Magnitudes keep a forward pass finite: matrices about N(0, 1/in), norms a
 from __future__ import annotations
 
 import json
-import shutil
 import struct
 import threading
 import time
@@ -24,6 +23,7 @@ import numpy as np
 import torch
 
 from moebox.errors import CheckpointError, PlanError
+from moebox.files import free_bytes
 from moebox.quantize.synth.shapes import ITEM_BYTES, Format, Shape, SynthTensor, synth_config, synth_tensors
 
 Progress = Callable[[int, int], None]
@@ -277,10 +277,7 @@ def _json_files(
 def _check_destination(dst: Path, nbytes: int) -> None:
     if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
         raise CheckpointError(f"{dst}: exists and is not an empty folder", "Name a new folder.")
-    folder = dst.absolute()
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
+    free = free_bytes(dst)
     if free < nbytes * 1.001 + (1 << 20):
         raise PlanError(
             f"{dst}: the checkpoint takes {nbytes / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free",

@@ -168,7 +168,7 @@ def test_a_folder_in_use_is_left_alone(tmp_path):
 
 def test_too_small_a_disk_is_refused_before_the_first_byte(tmp_path, monkeypatch):
     usage = type("Usage", (), {"free": 10**9})
-    monkeypatch.setattr(synth_module.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
     with pytest.raises(PlanError, match=r"takes 22\.\d GB, the disk has 1\.0 GB free"):
         synth(tmp_path / "new", "kimi-k2", layers=2)
     assert not (tmp_path / "new").exists()
