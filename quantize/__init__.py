@@ -1,4 +1,10 @@
-"""A checkpoint of the Kimi K2 family -> the same with INT4 experts: `moebox.quantize(src, dst)`."""
+"""A checkpoint of the Kimi K2 family -> the same model with INT4 experts: `moebox.quantize(src, dst)`.
+
+`moebox.quantize` has to be two things: this package, whose modules are imported as `moebox.quantize.convert` and
+so on, and the function of the Python interface. An import of any of these modules binds the name
+`moebox.quantize` to the package. So the package itself is made callable: its class becomes a subclass of
+`ModuleType` whose `__call__` is `moebox.quantize.convert.quantize`.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +17,8 @@ if TYPE_CHECKING:
 
 
 class _CallablePackage(ModuleType):
-    """`moebox.quantize` is both this package and the function that it is about."""
-
     def __call__(self, src: Any, dst: Any, **options: Any) -> QuantizeResult:
-        """See `moebox.quantize.convert.quantize`."""
+        """Convert `src` into the folder `dst`: `moebox.quantize.convert.quantize`, which lists the options."""
         from moebox.quantize.convert import quantize
 
         return quantize(src, dst, **options)

@@ -16,42 +16,7 @@ import torch
 from moebox import _kernels
 from moebox.config import GROUP_SIZE
 from moebox.errors import CheckpointError
-
-FP8_BLOCK = _kernels.FP8_BLOCK
-"""Rows and columns that share one `weight_scale_inv` in FP8 checkpoints of the family: 128."""
-
-INT4_QUANTIZATION: dict[str, Any] = {
-    "quant_method": "compressed-tensors",
-    "format": "pack-quantized",
-    "quantization_status": "compressed",
-    "kv_cache_scheme": None,
-    "config_groups": {
-        "group_0": {
-            "targets": ["Linear"],
-            "input_activations": None,
-            "output_activations": None,
-            "weights": {
-                "num_bits": 4,
-                "type": "int",
-                "symmetric": True,
-                "strategy": "group",
-                "group_size": GROUP_SIZE,
-                "dynamic": False,
-                "actorder": None,
-                "block_structure": None,
-                "observer": "minmax",
-                "observer_kwargs": {},
-            },
-        }
-    },
-    "ignore": [
-        "lm_head",
-        "re:.*self_attn.*",
-        "re:.*shared_experts.*",
-        r"re:.*mlp\.(gate|up|gate_up|down)_proj.*",
-    ],
-}
-"""`quantization_config` of the family's INT4 checkpoints, as published with Kimi-K2.5."""
+from moebox.quantize.encodings import FP8_BLOCK
 
 _DTYPE_NAMES = {
     torch.float8_e4m3fn: "F8_E4M3",

@@ -5,17 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from moebox.config import ModelConfig, parse_config
+from moebox.config import CONFIG_FILE, ModelConfig, parse_config
 from moebox.errors import CheckpointError, PlanError
 from moebox.files import free_bytes, writing
 from moebox.kernels.cpu import allowed_cpus
 from moebox.offload.checkpoint.layout import MANIFEST_FILE
+from moebox.quantize.conversion import Conversion
 from moebox.quantize.output.journal import WORK_FOLDER
 from moebox.quantize.output.shards import plan_shards
 from moebox.quantize.output.small_files import bare_config
-from moebox.quantize.pipeline import Model
-from moebox.quantize.source.formats import check_quantization, check_source, classify, take_inventory
+from moebox.quantize.source.formats import check_quantization, check_source
 from moebox.quantize.source.hub import SOURCE_FOLDER, HubSource, parse_hub_id
+from moebox.quantize.source.inventory import classify, take_inventory
 from moebox.quantize.source.origin import HEADER_FOLDER, FileFacts, FolderSource, HeaderStore, Source
 
 WORKER_MEMORY_BYTES = 1_200_000_000
@@ -68,13 +69,13 @@ def open_source(src: Path | str, work: Path, header: dict[str, Any] | None, *, k
     return FolderSource(folder, store, facts, keep_headers=keep_headers)
 
 
-def load_model(source: Source, shard_bytes: int) -> tuple[Model, ModelConfig]:
-    """Check everything that config, index and headers tell, and plan the output.
+def plan_conversion(source: Source, shard_bytes: int) -> Conversion:
+    """Check config, index and headers of `source`, and lay the output out.
 
     Raises:
         ConfigError, CheckpointError: with file and tensor.
     """
-    where = f"{source.name}: config.json"
+    where = f"{source.name}: {CONFIG_FILE}"
     config = parse_config(source.config, where)
     check_quantization(source.config, where)
     infos = {}
@@ -93,7 +94,7 @@ def load_model(source: Source, shard_bytes: int) -> tuple[Model, ModelConfig]:
     for tensor in inventory.backbone.values():
         check_source(tensor, infos)
     shards = plan_shards(bare_config(config, source.config), shard_bytes)
-    return Model(source, inventory, infos, tuple(shards)), config
+    return Conversion(source, config, inventory, infos, tuple(shards))
 
 
 def _refuse_unindexed(source: Source, config: ModelConfig) -> None:
@@ -108,10 +109,11 @@ def _refuse_unindexed(source: Source, config: ModelConfig) -> None:
             )
 
 
-def left_out(model: Model) -> list[str]:
+def left_out(conversion: Conversion) -> list[str]:
     """What the output lacks, as `pattern (count)`."""
-    patterns = [f"{name} ({count})" for name, count in sorted(model.inventory.left_out.items())]
-    return patterns + (["config.json: auto_map (remote code)"] if "auto_map" in model.source.config else [])
+    patterns = [f"{name} ({count})" for name, count in sorted(conversion.inventory.left_out.items())]
+    remote_code = [f"{CONFIG_FILE}: auto_map (remote code)"] if "auto_map" in conversion.source.config else []
+    return patterns + remote_code
 
 
 def default_workers(config: ModelConfig, workers: int | None) -> int:
@@ -124,10 +126,10 @@ def default_workers(config: ModelConfig, workers: int | None) -> int:
     return max(1, min(allowed_cpus(), WORKER_MEMORY_BYTES // per_worker))
 
 
-def effective_method(model: Model, method: str) -> str:
+def effective_method(conversion: Conversion, method: str) -> str:
     """`method`, or "passthrough" where the source's experts are INT4 already."""
-    first = next(iter(model.inventory.experts.values()))[0]
-    return "passthrough" if "weight_packed" in first.parts else method
+    first = next(iter(conversion.inventory.experts.values()))[0]
+    return "passthrough" if first.encoding == "int4" else method
 
 
 def check_disk(dst: Path, needed: int, *, delete_source: bool) -> None:
@@ -139,23 +141,23 @@ def check_disk(dst: Path, needed: int, *, delete_source: bool) -> None:
         raise PlanError(f"{dst}: {needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free", fix)
 
 
-def disk_peak(model: Model, dst: Path, finished: set[str], lag: int, *, delete_source: bool) -> int:
+def disk_peak(conversion: Conversion, dst: Path, finished: set[str], lag: int, *, delete_source: bool) -> int:
     """The most bytes that are taken on the destination's disk at any moment from now on.
 
     A source shard that is deleted on the way counts as gone only `lag` output shards later, since that
     many are open at once, and only if it lies on the destination's disk.
     """
-    todo = [shard for shard in model.shards if shard.file not in finished]
-    files = [model.files(shard) for shard in todo]
+    todo = [shard for shard in conversion.shards if shard.file not in finished]
+    files = [conversion.files(shard) for shard in todo]
     last_use = {file: position for position, needed in enumerate(files) for file in needed}
     taken = peak = _SMALL_FILES_BYTES
     fetched: set[str] = set()
     for position, shard in enumerate(todo):
         ahead = {file for needed in files[position : position + 2] for file in needed}
-        taken += shard.size + model.source.bytes_to_fetch(ahead - fetched)
+        taken += shard.size + conversion.source.bytes_to_fetch(ahead - fetched)
         fetched |= ahead
         peak = max(peak, taken)
         if delete_source:
             gone = [file for file, last in last_use.items() if last == position - lag]
-            taken -= sum(model.source.bytes_freed(file, dst) for file in gone)
+            taken -= sum(conversion.source.bytes_freed(file, dst) for file in gone)
     return peak

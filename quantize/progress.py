@@ -11,6 +11,8 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
+from moebox.quantize.text import format_bytes, format_seconds
+
 PLAIN_INTERVAL_S = 5.0
 
 
@@ -55,20 +57,6 @@ class ProgressReport:
 
 
 ProgressCallback = Callable[[ProgressReport], None]
-
-
-def format_bytes(nbytes: float) -> str:
-    """`26.42 GB`, `30.5 MB`, `12 kB`."""
-    if nbytes >= 1e9:
-        return f"{nbytes / 1e9:,.2f} GB"
-    return f"{nbytes / 1e6:.1f} MB" if nbytes >= 1e6 else f"{nbytes / 1e3:.0f} kB"
-
-
-def format_seconds(seconds: float) -> str:
-    """`0:07`, `12:30`, `3:05:00`."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 class Meter:

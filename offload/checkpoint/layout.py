@@ -16,26 +16,18 @@ import numpy as np
 import numpy.typing as npt
 
 from moebox import _kernels
-from moebox.config import GROUP_SIZE, ModelConfig, read_json
+from moebox.config import EXPERT_PROJECTIONS, GROUP_SIZE, ModelConfig, read_json
 from moebox.errors import CheckpointError
-
-ALIGNMENT = 4096
-"""Bytes: the data of a shard starts at a multiple of it."""
 
 MANIFEST_FILE = "moebox.json"
 MANIFEST_FORMAT = 2
 READABLE_FORMATS = (1, 2)
 """Format 1 had no checksums of experts."""
 
-EXPERT_TENSORS = (
-    "gate_proj.weight_packed",
-    "gate_proj.weight_scale",
-    "up_proj.weight_packed",
-    "up_proj.weight_scale",
-    "down_proj.weight_packed",
-    "down_proj.weight_scale",
-)
-EXPERT_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+EXPERT_PARTS = ("weight_packed", "weight_scale")
+"""What an INT4 matrix consists of: packed values int32 [out, in/8], then scales bf16 [out, in/32]."""
+EXPERT_TENSORS = tuple(f"{projection}.{part}" for projection in EXPERT_PROJECTIONS for part in EXPERT_PARTS)
+"""The six tensors of an expert in the order of its bytes: gate, up, down, each packed values then scales."""
 
 
 class ExpertLayout:
@@ -49,8 +41,7 @@ class ExpertLayout:
         self.shapes: list[tuple[int, int]] = []
         self.dtypes: list[str] = []
         self.sizes: list[int] = []
-        for name in EXPERT_PROJECTIONS:
-            rows, columns = config.expert_shapes()[name]
+        for rows, columns in config.expert_shapes().values():
             self.shapes += [(rows, columns // 8), (rows, columns // GROUP_SIZE)]
             self.dtypes += ["I32", "BF16"]
             self.sizes += [rows * columns // 2, rows * columns // GROUP_SIZE * 2]

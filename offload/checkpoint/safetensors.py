@@ -23,6 +23,7 @@ import torch
 
 from moebox.config import ModelConfig, load_config, read_json
 from moebox.errors import CheckpointError
+from moebox.units import ceil_div
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -42,6 +43,35 @@ TORCH_DTYPES = {
 }
 _HEADER_LIMIT_BYTES = 100_000_000
 _MAP_NORESERVE = 0x4000
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor that is to be written: its name, its safetensors dtype and its shape."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor's data."""
+        return math.prod(self.shape) * TORCH_DTYPES[self.dtype].itemsize
+
+
+def encode_header(tensors: Iterable[TensorSpec], alignment: int) -> bytes:
+    """The beginning of a shard whose data is `tensors` back to back: the length prefix and the JSON header.
+
+    Spaces fill the header up, so that the data starts at a multiple of `alignment` bytes.
+    """
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for tensor in tensors:
+        begin, end = end, end + tensor.nbytes
+        entries[tensor.name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [begin, end]}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text = text.ljust(ceil_div(8 + len(text), alignment) * alignment - 8)
+    return struct.pack("<Q", len(text)) + text
 
 
 @dataclass(frozen=True)

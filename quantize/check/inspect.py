@@ -9,13 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
-from moebox.config import ModelConfig, read_json
+from moebox.config import CONFIG_FILE, ModelConfig, read_json
 from moebox.errors import CheckpointError
 from moebox.offload.checkpoint.layout import (
-    ALIGNMENT,
     EXPERT_TENSORS,
     MANIFEST_FILE,
     ExpertExtent,
@@ -26,11 +24,15 @@ from moebox.offload.checkpoint.layout import (
 )
 from moebox.offload.checkpoint.safetensors import Checkpoint
 from moebox.quantize.check.verify import verify_shards
+from moebox.quantize.encodings import Encoding
 from moebox.quantize.output.journal import WORK_FOLDER, Journal
 from moebox.quantize.output.shards import plan_shards
 from moebox.quantize.output.small_files import bare_config, save_manifest
-from moebox.quantize.progress import ProgressCallback, format_bytes
-from moebox.quantize.source.formats import Encoding, check_source, take_inventory
+from moebox.quantize.progress import ProgressCallback
+from moebox.quantize.source.formats import check_source
+from moebox.quantize.source.inventory import take_inventory
+from moebox.quantize.text import format_bytes, print_rows
+from moebox.units import PAGE_BYTES
 
 WORST_EXPERTS = 10
 
@@ -165,7 +167,7 @@ def _report(
     errors = _expert_errors(manifest)
     contiguous, aligned = _placement(checkpoint) if encodings == {"int4"} else (0, 0)
     shards = (
-        None if manifest else plan_shards(bare_config(config, read_json(checkpoint.folder / "config.json")))
+        None if manifest else plan_shards(bare_config(config, read_json(checkpoint.folder / CONFIG_FILE)))
     )
     return InspectReport(
         folder=str(checkpoint.folder),
@@ -259,16 +261,13 @@ def _placement(checkpoint: Checkpoint) -> tuple[int, int]:
                 for info, offset in zip(infos, layout.offsets, strict=True)
             ):
                 contiguous += 1
-                aligned += start % ALIGNMENT == 0
+                aligned += start % PAGE_BYTES == 0
     return contiguous, aligned
 
 
 def render_inspect(report: InspectReport, console: Console) -> None:
     """Print `report` on `console`."""
-    table = Table.grid(padding=(0, 2))
-    for name, value in _summary(report):
-        table.add_row(f"[bold]{name}[/bold]", escape(value))
-    console.print(table)
+    print_rows(_summary(report), console)
     if report.method == "rtn":
         console.print(_layer_table(report))
         console.print(_worst_table(report))

@@ -9,15 +9,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from moebox.config import ModelConfig
+from moebox.config import CONFIG_FILE, ModelConfig
 from moebox.files import replace_file, writing
 from moebox.offload.checkpoint.layout import MANIFEST_FILE, ExpertExtent, Manifest
 from moebox.offload.checkpoint.safetensors import INDEX_FILE
-from moebox.quantize.int4 import INT4_QUANTIZATION
+from moebox.quantize.encodings import INT4_QUANTIZATION
 from moebox.quantize.output.shards import Shard
 from moebox.version import __version__
 
-CONFIG_FILE = "config.json"
 _ARCHITECTURES = ["DeepseekV3ForCausalLM"]
 _CARRIED = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "transformers_version")
 
@@ -55,7 +54,7 @@ def write_small_files(
 ) -> None:
     """Write config and index and copy `extra`; everything but the manifest."""
     _write_json(dst / CONFIG_FILE, output_config(raw))
-    weight_map = {tensor.name: shard.file for shard in shards for tensor in shard.tensors()}
+    weight_map = {tensor.name: shard.file for shard in shards for tensor in shard.tensors}
     total = sum(shard.data_bytes for shard in shards)
     _write_json(
         dst / INDEX_FILE,

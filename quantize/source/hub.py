@@ -39,7 +39,7 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # public, but
     http_stream_backoff,
 )
 
-from moebox.config import read_json
+from moebox.config import CONFIG_FILE, read_json
 from moebox.errors import CheckpointError
 from moebox.files import writing
 from moebox.offload.checkpoint.safetensors import (
@@ -129,7 +129,7 @@ class HubSource:
         with _hub_errors(repo):
             self._look_up(revision, facts)
             self._fetch_small_files()
-        self.config = read_json(folder / "config.json")
+        self.config = read_json(folder / CONFIG_FILE)
         indexed = (folder / INDEX_FILE).exists()
         files = sorted(set(read_index(folder).values())) if indexed else [SINGLE_FILE]
         self.facts: dict[str, FileFacts] = {}
@@ -148,7 +148,7 @@ class HubSource:
         self._jobs: dict[str, Future[None]] = {}
 
     def _look_up(self, revision: str | None, facts: dict[str, FileFacts] | None) -> None:
-        if facts is not None and revision is not None and (self.folder / "config.json").exists():
+        if facts is not None and revision is not None and (self.folder / CONFIG_FILE).exists():
             self.revision = revision
             self._listed = {file: (fact.size, fact.stamp) for file, fact in facts.items()}
             self._small = [
@@ -163,8 +163,8 @@ class HubSource:
             for item in siblings
         }
         self._small = [item.rfilename for item in siblings if _is_small(item.rfilename)]
-        if "config.json" not in self._small:
-            raise CheckpointError(f"{self.name}: has no config.json", "Give the id of a safetensors model.")
+        if CONFIG_FILE not in self._small:
+            raise CheckpointError(f"{self.name}: has no {CONFIG_FILE}", "Give the id of a safetensors model.")
 
     def _fetch_small_files(self) -> None:
         for name in self._small:
@@ -328,7 +328,7 @@ def _part_path(path: Path) -> Path:
 
 
 def _is_small(name: str) -> bool:
-    return name in ("config.json", INDEX_FILE) or ("/" not in name and is_copied(name))
+    return name in (CONFIG_FILE, INDEX_FILE) or ("/" not in name and is_copied(name))
 
 
 @contextmanager

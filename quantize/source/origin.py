@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from moebox.config import read_json
+from moebox.config import CONFIG_FILE, read_json
 from moebox.errors import CheckpointError, MoeboxError
 from moebox.files import existing_folder, replace_file, writing
 from moebox.offload.checkpoint.safetensors import (
@@ -186,7 +186,7 @@ class FolderSource:
         """
         self.folder = folder
         self.name = folder.resolve().name
-        self.config = read_json(folder / "config.json")
+        self.config = read_json(folder / CONFIG_FILE)
         self._store, self._keep_headers = store, keep_headers
         known = facts or {}
         self.headers: dict[str, dict[str, TensorInfo]] = {}

@@ -22,9 +22,12 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
+from moebox.config import CONFIG_FILE
 from moebox.errors import CheckpointError, PlanError
 from moebox.files import free_bytes
-from moebox.quantize.synth.shapes import ITEM_BYTES, Format, Shape, SynthTensor, synth_config, synth_tensors
+from moebox.offload.checkpoint.safetensors import INDEX_FILE, TORCH_DTYPES, encode_header
+from moebox.quantize.synth import Format, Shape
+from moebox.quantize.synth.shapes import SynthTensor, synth_config, synth_tensors
 
 Progress = Callable[[int, int], None]
 
@@ -32,6 +35,7 @@ SHARD_BYTES = 4 << 30
 POOL_BYTES = 128 << 20
 _CHUNK_BYTES = 16 << 20
 _WRITERS = 4
+_ALIGNMENT = 8
 
 
 @dataclass(frozen=True)
@@ -199,7 +203,7 @@ def _split(tensors: list[SynthTensor], shard_bytes: int) -> list[list[SynthTenso
         shards[-1].append(tensor)
         size += tensor.nbytes
     # Widest elements first, as the safetensors library writes them, keeps every tensor aligned.
-    return [sorted(shard, key=lambda tensor: -ITEM_BYTES[tensor.dtype]) for shard in shards]
+    return [sorted(shard, key=lambda tensor: -TORCH_DTYPES[tensor.dtype].itemsize) for shard in shards]
 
 
 def _name_shards(shards: list[list[SynthTensor]], format: Format) -> dict[str, list[SynthTensor]]:
@@ -229,7 +233,7 @@ def _write_shards(dst: Path, shards: dict[str, list[SynthTensor]], pools: _Pools
 
     def write(file: str) -> None:
         with (dst / file).open("xb", buffering=0) as shard:
-            _write_all(shard, memoryview(_header(shards[file])))
+            _write_all(shard, memoryview(encode_header(shards[file], _ALIGNMENT)))
             for tensor in shards[file]:
                 if stop.is_set():
                     return
@@ -254,24 +258,12 @@ def _write_all(file: BinaryIO, data: memoryview) -> None:
         data = data[file.write(data) :]
 
 
-def _header(tensors: list[SynthTensor]) -> bytes:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for tensor in tensors:
-        offsets = [offset, offset + tensor.nbytes]
-        header[tensor.name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": offsets}
-        offset += tensor.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text
-
-
 def _json_files(
     raw: dict[str, Any], shards: dict[str, list[SynthTensor]], total: int
 ) -> dict[str, dict[str, Any]]:
     weight_map = {tensor.name: file for file, shard in shards.items() for tensor in shard}
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    return {"model.safetensors.index.json": index, "config.json": raw}
+    return {INDEX_FILE: index, CONFIG_FILE: raw}
 
 
 def _check_destination(dst: Path, nbytes: int) -> None:

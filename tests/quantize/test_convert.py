@@ -11,14 +11,18 @@ import moebox
 from helpers.convert import SHARD_BYTES, contents, make_source, weights_map
 from moebox.config import load_config
 from moebox.errors import CheckpointError, ConfigError, PlanError
-from moebox.offload.checkpoint.layout import ALIGNMENT, EXPERT_TENSORS, ExpertLayout, load_manifest
+from moebox.offload.checkpoint.layout import EXPERT_TENSORS, ExpertLayout, load_manifest
 from moebox.offload.checkpoint.safetensors import Checkpoint
-from moebox.quantize.convert import plan, quantize
-from moebox.quantize.int4 import INT4_QUANTIZATION, dequantize
+from moebox.quantize.convert import quantize
+from moebox.quantize.dryrun import plan
+from moebox.quantize.encodings import INT4_QUANTIZATION
+from moebox.quantize.int4 import dequantize
 from moebox.quantize.output.shards import plan_shards
 from moebox.quantize.pipeline import PIECE_BYTES
-from moebox.quantize.source.formats import read_backbone, take_inventory
+from moebox.quantize.source.formats import read_backbone
+from moebox.quantize.source.inventory import take_inventory
 from moebox.quantize.synth.shapes import synth_config
+from moebox.units import PAGE_BYTES
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +75,7 @@ def test_experts_are_contiguous_and_where_the_manifest_says(converted):
         for file in manifest.shards
     }
     assert len(starts) > 4
-    assert all(start % ALIGNMENT == 0 for start in starts.values())
+    assert all(start % PAGE_BYTES == 0 for start in starts.values())
 
 
 def test_k2_shards_hold_a_few_gigabytes_and_page_aligned_experts():
@@ -82,7 +86,7 @@ def test_k2_shards_hold_a_few_gigabytes_and_page_aligned_experts():
     assert config.expert_bytes == 24_772_608
     assert all(shard.data_bytes < 4_000_000_000 for shard in shards)
     assert sum(len(shard.experts) for shard in shards) == 60 * 384
-    assert {shard.expert_offset(7) % ALIGNMENT for shard in shards if shard.experts} == {0}
+    assert {shard.expert_offset(7) % PAGE_BYTES for shard in shards if shard.experts} == {0}
     assert sum(shard.size for shard in shards) == pytest.approx(594e9, rel=0.01)
 
 

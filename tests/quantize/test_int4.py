@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from helpers.int4 import expand_blocks, fp8_blocks, group_errors, least_errors, random_weights
 from moebox import _kernels
+from moebox.quantize.encodings import INT4_QUANTIZATION
 from moebox.quantize.int4 import (
-    INT4_QUANTIZATION,
     NonFiniteError,
     QuantError,
     check_finite,

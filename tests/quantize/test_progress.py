@@ -6,7 +6,8 @@ from rich.console import Console
 
 from helpers.convert import SHARD_BYTES, make_source
 from moebox.quantize.convert import quantize
-from moebox.quantize.progress import ProgressDisplay, ProgressReport, format_seconds
+from moebox.quantize.progress import ProgressDisplay, ProgressReport
+from moebox.quantize.text import format_seconds
 
 
 def report(done: int, elapsed_s: float, shard: int = 1) -> ProgressReport:

@@ -12,16 +12,16 @@ from helpers.int4 import expand_blocks, rewrite
 from moebox.config import parse_config
 from moebox.errors import CheckpointError
 from moebox.offload.checkpoint.safetensors import Checkpoint
-from moebox.quantize.int4 import INT4_QUANTIZATION, QuantError, dequantize, quantize_int4
+from moebox.quantize.encodings import FP8_QUANTIZATION, INT4_QUANTIZATION
+from moebox.quantize.int4 import QuantError, dequantize, quantize_int4
 from moebox.quantize.source.formats import (
     check_quantization,
     check_source,
-    classify,
     read_backbone,
     read_expert,
-    take_inventory,
 )
-from moebox.quantize.synth.shapes import FP8_QUANTIZATION, synth_config, synth_tensors
+from moebox.quantize.source.inventory import classify, take_inventory
+from moebox.quantize.synth.shapes import synth_config, synth_tensors
 from moebox.quantize.synth.write import synth
 
 CONFIG = parse_config(synth_config("tiny"))

@@ -8,7 +8,8 @@ import pytest
 from helpers.convert import SHARD_BYTES, Hub, contents, kill_when, make_source, start
 from moebox.errors import CheckpointError
 from moebox.offload.checkpoint.layout import load_manifest
-from moebox.quantize.convert import plan, quantize
+from moebox.quantize.convert import quantize
+from moebox.quantize.dryrun import plan
 from moebox.quantize.source.hub import parse_hub_id
 
 REPO = "org/tiny"

@@ -13,7 +13,8 @@ from moebox.config import load_config, parse_config
 from moebox.errors import CheckpointError, ConfigError, PlanError
 from moebox.offload.checkpoint.safetensors import Checkpoint
 from moebox.quantize.int4 import dequantize, to_bfloat16
-from moebox.quantize.source.formats import check_quantization, check_source, take_inventory
+from moebox.quantize.source.formats import check_quantization, check_source
+from moebox.quantize.source.inventory import take_inventory
 from moebox.quantize.synth import write as synth_module
 from moebox.quantize.synth.shapes import synth_config, synth_tensors
 from moebox.quantize.synth.write import synth
