@@ -1,9 +1,9 @@
 """A checkpoint of the Kimi K2 family -> the same model with INT4 experts: `moebox.quantize(src, dst)`.
 
-`moebox.quantize` has to be two things: this package, whose modules are imported as `moebox.quantize.convert` and
-so on, and the function of the Python interface. An import of any of these modules binds the name
-`moebox.quantize` to the package. So the package itself is made callable: its class becomes a subclass of
-`ModuleType` whose `__call__` is `moebox.quantize.convert.quantize`.
+The name `moebox.quantize` has two meanings: it is this package, which holds `moebox.quantize.convert` and
+other modules, and it is the function of the Python interface. An import of any of these modules binds the
+name to the package. So the package itself is made callable: its class becomes a subclass of `ModuleType`,
+and a call of the package calls `moebox.quantize.convert.quantize`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 class _CallablePackage(ModuleType):
     def __call__(self, src: Any, dst: Any, **options: Any) -> QuantizeResult:
-        """Convert `src` into the folder `dst`: `moebox.quantize.convert.quantize`, which lists the options."""
+        """Convert `src` into the folder `dst`; `moebox.quantize.convert.quantize` lists the options."""
         from moebox.quantize.convert import quantize
 
         return quantize(src, dst, **options)

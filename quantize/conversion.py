@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from moebox.config import ModelConfig
 from moebox.offload.checkpoint.safetensors import TensorInfo
 from moebox.quantize.output.shards import Shard
+from moebox.quantize.source.base import Source
 from moebox.quantize.source.inventory import Inventory, SourceTensor
-from moebox.quantize.source.origin import Source
 
 Infos = Mapping[str, TensorInfo]
 

@@ -1,4 +1,4 @@
-"""What happens before the first byte: look at destination and source, check, plan, count disk space."""
+"""Everything that precedes the first output byte: check source and destination, lay out, count disk space."""
 
 from __future__ import annotations
 
@@ -14,14 +14,18 @@ from moebox.quantize.conversion import Conversion
 from moebox.quantize.output.journal import WORK_FOLDER
 from moebox.quantize.output.shards import plan_shards
 from moebox.quantize.output.small_files import bare_config
+from moebox.quantize.source.base import HEADER_FOLDER, FileFacts, HeaderStore, Source
+from moebox.quantize.source.folder import FolderSource
 from moebox.quantize.source.formats import check_quantization, check_source
 from moebox.quantize.source.hub import SOURCE_FOLDER, HubSource, parse_hub_id
 from moebox.quantize.source.inventory import classify, take_inventory
-from moebox.quantize.source.origin import HEADER_FOLDER, FileFacts, FolderSource, HeaderStore, Source
 
 WORKER_MEMORY_BYTES = 1_200_000_000
-"""What all workers together may hold in INT4 matrices and converted pieces."""
+"""Memory that all workers together may use for INT4 matrices and converted pieces."""
+_PIECES_BYTES = 64 << 20
+"""Of a worker, beside its expert's INT4 matrices: the piece of a backbone tensor that it converts."""
 _SMALL_FILES_BYTES = 64 << 20
+"""Disk space for config, tokenizer, manifest and the like, generously."""
 
 
 def destination_state(dst: Path) -> str:
@@ -47,11 +51,16 @@ def destination_state(dst: Path) -> str:
 
 
 def open_source(src: Path | str, work: Path, header: dict[str, Any] | None, *, keep_headers: bool) -> Source:
-    """The source behind `src`, as far as an earlier run's journal `header` knows it.
+    """Open the source that `src` names.
 
     Args:
+        src: a checkpoint folder, or a hub id.
         work: `DST/.moebox`; the hub's files go to `DST/source`.
-        keep_headers: the source's shards may vanish before the output is complete.
+        header: the first line of an earlier run's journal, which says how that run found the shards.
+        keep_headers: keep copies of headers, because the source's shards may vanish before the end.
+
+    Raises:
+        CheckpointError: there is no such folder or model, or it is damaged.
     """
     facts = revision = None
     if header is not None:
@@ -73,7 +82,8 @@ def plan_conversion(source: Source, shard_bytes: int) -> Conversion:
     """Check config, index and headers of `source`, and lay the output out.
 
     Raises:
-        ConfigError, CheckpointError: with file and tensor.
+        ConfigError: `config.json` is of another family or contradicts itself.
+        CheckpointError: a tensor is missing, unknown, or of a wrong shape or type; the message names it.
     """
     where = f"{source.name}: {CONFIG_FILE}"
     config = parse_config(source.config, where)
@@ -110,19 +120,19 @@ def _refuse_unindexed(source: Source, config: ModelConfig) -> None:
 
 
 def left_out(conversion: Conversion) -> list[str]:
-    """What the output lacks, as `pattern (count)`."""
+    """What of the source the output lacks, as `pattern (number of tensors)`."""
     patterns = [f"{name} ({count})" for name, count in sorted(conversion.inventory.left_out.items())]
     remote_code = [f"{CONFIG_FILE}: auto_map (remote code)"] if "auto_map" in conversion.source.config else []
     return patterns + remote_code
 
 
 def default_workers(config: ModelConfig, workers: int | None) -> int:
-    """Threads to use: what was asked for, or one per core within the memory that workers share."""
+    """Threads to use: `workers`, or by default one per core, fewer where `WORKER_MEMORY_BYTES` demands."""
     if workers is not None:
         if workers < 1:
             raise PlanError(f"workers = {workers}, must be at least 1")
         return workers
-    per_worker = config.expert_bytes + (64 << 20)
+    per_worker = config.expert_bytes + _PIECES_BYTES
     return max(1, min(allowed_cpus(), WORKER_MEMORY_BYTES // per_worker))
 
 
@@ -142,10 +152,11 @@ def check_disk(dst: Path, needed: int, *, delete_source: bool) -> None:
 
 
 def disk_peak(conversion: Conversion, dst: Path, finished: set[str], lag: int, *, delete_source: bool) -> int:
-    """The most bytes that are taken on the destination's disk at any moment from now on.
+    """The most bytes that the rest of the conversion takes on the destination's disk at any moment.
 
-    A source shard that is deleted on the way counts as gone only `lag` output shards later, since that
-    many are open at once, and only if it lies on the destination's disk.
+    Counted are the output shards and the source shards to fetch, of which the next output shard's are
+    fetched ahead. With `delete_source`, a source shard on that disk counts until `lag` output shards after
+    the last one that needs it, because so many output shards are open at once.
     """
     todo = [shard for shard in conversion.shards if shard.file not in finished]
     files = [conversion.files(shard) for shard in todo]

@@ -9,8 +9,9 @@ from moebox.errors import CheckpointError
 from moebox.offload.checkpoint.layout import Manifest
 from moebox.quantize.conversion import Conversion
 from moebox.quantize.output.small_files import digest
+from moebox.quantize.source.base import Source
+from moebox.quantize.source.folder import sample_sha256
 from moebox.quantize.source.hub import parse_hub_id
-from moebox.quantize.source.origin import Source, sample_sha256
 from moebox.version import __version__
 
 

@@ -112,8 +112,8 @@ def _shape_subject(shape: Shape, context: int | None) -> Subject:
 
 def _hub_subject(name: str) -> Subject:
     """A model on the hub: small files and headers come to a temporary folder, no weights."""
+    from moebox.quantize.source.base import HeaderStore
     from moebox.quantize.source.hub import HubSource, parse_hub_id
-    from moebox.quantize.source.origin import HeaderStore
 
     parsed = parse_hub_id(name)
     if parsed is None:

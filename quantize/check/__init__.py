@@ -1,1 +1,1 @@
-"""Looking at checkpoints: what a folder holds (`inspect`), and whether its bytes are what was written (`verify`)."""
+"""Looking at checkpoints: what a folder holds (`inspect`), whether its bytes are unchanged (`verify`)."""

@@ -1,9 +1,9 @@
 """What makes `quantize` resumable: a lock on the destination and a journal of finished shards.
 
-Both live in `DST/.moebox/` until the output is complete. The journal is one JSON object per line. The
-first line says what is being made (source, method, plan); each further line is one finished shard,
-appended and synced only after the shard itself was synced and renamed. So whatever the journal names
-is whole, and everything else may be thrown away.
+Both are in `DST/.moebox/` until the output is complete. The journal has one JSON object a line. The first
+line says what is being made (source, method, size of shards); each further line is one finished shard. It is
+appended and synced after the shard itself was synced and renamed. So every shard that the journal names is
+whole, and everything else may be deleted.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class Journal:
         self._good_bytes = 0
 
     def load(self) -> None:
-        """Read what is there. A torn last line, from a kill or a power cut while appending, is ignored.
+        """Read the journal, if there is one; a last line that a kill or a power cut has torn is ignored.
 
         Raises:
             CheckpointError: a line before the last one is damaged.
@@ -108,14 +108,14 @@ class Journal:
                 self.shards[entry["shard"]] = entry
 
     def start(self, header: dict[str, Any]) -> None:
-        """Begin an empty journal with `header`."""
+        """Begin a new journal with the line `header`."""
         self.shards, self._good_bytes = {}, 0
         self._append(header)
         self.header = header
         sync_folder(self.path.parent)
 
     def add_shard(self, entry: dict[str, Any]) -> None:
-        """Record a shard that is safely on disk; `entry["shard"]` is its file name."""
+        """Append a shard that is synced and has its final name; `entry["shard"]` is that name."""
         self._append(entry)
         self.shards[entry["shard"]] = entry
 

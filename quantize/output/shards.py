@@ -1,9 +1,10 @@
-"""Which tensor stands where in the output: decided from the config alone, before the first byte.
+"""Where each tensor stands in the output, which follows from the config alone.
 
-Nothing here depends on the source's format, on the number of workers or on earlier runs, so neither do
-the output's bytes. Blocks (embedding, each layer, head) are packed into shards in the order in which
-sources store them; a layer larger than a shard is cut into equal runs of experts, its backbone last.
-Within a shard: experts, then `weight_shape`, then F32, then BF16 tensors, so that all stay aligned.
+Neither the source's encoding nor the number of workers nor earlier runs change the layout, and so they do
+not change the output's bytes. Shards are filled with blocks in the order of the model: the embedding, each
+layer, the head. A layer that is larger than a shard is cut into equal runs of experts; its backbone goes
+with the last one. Within a shard the order is experts, `weight_shape`, F32, BF16, so that every tensor is
+aligned to its elements.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from moebox.quantize.encodings import BIAS_SUFFIX
 from moebox.units import PAGE_BYTES
 
 SHARD_BYTES = 4_000_000_000
-"""Default limit of a shard's data; one tensor or one expert may still be larger."""
+"""Default limit of a shard's data."""
 
 
 @dataclass(frozen=True)
@@ -102,10 +103,10 @@ class _Block:
 
 
 def plan_shards(config: ModelConfig, shard_bytes: int = SHARD_BYTES) -> list[Shard]:
-    """The output's shards. `config` is the output's: without the `language_model.` prefix.
+    """The output's shards.
 
     Args:
-        config: the model, `prefix` empty.
+        config: the output's model: `prefix` is empty.
         shard_bytes: limit of a shard's data; a single expert or backbone block may exceed it.
     """
     groups: list[list[_Block]] = []

@@ -52,7 +52,7 @@ from moebox.offload.checkpoint.safetensors import (
     release_mappings,
 )
 from moebox.quantize.progress import Meter
-from moebox.quantize.source.origin import FileFacts, HeaderStore, InterruptedFetchError, is_copied
+from moebox.quantize.source.base import FileFacts, HeaderStore, InterruptedFetchError, is_copied
 
 SOURCE_FOLDER = "source"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
