@@ -52,7 +52,7 @@ log = logging.getLogger("moebox")
 
 @dataclass(frozen=True)
 class QuantizeResult:
-    """What `quantize` did; bytes and seconds are those of this run, `output_bytes` of all shards."""
+    """What `quantize` did. Bytes and seconds count this run only; `output_bytes` counts all shards."""
 
     folder: Path
     method: str
@@ -70,7 +70,7 @@ class QuantizeResult:
         return asdict(self) | {"folder": str(self.folder), "left_out": list(self.left_out)}
 
     def render(self) -> str:
-        """For people: what was made, what it cost, what it lacks."""
+        """As text: what was made, how long it took, the error, and what is left out."""
         lines = [f"{self.folder}: {format_bytes(self.output_bytes)}, shards: {self.shards}"]
         if self.shards_resumed:
             lines[0] += f" ({self.shards_resumed} from an earlier run)"
@@ -103,20 +103,20 @@ def quantize(
 
     Args:
         src: a checkpoint folder (FP8 128x128, BF16, F16, F32 or INT4 group 32), or a hub id
-            (`organisation/model[@revision]`, with or without `hf://`), fetched shard by shard.
+            (`organisation/model[@revision]`, with or without `hf://`), which is fetched shard by shard.
         dst: a folder that does not exist, is empty, or holds an unfinished run of the same conversion.
-        method: "rtn": scales by least squared error, no calibration. INT4 experts pass through as they are.
-        workers: threads; default one per core this process may use, fewer where memory demands.
-        resume: False throws away what an earlier run left in `dst`.
-        delete_source: delete each source shard once all output that needs it is safely on disk; a hub
-            model then never needs room for both copies.
-        progress: called with a `ProgressReport` a few times a second, from any thread.
+        method: "rtn": scales by least squared error, no calibration. INT4 experts are copied bit for bit.
+        workers: threads; by default one per core that this process may use, fewer where memory demands.
+        resume: False deletes what an earlier run left in `dst`. delete_source: delete each source shard as
+        soon as all output that needs it is synced; a hub model then
+            never takes disk space for both copies.
+        progress: called with a `ProgressReport` up to ten times a second, from any thread.
         shard_bytes: limit of an output shard's data.
 
     Raises:
         CheckpointError: the source is damaged or incomplete, or `dst` holds something else.
         ConfigError: `config.json` is of another family or contradicts itself.
-        PlanError: the disk has not enough room.
+        PlanError: the disk has not enough free space.
         BusyError: another process is writing `dst`.
     """
     dst = Path(dst)
@@ -314,7 +314,7 @@ class _Run:
 
 @contextmanager
 def _terminable() -> Iterator[None]:
-    """Let SIGTERM end the run as Ctrl-C does, unless the program has a handler of its own."""
+    """Let SIGTERM end the run as Ctrl-C does, with cleaning up, unless the program has its own handler."""
     in_main = threading.current_thread() is threading.main_thread()
     if not in_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         yield

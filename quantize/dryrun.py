@@ -1,4 +1,4 @@
-"""`moebox quantize --dry-run`: sizes, time and room, before anything is written."""
+"""`moebox quantize --dry-run`: sizes, time and disk space of a conversion, of which nothing is written."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class PlanReport:
     shards: int
     shards_finished: int
     kept_bf16: dict[str, int]
-    """Part of the backbone -> its bytes in the output; all bf16, the routers' correction biases F32."""
+    """Part of the backbone -> its bytes in the output: bf16, but F32 for the routers' correction biases."""
     left_out: list[str]
     needed_bytes: int
     free_bytes: int
@@ -68,7 +68,7 @@ class PlanReport:
 
     @property
     def fits(self) -> bool:
-        """Whether the destination has room."""
+        """Whether the destination's disk has enough free space."""
         return self.needed_bytes <= self.free_bytes
 
     def to_dict(self) -> dict[str, Any]:
@@ -85,13 +85,13 @@ def plan(
     delete_source: bool = False,
     shard_bytes: int = SHARD_BYTES,
 ) -> PlanReport:
-    """Check `src` and foretell `quantize(src, dst, ...)`; writes nothing to either.
+    """Check `src` and say what `quantize(src, dst, ...)` would do; nothing is written to either.
 
-    Reads all headers, up to 256 MB of the source to time its disk, and one expert to time the kernel. Of
-    a hub id only headers and small files are fetched, into a temporary folder; its network is not timed.
+    All headers are read, up to 256 MB of the source to time its disk, and one expert to time the kernel. Of
+    a hub model only headers and small files are fetched, into a temporary folder; the network is not timed.
 
     Raises:
-        CheckpointError, ConfigError: as `quantize`.
+        CheckpointError, ConfigError: as `quantize`; also where `dst` is complete.
     """
     dst = Path(dst)
     state, journal = destination_state(dst), Journal(dst)
@@ -171,9 +171,12 @@ def _kept(shards: Sequence[Shard]) -> dict[str, int]:
 def estimate(
     *, read_bytes: int, expert_bytes: int, output_bytes: int, workers: int, speeds: Speeds
 ) -> tuple[float, list[str]]:
-    """Seconds for a conversion, and how they come about: the slower of disk and processor.
+    """Seconds of a conversion, and their arithmetic as text: the larger of
 
-    The destination is taken to write as fast as the source reads, on the same disk.
+        processor: (expert_bytes / kernel_gbps + output_bytes / sha256_gbps) / workers
+        disk:      (read_bytes + output_bytes) / read_gbps
+
+    The estimate assumes that source and destination share a disk, which writes as fast as it reads.
     """
     cpu_s = (expert_bytes / speeds.kernel_gbps + output_bytes / speeds.sha256_gbps) / workers / GIGA
     lines = [

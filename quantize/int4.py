@@ -28,7 +28,7 @@ _DTYPE_NAMES = {
 
 @dataclass(frozen=True)
 class QuantError:
-    """How far quantized weights are from their source: sums over all weights, and the largest |error|."""
+    """Error of quantized weights: sums over all weights, and the largest absolute error of one."""
 
     sum_sq_error: float
     sum_sq: float
@@ -57,7 +57,7 @@ class Int4Matrix:
 
 
 class NonFiniteError(CheckpointError):
-    """A weight or scale is NaN, Inf or too large for any trained weight; says where."""
+    """A weight or scale is NaN, Inf or too large for a trained weight; the message says at which position."""
 
 
 def quantize_int4(
@@ -76,7 +76,7 @@ def quantize_int4(
     Args:
         weight: [out, in], float8_e4m3fn, bfloat16, float16 or float32, `in` a multiple of 32.
         scale_inv: float32 [ceil(out/128), ceil(in/128)], factors of a float8 weight; else None.
-        threads: that share the rows.
+        threads: how many share the rows.
         isa: a path of `moebox.kernels.cpu.isa_paths()`; the best one by default.
 
     Raises:
@@ -109,7 +109,7 @@ def to_bfloat16(
     threads: int = 1,
     isa: str | None = None,
 ) -> torch.Tensor:
-    """A tensor as bfloat16, rounded to nearest even; one that is bfloat16 already is returned as it is.
+    """A tensor as bfloat16, rounded to nearest even; a bfloat16 tensor is returned itself, once checked.
 
     Args:
         weight: [in] or [out, in], float8_e4m3fn, bfloat16, float16 or float32.
@@ -165,7 +165,7 @@ def _non_finite(
 
 
 def check_finite(tensor: torch.Tensor) -> None:
-    """Raise `NonFiniteError` with the position of the first NaN or Inf of `tensor`, if it has one."""
+    """Raise `NonFiniteError` for the first NaN or Inf of `tensor`, if it has one."""
     bad = ~torch.isfinite(tensor)
     if bool(bad.any()):
         position = bad.nonzero()[0].tolist()

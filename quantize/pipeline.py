@@ -1,8 +1,8 @@
 """From source tensors to finished shards: a pool of threads, two or more shards open at a time.
 
-The kernels release the GIL, so threads are enough. A thread holds one expert's INT4 matrices or one piece
-of a backbone tensor (memory stays flat whatever the model's size); source bytes are only ever mapped,
-read ahead of use and given back after it.
+The kernels release the GIL, so threads suffice. A thread holds one expert's INT4 matrices or one piece of a
+backbone tensor, so that memory does not grow with the model. Source bytes are mapped, read ahead, and
+dropped from memory after their use.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ PIECE_BYTES = 32 << 20
 """Source bytes of a backbone tensor that one thread converts at a time."""
 
 HINTED_BYTES = 64 << 10
-"""Smaller tensors are not read ahead or given back: the calls would cost more than they save."""
+"""Smaller tensors are neither read ahead nor dropped: the calls would cost more than they save."""
 
 
 @dataclass(frozen=True)
 class _Written:
-    """What an expert's quantization cost, and the checksum of its bytes."""
+    """The quantization error of a written expert, and the checksum of its bytes."""
 
     error: QuantError
     xxh3: str
@@ -49,7 +49,10 @@ class _Written:
 
 @dataclass
 class _Task:
-    """A piece of work for one thread: `run` tells of an expert, None for other tensors."""
+    """Work for one thread: `run` reads `parts` and writes an expert or a piece of a backbone tensor.
+
+    It returns None for the latter.
+    """
 
     run: Callable[[], _Written | None]
     parts: list[TensorInfo]
@@ -67,7 +70,7 @@ class _OpenShard:
 
 
 def open_shards(workers: int) -> int:
-    """Output shards that are worked on at once: one is hashed and synced while others are filled."""
+    """Output shards that are open at once: one is hashed and synced while others are filled."""
     return 2 + workers // 8
 
 
@@ -77,9 +80,9 @@ class Pipeline:
     Args:
         conversion: what to convert.
         dst: output folder.
-        journal: started; gets a line per finished shard.
+        journal: started; gets a line for each finished shard.
         workers: threads.
-        meter: is told of every source byte done.
+        meter: counts the source bytes that are done.
         delete_source: delete a source shard once every shard that needs it is in the journal.
     """
 
@@ -109,7 +112,7 @@ class Pipeline:
         self._open: deque[_OpenShard] = deque()
 
     def run(self) -> None:
-        """Convert until nothing is left; on an error or interrupt, stop and drop what is partial."""
+        """Convert all that is left; on an error or interrupt, stop and delete the partial shards."""
         try:
             self._discard_unneeded()
             for position, shard in enumerate(self._todo):
@@ -130,7 +133,7 @@ class Pipeline:
     def _begin(self, shard: Shard) -> None:
         try:
             writer = ShardWriter(self._dst, shard)
-        except PlanError:  # the disk is full, but shards that have their room can still be finished
+        except PlanError:  # the disk is full, but open shards have their space and can be finished
             self._finish_all()
             raise
         job = _OpenShard(shard, writer, [])
@@ -188,7 +191,7 @@ class Pipeline:
             try:
                 tensor = read_backbone(*piece)
             except CheckpointError:
-                read_backbone(whole, self._conversion.infos)  # names the position within the whole tensor
+                read_backbone(whole, self._conversion.infos)  # names the position in the whole tensor
                 raise
             writer.write(offset, [_view(tensor)])
 
@@ -248,7 +251,7 @@ def _weight_shapes(shard: Shard) -> bytes:
 def cut_rows(source: SourceTensor, infos: Infos) -> Iterator[tuple[SourceTensor, dict[str, TensorInfo]]]:
     """Cut a backbone matrix into runs of rows of at most `PIECE_BYTES`, whole FP8 blocks each.
 
-    Vectors and INT4 matrices come as one piece. Yields the piece and where its parts lie.
+    Vectors and INT4 matrices are one piece. Yields each piece, and where its parts lie by their names.
     """
     weight = infos[source.parts["weight"]] if "weight" in source.parts else None
     if weight is None or len(source.shape) != 2 or weight.nbytes <= PIECE_BYTES:

@@ -1,6 +1,6 @@
 """Source tensors of every encoding: check their headers, then read their data.
 
-Every tensor has its own encoding, which follows from the parts that it has; one checkpoint may mix them.
+A tensor's encoding follows from its parts (`SourceTensor.encoding`); one checkpoint may mix encodings.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from moebox.quantize.source.inventory import READABLE, SourceTensor
 
 
 def check_quantization(raw: Mapping[str, Any], source: str = CONFIG_FILE) -> None:
-    """Refuse a `config.json` object whose `quantization_config` moebox cannot read; absent is fine.
+    """Refuse a `config.json` object whose `quantization_config`, if it has one, moebox cannot read.
 
     Raises:
         CheckpointError: it names another method, block, group or bit width.
@@ -78,14 +78,14 @@ def _expect(
 
 
 def check_source(source: SourceTensor, infos: Mapping[str, TensorInfo]) -> Encoding:
-    """Check dtypes and shapes of a source tensor's parts against the config, from headers alone.
+    """Check dtypes and shapes of a source tensor's parts, by their headers, and return its encoding.
 
     Args:
         source: from `take_inventory`.
-        infos: source tensor name -> where it lies, with at least the parts of `source`.
+        infos: source tensor name -> where it lies, for the parts of `source` at least.
 
     Raises:
-        CheckpointError: a part is missing, or has a shape or dtype that does not fit; it is named.
+        CheckpointError: a part is missing, or its shape or dtype does not fit; the message names it.
     """
     if source.encoding == "int4":
         _check_int4(source, infos)
@@ -160,12 +160,12 @@ def _check_shape(info: TensorInfo, expected: tuple[int, ...]) -> None:
 def read_expert(
     sources: Sequence[SourceTensor], infos: Mapping[str, TensorInfo], *, threads: int = 1
 ) -> list[Int4Matrix]:
-    """The INT4 matrices of one expert: quantized, or passed through bit for bit if the source is INT4.
+    """The INT4 matrices of one expert: quantized, or the source's own where it is INT4 already.
 
     Args:
         sources: gate, up and down of an expert, from `Inventory.experts`.
         infos: source tensor name -> where it lies.
-        threads: that quantize one matrix at a time; the result does not depend on it.
+        threads: how many quantize each matrix; the result does not depend on it.
 
     Raises:
         CheckpointError: as `check_source`, or a weight or scale is NaN or Inf (file, tensor, position).
@@ -215,8 +215,8 @@ def _open_int4(source: SourceTensor, infos: Mapping[str, TensorInfo]) -> Int4Mat
 def read_backbone(source: SourceTensor, infos: Mapping[str, TensorInfo], *, threads: int = 1) -> torch.Tensor:
     """A tensor outside the routed experts, as the output stores it.
 
-    Everything becomes bf16, rounded to nearest even (a router that the source keeps in F32 too), except
-    `e_score_correction_bias`, which stays F32. Tensors that need no conversion are views of the file.
+    Tensors become bf16, rounded to nearest even, routers in F32 included; `e_score_correction_bias` becomes
+    F32. A tensor that has that type already is a view of the file.
 
     Raises:
         CheckpointError: as `check_source`, or a value or scale is NaN or Inf (file, tensor, position).

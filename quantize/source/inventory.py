@@ -47,7 +47,7 @@ class TensorRole(NamedTuple):
 
 
 def classify(name: str, config: ModelConfig) -> TensorRole:
-    """Say what tensor `name` of a checkpoint with `config` is for.
+    """What the tensor `name` of a checkpoint with `config` is for.
 
     Raises:
         CheckpointError: the family has no such tensor, or it belongs to an encoding moebox does not read.
@@ -108,7 +108,7 @@ def _unknown(name: str) -> CheckpointError:
 
 @dataclass(frozen=True)
 class SourceTensor:
-    """One tensor of the output and the source tensors that it is made from.
+    """The source tensors that one matrix or vector of the output is made from.
 
     `parts` maps a name of `encodings.PARTS` to the source's full tensor name; `shape` is what the config
     implies.
@@ -140,11 +140,11 @@ class Inventory:
 
 
 def take_inventory(names: Iterable[str], config: ModelConfig) -> Inventory:
-    """Sort every tensor name of a checkpoint; no data is needed.
+    """Sort all tensor names of a checkpoint by use.
 
     Raises:
         CheckpointError: a tensor is unknown, missing or of an encoding that moebox does not read, or the
-            checkpoint has one layer more than its config says.
+            checkpoint has one decoder layer more than its config says.
     """
     parts: dict[str, dict[str, str]] = {}
     left_out: Counter[str] = Counter()

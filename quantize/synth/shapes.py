@@ -1,4 +1,4 @@
-"""What a synthetic checkpoint holds: its `config.json` and its tensors, by shape and format."""
+"""`config.json` and the tensors of a synthetic checkpoint, by shape and format."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ KIMI_K2_CONFIG: dict[str, Any] = {
     "vocab_size": 163840,
 }
 
-# Widths that leave partial 128 x 128 blocks on both axes, which the true shape has in one tensor only.
+# These widths leave partial 128 x 128 blocks on both axes; in the true shape only one tensor has any.
 TINY_CONFIG: dict[str, Any] = KIMI_K2_CONFIG | {
     "bos_token_id": 500,
     "eos_token_id": 501,
@@ -169,7 +169,7 @@ def synth_tensors(raw: dict[str, Any], format: Format) -> list[SynthTensor]:
 
 
 def _next_token_layer(config: ModelConfig, layer: int, format: Format) -> list[SynthTensor]:
-    """A multi-token-prediction layer as DeepSeek-V3 has it behind the last one."""
+    """The tensors of a next-token prediction layer, which DeepSeek-V3 has after its last decoder layer."""
     stem, like = config.layer_name(layer), config.layer_name(config.num_hidden_layers - 1)
     hidden, vocab = config.hidden_size, config.vocab_size
     shapes: dict[str, tuple[int, ...]] = {
@@ -210,7 +210,7 @@ def _backbone(name: str, shape: tuple[int, ...], format: Format) -> list[SynthTe
 
 
 def _std(fan_in: int) -> float:
-    """1/sqrt(fan_in) rounded to a power of two, so that few pools serve all widths."""
+    """1/sqrt(fan_in), rounded to a power of two so that all widths share a few pools."""
     return float(2.0 ** round(-log2(fan_in) / 2))
 
 

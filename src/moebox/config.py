@@ -1,8 +1,9 @@
 """`config.json` of the Kimi K2 family -> one frozen dataclass, and the tensors that it implies.
 
-Shapes in this package: T tokens, H hidden_size, I moe_intermediate_size, E n_routed_experts,
-A num_attention_heads. Every number is read from the file: members of the family differ in
-`beta_fast`, `factor`, `rms_norm_eps` and `eos_token_id`, and a wrong value does not crash.
+Shapes in this package: T tokens, H hidden_size, I moe_intermediate_size, E n_routed_experts, A
+num_attention_heads. Every number is read from the file, none is assumed: members of the family differ in
+`beta_fast`, `factor`, `rms_norm_eps` and `eos_token_id`, and a wrong value would give wrong text, not an
+error.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ class ModelConfig:
     yarn: YarnConfig | None = None
     eos_token_ids: tuple[int, ...] = ()
     prefix: str = ""
-    """What precedes `model.` and `lm_head.` in tensor names: `language_model.` in K2.5 files."""
+    """The beginning of tensor names, before `model.` and `lm_head.`: `language_model.` in K2.5 files."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -105,7 +106,7 @@ class ModelConfig:
 
     @property
     def qk_head_dim(self) -> int:
-        """Width of a query or key head: the part without and the part with rotary position."""
+        """Width of a query or key head: the part without rotary position and the part with it."""
         return self.qk_nope_head_dim + self.qk_rope_head_dim
 
     @property
