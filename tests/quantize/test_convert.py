@@ -1,4 +1,4 @@
-"""The conversion itself: layout, config, manifest, and that nothing but the source decides the bytes."""
+"""The conversion: layout, config, manifest; the output's bytes depend on the source alone."""
 
 import json
 
@@ -121,7 +121,7 @@ def test_recorded_errors_are_those_of_the_stored_weights(fp8, converted):
 
 
 @pytest.mark.parametrize("workers", [1, 5])
-def test_bytes_do_not_depend_on_workers_or_place(fp8, converted, tmp_path, workers):
+def test_bytes_do_not_depend_on_workers_or_folder(fp8, converted, tmp_path, workers):
     dst, _ = converted
     other = tmp_path / "elsewhere" / "deep"
     quantize(fp8, other, workers=workers, shard_bytes=SHARD_BYTES)
@@ -248,7 +248,7 @@ def test_wrong_arguments(fp8, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_plan_foretells_the_conversion(fp8, converted, tmp_path):
+def test_plan_reports_what_the_conversion_then_does(fp8, converted, tmp_path):
     dst, result = converted
     report = plan(fp8, tmp_path / "out", shard_bytes=SHARD_BYTES)
     assert not (tmp_path / "out").exists()
@@ -273,7 +273,7 @@ def test_a_disk_too_small_is_refused_before_the_first_byte(fp8, tmp_path, monkey
 
 
 def test_tensors_at_odd_offsets(fp8, converted, tmp_path):
-    """A header of odd length leaves every tensor unaligned: it is read through a copy."""
+    """Behind a header of odd length no tensor is aligned, so each is copied when it is read."""
     import struct
 
     source = make_source(tmp_path / "fp8")

@@ -86,7 +86,7 @@ def test_trailing_bytes_are_refused(shard):
         (lambda h: h["b"].update(data_offsets=[900, 928]), "hole|ends at"),
     ],
 )
-def test_a_lying_header_is_named(shard, change, message):
+def test_a_wrong_header_is_named(shard, change, message):
     path, _ = shard
     rewrite(path, change)
     with pytest.raises(CheckpointError, match=message):

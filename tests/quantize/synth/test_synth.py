@@ -1,4 +1,4 @@
-"""Synthetic checkpoints: the inventory of the true ones, values that a model can run on, safe writing."""
+"""Synthetic checkpoints: the tensors of the true ones, finite values, and nothing left after a failure."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def test_the_seed_decides_every_byte(tmp_path):
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_experts_differ_also_when_the_pool_comes_round(tmp_path, monkeypatch, format):
+def test_experts_differ_although_the_pool_repeats(tmp_path, monkeypatch, format):
     monkeypatch.setattr(synth_module, "POOL_BYTES", 1 << 14)
     monkeypatch.setattr(synth_module, "_CHUNK_BYTES", 1 << 12)
     synth(tmp_path, "tiny", experts=64, format=format)
@@ -188,7 +188,7 @@ def test_a_failure_leaves_nothing_behind(tmp_path, failure):
     assert not (tmp_path / "new").exists()
 
 
-def test_a_place_that_takes_no_files_is_an_error_with_its_name(tmp_path):
+def test_a_destination_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")  # unlike permissions, this stops root, too
     with pytest.raises(CheckpointError, match=r"file/new: cannot be written"):
         synth(tmp_path / "file" / "new", "tiny")
