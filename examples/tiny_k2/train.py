@@ -50,7 +50,7 @@ def loss_of(model: Model, batch: Batch, device: str) -> torch.Tensor:
 def balance(model: Model, step: float) -> torch.Tensor:
     """Balance the load as DeepSeek-V3 does, without a loss; return the largest load over the mean, per layer.
 
-    `step` is added to the bias of experts with less than the mean load and subtracted from that of the others.
+    `step` is added to the bias of experts with less than the mean load and taken from that of the others.
     """
     worst = []
     for layer in model.moe_layers():
