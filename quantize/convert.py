@@ -107,8 +107,8 @@ def quantize(
         dst: a folder that does not exist, is empty, or holds an unfinished run of the same conversion.
         method: "rtn": scales by least squared error, no calibration. INT4 experts are copied bit for bit.
         workers: threads; by default one per core that this process may use, fewer where memory demands.
-        resume: False deletes what an earlier run left in `dst`. delete_source: delete each source shard as
-        soon as all output that needs it is synced; a hub model then
+        resume: False deletes what an earlier run left in `dst`.
+        delete_source: delete each source shard once all output that needs it is synced; a hub model then
             never takes disk space for both copies.
         progress: called with a `ProgressReport` up to ten times a second, from any thread.
         shard_bytes: limit of an output shard's data.

@@ -29,7 +29,7 @@ _SMALL_FILES_BYTES = 64 << 20
 
 
 def destination_state(dst: Path) -> str:
-    """ "absent", "empty", "started" or "complete".
+    """The state of the folder `dst`: "absent", "empty", "started" or "complete".
 
     Raises:
         CheckpointError: the folder holds something that `quantize` did not write.
