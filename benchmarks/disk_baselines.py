@@ -21,7 +21,7 @@ from moebox.kernels import cpu
 from moebox.offload.checkpoint.locate import find_experts
 from moebox.offload.checkpoint.safetensors import Checkpoint, TensorInfo, map_bytes, open_tensor
 from moebox.offload.experts import group_by_expert
-from moebox.quantize.files import drop_cache, drop_mapped
+from moebox.quantize.page_cache import drop_cache, drop_mapped
 
 PARTS = ("gate_packed", "gate_scale", "up_packed", "up_scale", "down_packed", "down_scale")
 

@@ -2,10 +2,10 @@
 
     python benchmarks/quantize.py --dir /mnt/nvme/bench --experts 384
 
-Makes a random K2-shaped FP8 checkpoint of one dense and one MoE layer (17 GB with all 384 experts) in
-`--dir`, or takes `--source`; reads it with O_DIRECT for the disk's own figure, drops it from the page
-cache, converts it in a process of its own whose memory is sampled, and removes what it made. The last
-line is one JSON object.
+The steps: make a random K2-shaped FP8 checkpoint of one dense and one MoE layer (17 GB with all 384 experts)
+in `--dir`, or take `--source`; read it with O_DIRECT, which gives the disk's own speed; drop it from the
+page cache; convert it in a child process whose memory is sampled; remove what was made. The last line is one
+JSON object.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from moebox.kernels.cpu import allowed_cpus
-from moebox.quantize.files import drop_cache
+from moebox.quantize.page_cache import drop_cache
 from moebox.quantize.synth.write import synth
 
 DIRECT_CHUNK_BYTES = 16 << 20
@@ -47,7 +47,7 @@ print(json.dumps(result.to_dict() | used))
 def main() -> None:
     """Parse the options, run, print."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--dir", type=Path, required=True, help="where there is room for source and output")
+    parser.add_argument("--dir", type=Path, required=True, help="a folder with space for source and output")
     parser.add_argument("--experts", type=int, default=64, help="routed experts of the one MoE layer")
     parser.add_argument("--source", type=Path, help="take this checkpoint instead of making one")
     parser.add_argument("--workers", type=int, default=0, help="threads; 0: moebox's default")
@@ -119,7 +119,7 @@ def _read_direct(chunks: list[tuple[Path, int]]) -> int:
 
 
 def convert(source: Path, output: Path, workers: int) -> dict[str, Any]:
-    """Run `quantize` in a child, sampling what memory it holds."""
+    """Run `quantize` in a child process and sample its memory."""
     child = subprocess.Popen(
         [sys.executable, "-c", CHILD, str(source), str(output), str(workers)],
         stdin=subprocess.PIPE,
@@ -151,7 +151,7 @@ def _anonymous_bytes(pid: int) -> int:
 
 
 def describe(figures: dict[str, Any]) -> None:
-    """The figures in words."""
+    """Print the figures as text."""
     print(
         f"source {figures['source_bytes'] / 1e9:.2f} GB -> {figures['output_bytes'] / 1e9:.2f} GB in "
         f"{figures['elapsed_s']:.1f} s on {figures['workers']} threads, "

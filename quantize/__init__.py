@@ -1,4 +1,10 @@
-"""A checkpoint of the Kimi K2 family -> the same with INT4 experts: `moebox.quantize(src, dst)`."""
+"""A checkpoint of the Kimi K2 family -> the same model with INT4 experts: `moebox.quantize(src, dst)`.
+
+The name `moebox.quantize` has two meanings: it is this package, which holds `moebox.quantize.convert` and
+other modules, and it is the function of the Python interface. An import of any of these modules binds the
+name to the package. So the package itself is made callable: its class becomes a subclass of `ModuleType`,
+and a call of the package calls `moebox.quantize.convert.quantize`.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +17,8 @@ if TYPE_CHECKING:
 
 
 class _CallablePackage(ModuleType):
-    """`moebox.quantize` is both this package and the function that it is about."""
-
     def __call__(self, src: Any, dst: Any, **options: Any) -> QuantizeResult:
-        """See `moebox.quantize.convert.quantize`."""
+        """Convert `src` into the folder `dst`; `moebox.quantize.convert.quantize` lists the options."""
         from moebox.quantize.convert import quantize
 
         return quantize(src, dst, **options)

@@ -1,9 +1,9 @@
 """`moebox quantize`: a checkpoint of the Kimi K2 family -> the same model with INT4 experts.
 
-The plan of the output follows from the config alone (`shards.py`), so its bytes do not depend on the
-number of workers, on interruptions or on where the source lies. Order of events: look at the
-destination, lock it, read the source's headers, check everything that headers tell, check the disk;
-then shard after shard (`pipeline.py`), then the small files, and `moebox.json` last.
+The layout of the output follows from the config alone (`output/shards.py`), so the output's bytes do not
+depend on the number of workers, on interruptions, or on where the source lies. The steps: look at the
+destination, lock it, read and check the source's config, index and headers, check the disk (`prepare.py`);
+convert shard after shard (`pipeline.py`); write the small files, `moebox.json` last.
 """
 
 from __future__ import annotations
@@ -20,16 +20,15 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from moebox.config import ModelConfig
 from moebox.errors import CheckpointError, PlanError
+from moebox.files import writing
 from moebox.offload.checkpoint.layout import MANIFEST_FILE, Manifest, load_manifest
-from moebox.quantize.dryrun import plan
-from moebox.quantize.files import writing
-from moebox.quantize.output.journal import WORK_FOLDER, DestinationLock, Journal
+from moebox.quantize.conversion import Conversion
+from moebox.quantize.output.journal import LOCK_FILE, WORK_FOLDER, DestinationLock, Journal
 from moebox.quantize.output.shards import SHARD_BYTES
-from moebox.quantize.output.small_files import digest, remove_output, write_manifest, write_small_files
+from moebox.quantize.output.small_files import remove_output, write_manifest, write_small_files
 from moebox.quantize.output.writer import remove_partials
-from moebox.quantize.pipeline import Model, Pipeline, open_shards
+from moebox.quantize.pipeline import Pipeline, open_shards
 from moebox.quantize.prepare import (
     check_disk,
     default_workers,
@@ -37,16 +36,14 @@ from moebox.quantize.prepare import (
     disk_peak,
     effective_method,
     left_out,
-    load_model,
     open_source,
+    plan_conversion,
 )
-from moebox.quantize.progress import Meter, ProgressCallback, format_bytes, format_seconds
+from moebox.quantize.progress import Meter, ProgressCallback
+from moebox.quantize.same_source import check_same_run, journal_header, manifest_difference, manifest_source
 from moebox.quantize.source import hub
 from moebox.quantize.source.hub import parse_hub_id
-from moebox.quantize.source.origin import Source, sample_sha256
-from moebox.version import __version__
-
-__all__ = ["METHODS", "QuantizeResult", "plan", "quantize"]
+from moebox.quantize.text import format_bytes, format_seconds
 
 METHODS = ("rtn",)
 
@@ -55,7 +52,7 @@ log = logging.getLogger("moebox")
 
 @dataclass(frozen=True)
 class QuantizeResult:
-    """What `quantize` did; bytes and seconds are those of this run, `output_bytes` of all shards."""
+    """What `quantize` did. Bytes and seconds count this run only; `output_bytes` counts all shards."""
 
     folder: Path
     method: str
@@ -73,7 +70,7 @@ class QuantizeResult:
         return asdict(self) | {"folder": str(self.folder), "left_out": list(self.left_out)}
 
     def render(self) -> str:
-        """For people: what was made, what it cost, what it lacks."""
+        """As text: what was made, how long it took, the error, and what is left out."""
         lines = [f"{self.folder}: {format_bytes(self.output_bytes)}, shards: {self.shards}"]
         if self.shards_resumed:
             lines[0] += f" ({self.shards_resumed} from an earlier run)"
@@ -106,20 +103,20 @@ def quantize(
 
     Args:
         src: a checkpoint folder (FP8 128x128, BF16, F16, F32 or INT4 group 32), or a hub id
-            (`organisation/model[@revision]`, with or without `hf://`), fetched shard by shard.
+            (`organisation/model[@revision]`, with or without `hf://`), which is fetched shard by shard.
         dst: a folder that does not exist, is empty, or holds an unfinished run of the same conversion.
-        method: "rtn": scales by least squared error, no calibration. INT4 experts pass through as they are.
-        workers: threads; default one per core this process may use, fewer where memory demands.
-        resume: False throws away what an earlier run left in `dst`.
-        delete_source: delete each source shard once all output that needs it is safely on disk; a hub
-            model then never needs room for both copies.
-        progress: called with a `ProgressReport` a few times a second, from any thread.
+        method: "rtn": scales by least squared error, no calibration. INT4 experts are copied bit for bit.
+        workers: threads; by default one per core that this process may use, fewer where memory demands.
+        resume: False deletes what an earlier run left in `dst`.
+        delete_source: delete each source shard once all output that needs it is synced; a hub model then
+            never takes disk space for both copies.
+        progress: called with a `ProgressReport` up to ten times a second, from any thread.
         shard_bytes: limit of an output shard's data.
 
     Raises:
         CheckpointError: the source is damaged or incomplete, or `dst` holds something else.
         ConfigError: `config.json` is of another family or contradicts itself.
-        PlanError: the disk has not enough room.
+        PlanError: the disk has not enough free space.
         BusyError: another process is writing `dst`.
     """
     dst = Path(dst)
@@ -157,7 +154,7 @@ def _check_paths(src: Path | str, dst: Path) -> None:
 
 
 class _Run:
-    """One call of `quantize`, with the destination locked."""
+    """One call of `quantize`, made while the destination is locked."""
 
     def __init__(
         self, src: Path | str, dst: Path, method: str, shard_bytes: int, *, delete_source: bool
@@ -169,12 +166,12 @@ class _Run:
         self._start = time.monotonic()
 
     def check_source(self) -> None:
-        """Refuse a bad source before anything of an earlier run is thrown away."""
+        """Refuse a bad source before `wipe` removes what an earlier run left."""
         with tempfile.TemporaryDirectory() as scratch:
             work = Path(scratch) / WORK_FOLDER
             source = open_source(self._src, work, None, keep_headers=False)
             try:
-                load_model(source, self._shard_bytes)
+                plan_conversion(source, self._shard_bytes)
             finally:
                 source.close()
 
@@ -185,7 +182,7 @@ class _Run:
             self._journal.load()
             remove_output(self._dst, [*(manifest.shards if manifest else ()), *self._journal.shards])
             for path in self._work.rglob("*"):
-                if path.is_file() and path.name != "lock":
+                if path.is_file() and path.name != LOCK_FILE:
                     path.unlink()
             if self._is_hub():
                 hub.remove_fetched(self._dst)
@@ -193,26 +190,26 @@ class _Run:
         self._journal = Journal(self._dst)
 
     def has_begun(self) -> bool:
-        """Whether there is anything to resume."""
+        """Whether a later run would have anything to resume."""
         return self._journal.path.exists()
 
     def remove_traces(self, *, folder_too: bool) -> None:
-        """Remove what a source that was then refused had put here; a complete output is left alone."""
+        """Remove what was fetched of a source that was then refused; a complete output is left alone."""
         if (self._dst / MANIFEST_FILE).exists():
             return
         if self._is_hub():
             hub.remove_fetched(self._dst)
         if folder_too:
-            with suppress(OSError):  # another process may have taken it meanwhile
+            with suppress(OSError):  # another process may have begun to write there
                 self._dst.rmdir()
 
     def _is_hub(self) -> bool:
         return not Path(self._src).exists() and parse_hub_id(str(self._src)) is not None
 
     def already_complete(self, lock: DestinationLock) -> QuantizeResult:
-        """Nothing to do, if it is this source that `dst` was made from."""
+        """Check that the complete output was made from this source, and tidy up."""
         manifest = load_manifest(self._dst)
-        difference = _manifest_mismatch(self._src, manifest) if manifest else "unreadable manifest"
+        difference = manifest_difference(self._src, manifest) if manifest else "unreadable manifest"
         if manifest is None or difference:
             raise CheckpointError(
                 f"{self._dst}: is complete, but made from something else: {difference}",
@@ -225,13 +222,13 @@ class _Run:
     def convert(
         self, lock: DestinationLock, workers: int | None, progress: ProgressCallback | None
     ) -> QuantizeResult:
-        """The whole conversion, from wherever an earlier run stopped."""
+        """Convert everything that an earlier run did not finish."""
         with writing(self._dst):
             remove_partials(self._dst)
         self._journal.load()
         source = open_source(self._src, self._work, self._journal.header, keep_headers=self._delete_source)
         try:
-            result = self._convert(source, workers, progress)
+            result = self._convert(plan_conversion(source, self._shard_bytes), workers, progress)
         finally:
             source.close()
         self._clean_up(lock)
@@ -244,65 +241,35 @@ class _Run:
             lock.release_and_remove()
 
     def _convert(
-        self, source: Source, workers: int | None, progress: ProgressCallback | None
+        self, conversion: Conversion, workers: int | None, progress: ProgressCallback | None
     ) -> QuantizeResult:
-        model, config = load_model(source, self._shard_bytes)
-        workers = default_workers(config, workers)
-        header = self._header(model)
-        self._compare_with_journal(header)
-        self._forget_lost_shards(model)
-        resumed = len(self._journal.shards)
-        delete, finished = self._delete_source, set(self._journal.shards)
-        needed = disk_peak(model, self._dst, finished, open_shards(workers), delete_source=delete)
-        check_disk(self._dst, needed, delete_source=delete)
+        workers = default_workers(conversion.config, workers)
+        header = journal_header(conversion, self._method, self._shard_bytes)
+        if self._journal.header is not None:
+            check_same_run(self._dst, self._journal.header, header)
+        self._forget_lost_shards(conversion)
+        self._check_disk(conversion, workers)
         if self._journal.header is None:
             with writing(self._journal.path):
                 self._journal.start(header)
-        bytes_of = {shard.file: model.source_bytes(shard) for shard in model.shards}
-        done = sum(bytes_of[file] for file in self._journal.shards)
-        meter = Meter("quantize", sum(bytes_of.values()), len(model.shards), progress, (done, resumed))
-        _say_what_is_left_out(model)
-        pipeline = Pipeline(
-            model,
+        resumed = len(self._journal.shards)
+        bytes_of = {shard.file: conversion.source_bytes(shard) for shard in conversion.shards}
+        total, done = sum(bytes_of.values()), sum(bytes_of[file] for file in self._journal.shards)
+        if missing := left_out(conversion):
+            log.warning("left out of the output: %s", ", ".join(missing))
+        Pipeline(
+            conversion,
             self._dst,
             self._journal,
             workers=workers,
-            meter=meter,
-            delete_source=delete,
-        )
-        pipeline.run()
-        manifest = self._finish(model, config)
-        output_bytes = sum(shard.size for shard in model.shards)
-        return self._result(manifest, resumed, sum(bytes_of.values()) - done, output_bytes)
+            meter=Meter("quantize", total, len(conversion.shards), progress, (done, resumed)),
+            delete_source=self._delete_source,
+        ).run()
+        manifest = self._write_small_files(conversion)
+        return self._result(manifest, resumed, total - done, conversion.output_bytes)
 
-    def _compare_with_journal(self, header: dict[str, Any]) -> None:
-        if self._journal.header is None:
-            return
-        for name, value in _flat(header).items():
-            before = _flat(self._journal.header).get(name)
-            if before != value:
-                raise CheckpointError(
-                    f"{self._dst}: was begun with {name} = {before}, now it is {value}",
-                    "Run the former command, or start over with --no-resume.",
-                )
-
-    def _header(self, model: Model) -> dict[str, Any]:
-        source = model.source
-        return {
-            "moebox": __version__,
-            "method": self._method,
-            "shard_bytes": self._shard_bytes,
-            "config": digest(source.config),
-            "index": digest(source.weight_map),
-            "source": {
-                "name": source.name,
-                "revision": source.revision,
-                "files": {file: facts.to_dict() for file, facts in sorted(source.facts.items())},
-            },
-        }
-
-    def _forget_lost_shards(self, model: Model) -> None:
-        for shard in model.shards:
+    def _forget_lost_shards(self, conversion: Conversion) -> None:
+        for shard in conversion.shards:
             path = self._dst / shard.file
             if shard.file in self._journal.shards and not (
                 path.exists() and path.stat().st_size == shard.size
@@ -310,16 +277,21 @@ class _Run:
                 log.warning("%s: was finished by an earlier run, but is gone; it is made again", path)
                 del self._journal.shards[shard.file]
 
-    def _finish(self, model: Model, config: ModelConfig) -> Manifest:
-        source = model.source
-        write_small_files(self._dst, source.config, model.shards, source.extra_files())
+    def _check_disk(self, conversion: Conversion, workers: int) -> None:
+        finished, delete = set(self._journal.shards), self._delete_source
+        needed = disk_peak(conversion, self._dst, finished, open_shards(workers), delete_source=delete)
+        check_disk(self._dst, needed, delete_source=delete)
+
+    def _write_small_files(self, conversion: Conversion) -> Manifest:
+        source = conversion.source
+        write_small_files(self._dst, source.config, conversion.shards, source.extra_files())
         return write_manifest(
             self._dst,
-            model.shards,
+            conversion.shards,
             self._journal.shards,
-            method=effective_method(model, self._method),
-            source=_manifest_source(source),
-            left_out=left_out(model),
+            method=effective_method(conversion, self._method),
+            source=manifest_source(source),
+            left_out=left_out(conversion),
         )
 
     def _result(
@@ -340,48 +312,9 @@ class _Run:
         )
 
 
-def _flat(header: dict[str, Any]) -> dict[str, Any]:
-    flat = {name: value for name, value in header.items() if name != "source"}
-    source = header["source"]
-    files = {
-        f"{file}: {fact}": value for file, facts in source["files"].items() for fact, value in facts.items()
-    }
-    return flat | {"source": source["name"], "revision": source["revision"]} | files
-
-
-def _manifest_source(source: Source) -> dict[str, Any]:
-    files = {file: facts.content() for file, facts in sorted(source.facts.items())}
-    revision = {"revision": source.revision} if source.revision else {}
-    return {"name": source.name, **revision, "files": files}
-
-
-def _manifest_mismatch(src: Path | str, manifest: Manifest) -> str | None:
-    """What tells `src` from the source of a finished conversion; None if nothing does."""
-    folder = Path(src)
-    repo = None if folder.exists() else parse_hub_id(str(src))
-    name = repo[0] if repo else folder.resolve().name
-    if name != manifest.source.get("name"):
-        return f"{manifest.source.get('name')}, not {name}"
-    if repo is not None:
-        return None
-    for file, facts in manifest.source.get("files", {}).items():
-        path = folder / file
-        if path.exists() and (
-            path.stat().st_size != facts["size"] or sample_sha256(path) != facts.get("sample_sha256")
-        ):
-            return f"{file} was another file then"
-    return None
-
-
-def _say_what_is_left_out(model: Model) -> None:
-    missing = left_out(model)
-    if missing:
-        log.warning("left out of the output: %s", ", ".join(missing))
-
-
 @contextmanager
 def _terminable() -> Iterator[None]:
-    """Let SIGTERM end the run as Ctrl-C does, unless the program has a handler of its own."""
+    """Let SIGTERM end the run as Ctrl-C does, with cleaning up, unless the program has its own handler."""
     in_main = threading.current_thread() is threading.main_thread()
     if not in_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         yield

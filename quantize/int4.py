@@ -16,42 +16,7 @@ import torch
 from moebox import _kernels
 from moebox.config import GROUP_SIZE
 from moebox.errors import CheckpointError
-
-FP8_BLOCK = _kernels.FP8_BLOCK
-"""Rows and columns that share one `weight_scale_inv` in FP8 checkpoints of the family: 128."""
-
-INT4_QUANTIZATION: dict[str, Any] = {
-    "quant_method": "compressed-tensors",
-    "format": "pack-quantized",
-    "quantization_status": "compressed",
-    "kv_cache_scheme": None,
-    "config_groups": {
-        "group_0": {
-            "targets": ["Linear"],
-            "input_activations": None,
-            "output_activations": None,
-            "weights": {
-                "num_bits": 4,
-                "type": "int",
-                "symmetric": True,
-                "strategy": "group",
-                "group_size": GROUP_SIZE,
-                "dynamic": False,
-                "actorder": None,
-                "block_structure": None,
-                "observer": "minmax",
-                "observer_kwargs": {},
-            },
-        }
-    },
-    "ignore": [
-        "lm_head",
-        "re:.*self_attn.*",
-        "re:.*shared_experts.*",
-        r"re:.*mlp\.(gate|up|gate_up|down)_proj.*",
-    ],
-}
-"""`quantization_config` of the family's INT4 checkpoints, as published with Kimi-K2.5."""
+from moebox.quantize.encodings import FP8_BLOCK
 
 _DTYPE_NAMES = {
     torch.float8_e4m3fn: "F8_E4M3",
@@ -63,7 +28,7 @@ _DTYPE_NAMES = {
 
 @dataclass(frozen=True)
 class QuantError:
-    """How far quantized weights are from their source: sums over all weights, and the largest |error|."""
+    """Error of quantized weights: sums over all weights, and the largest absolute error of one."""
 
     sum_sq_error: float
     sum_sq: float
@@ -92,7 +57,7 @@ class Int4Matrix:
 
 
 class NonFiniteError(CheckpointError):
-    """A weight or scale is NaN, Inf or too large for any trained weight; says where."""
+    """A weight or scale is NaN, Inf or too large for a trained weight; the message says at which position."""
 
 
 def quantize_int4(
@@ -111,7 +76,7 @@ def quantize_int4(
     Args:
         weight: [out, in], float8_e4m3fn, bfloat16, float16 or float32, `in` a multiple of 32.
         scale_inv: float32 [ceil(out/128), ceil(in/128)], factors of a float8 weight; else None.
-        threads: that share the rows.
+        threads: how many share the rows.
         isa: a path of `moebox.kernels.cpu.isa_paths()`; the best one by default.
 
     Raises:
@@ -144,7 +109,7 @@ def to_bfloat16(
     threads: int = 1,
     isa: str | None = None,
 ) -> torch.Tensor:
-    """A tensor as bfloat16, rounded to nearest even; one that is bfloat16 already is returned as it is.
+    """A tensor as bfloat16, rounded to nearest even; a bfloat16 tensor is returned itself, once checked.
 
     Args:
         weight: [in] or [out, in], float8_e4m3fn, bfloat16, float16 or float32.
@@ -200,7 +165,7 @@ def _non_finite(
 
 
 def check_finite(tensor: torch.Tensor) -> None:
-    """Raise `NonFiniteError` with the position of the first NaN or Inf of `tensor`, if it has one."""
+    """Raise `NonFiniteError` for the first NaN or Inf of `tensor`, if it has one."""
     bad = ~torch.isfinite(tensor)
     if bool(bad.any()):
         position = bad.nonzero()[0].tolist()

@@ -1,15 +1,15 @@
 """From source tensors to finished shards: a pool of threads, two or more shards open at a time.
 
-The kernels release the GIL, so threads are enough. A thread holds one expert's INT4 matrices or one piece
-of a backbone tensor (memory stays flat whatever the model's size); source bytes are only ever mapped,
-read ahead of use and given back after it.
+The kernels release the GIL, so threads suffice. A thread holds one expert's INT4 matrices or one piece of a
+backbone tensor, so that memory does not grow with the model. Source bytes are mapped, read ahead, and
+dropped from memory after their use.
 """
 
 from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,55 +20,28 @@ import torch
 from moebox.errors import CheckpointError, PlanError
 from moebox.offload.checkpoint.layout import expert_checksum
 from moebox.offload.checkpoint.safetensors import TORCH_DTYPES, TensorInfo, map_bytes
-from moebox.quantize.files import drop_cache, drop_mapped, will_need
-from moebox.quantize.int4 import FP8_BLOCK, Int4Matrix, QuantError
+from moebox.quantize.conversion import Conversion, Infos
+from moebox.quantize.encodings import FP8_BLOCK
+from moebox.quantize.int4 import QuantError
 from moebox.quantize.output.journal import Journal
-from moebox.quantize.output.shards import OutputTensor, Shard
+from moebox.quantize.output.shards import Shard
 from moebox.quantize.output.writer import ShardWriter
+from moebox.quantize.page_cache import drop_cache, drop_mapped, will_need
 from moebox.quantize.progress import Meter
-from moebox.quantize.source.formats import Inventory, SourceTensor, read_backbone, read_expert
-from moebox.quantize.source.origin import Source
+from moebox.quantize.source.formats import read_backbone, read_expert
+from moebox.quantize.source.inventory import SourceTensor
+from moebox.units import ceil_div
 
 PIECE_BYTES = 32 << 20
 """Source bytes of a backbone tensor that one thread converts at a time."""
 
 HINTED_BYTES = 64 << 10
-"""Smaller tensors are not read ahead or given back: the calls would cost more than they save."""
-
-_WEIGHT_SHAPE = ".weight_shape"
-Infos = Mapping[str, TensorInfo]
-
-
-@dataclass(frozen=True)
-class Model:
-    """A source checkpoint, its tensors sorted and checked, and the shards it becomes."""
-
-    source: Source
-    inventory: Inventory
-    infos: Infos
-    shards: tuple[Shard, ...]
-
-    def source_tensors(self, shard: Shard) -> list[SourceTensor]:
-        """What `shard` is made from."""
-        experts = [tensor for key in shard.experts for tensor in self.inventory.experts[key]]
-        return experts + [self.inventory.backbone[name] for name, _ in shard.backbone]
-
-    def files(self, shard: Shard) -> list[str]:
-        """The source shards that `shard` needs, in the order in which it needs them."""
-        names = (part for tensor in self.source_tensors(shard) for part in tensor.parts.values())
-        return list(dict.fromkeys(self.source.weight_map[name] for name in names))
-
-    def source_bytes(self, shard: Shard) -> int:
-        """Bytes of source tensors that `shard` is made from."""
-        return sum(info.nbytes for tensor in self.source_tensors(shard) for info in self._parts(tensor))
-
-    def _parts(self, tensor: SourceTensor) -> list[TensorInfo]:
-        return [self.infos[name] for name in tensor.parts.values()]
+"""Smaller tensors are neither read ahead nor dropped: the calls would cost more than they save."""
 
 
 @dataclass(frozen=True)
 class _Written:
-    """What an expert's quantization cost, and the checksum of its bytes."""
+    """The quantization error of a written expert, and the checksum of its bytes."""
 
     error: QuantError
     xxh3: str
@@ -76,7 +49,10 @@ class _Written:
 
 @dataclass
 class _Task:
-    """A piece of work for one thread: `run` tells of an expert, None for other tensors."""
+    """Work for one thread: `run` reads `parts` and writes an expert or a piece of a backbone tensor.
+
+    It returns None for the latter.
+    """
 
     run: Callable[[], _Written | None]
     parts: list[TensorInfo]
@@ -94,7 +70,7 @@ class _OpenShard:
 
 
 def open_shards(workers: int) -> int:
-    """Output shards that are worked on at once: one is hashed and synced while others are filled."""
+    """Output shards that are open at once: one is hashed and synced while others are filled."""
     return 2 + workers // 8
 
 
@@ -102,17 +78,17 @@ class Pipeline:
     """Makes the shards that the journal does not name yet.
 
     Args:
-        model: what to convert.
+        conversion: what to convert.
         dst: output folder.
-        journal: started; gets a line per finished shard.
+        journal: started; gets a line for each finished shard.
         workers: threads.
-        meter: is told of every source byte done.
+        meter: counts the source bytes that are done.
         delete_source: delete a source shard once every shard that needs it is in the journal.
     """
 
     def __init__(
         self,
-        model: Model,
+        conversion: Conversion,
         dst: Path,
         journal: Journal,
         *,
@@ -120,12 +96,12 @@ class Pipeline:
         meter: Meter,
         delete_source: bool,
     ) -> None:
-        self._model, self._dst, self._journal, self._meter = model, dst, journal, meter
+        self._conversion, self._dst, self._journal, self._meter = conversion, dst, journal, meter
         self._delete_source = delete_source
-        self._todo = [shard for shard in model.shards if shard.file not in journal.shards]
+        self._todo = [shard for shard in conversion.shards if shard.file not in journal.shards]
         self._waiting: dict[str, set[str]] = {}
-        for shard in model.shards:
-            for file in model.files(shard):
+        for shard in conversion.shards:
+            for file in conversion.files(shard):
                 waiting = self._waiting.setdefault(file, set())
                 if shard.file not in journal.shards:
                     waiting.add(shard.file)
@@ -136,15 +112,15 @@ class Pipeline:
         self._open: deque[_OpenShard] = deque()
 
     def run(self) -> None:
-        """Convert until nothing is left; on an error or interrupt, stop and drop what is partial."""
+        """Convert all that is left; on an error or interrupt, stop and delete the partial shards."""
         try:
             self._discard_unneeded()
             for position, shard in enumerate(self._todo):
                 if len(self._open) >= self._open_limit:
                     self._finish_oldest()
-                self._model.source.fetch(self._model.files(shard), self._meter, self._stop)
+                self._conversion.source.fetch(self._conversion.files(shard), self._meter, self._stop)
                 for follower in self._todo[position + 1 : position + 2]:
-                    self._model.source.prefetch(self._model.files(follower))
+                    self._conversion.source.prefetch(self._conversion.files(follower))
                 self._begin(shard)
             self._finish_all()
             self._discard_unneeded(also_unused=True)
@@ -155,18 +131,16 @@ class Pipeline:
                 job.writer.abort()
 
     def _begin(self, shard: Shard) -> None:
-        tensors = shard.tensors()
         try:
             writer = ShardWriter(self._dst, shard)
-        except PlanError:  # the disk is full, but shards that have their room can still be finished
+        except PlanError:  # the disk is full, but open shards have their space and can be finished
             self._finish_all()
             raise
         job = _OpenShard(shard, writer, [])
         self._open.append(job)
-        tasks = [*self._expert_tasks(job), *self._backbone_tasks(job, tensors)]
-        shapes = [tensor for tensor in tensors if tensor.name.endswith(_WEIGHT_SHAPE)]
-        if shapes:
-            job.writer.write(shapes[0].offset, [_weight_shapes(shard)])
+        tasks = [*self._expert_tasks(job), *self._backbone_tasks(job)]
+        if shard.experts:
+            job.writer.write(shard.experts_end, [_weight_shapes(shard)])
         for position, task in enumerate(tasks):
             ahead = tasks[position + self._workers].parts if position + self._workers < len(tasks) else []
             job.futures.append(self._threads.submit(self._do, task, ahead))
@@ -185,32 +159,29 @@ class Pipeline:
 
     def _expert_tasks(self, job: _OpenShard) -> Iterator[_Task]:
         for position, key in enumerate(job.shard.experts):
-            sources = self._model.inventory.experts[key]
-            parts = [self._model.infos[name] for source in sources for name in source.parts.values()]
-            yield _Task(self._expert_task(job.writer, sources, job.shard.expert_offset(position)), parts)
+            sources = self._conversion.inventory.experts[key]
+            run = self._expert_task(job.writer, sources, job.shard.expert_offset(position))
+            yield _Task(run, self._conversion.parts(sources))
 
     def _expert_task(
         self, writer: ShardWriter, sources: Sequence[SourceTensor], offset: int
     ) -> Callable[[], _Written]:
         def run() -> _Written:
-            matrices = read_expert(sources, self._model.infos)
-            views = [_view(tensor) for matrix in matrices for tensor in _tensors(matrix)]
+            matrices = read_expert(sources, self._conversion.infos)
+            views = [_view(tensor) for matrix in matrices for tensor in (matrix.packed, matrix.scale)]
             xxh3 = expert_checksum(np.concatenate([np.asarray(view) for view in views]))
             writer.write(offset, views)
             return _Written(sum((matrix.error for matrix in matrices), QuantError(0.0, 0.0, 0.0)), xxh3)
 
         return run
 
-    def _backbone_tasks(self, job: _OpenShard, tensors: list[OutputTensor]) -> Iterator[_Task]:
-        backbone = self._model.inventory.backbone
-        for tensor in tensors:
-            if tensor.name not in backbone:
-                continue
-            whole, offset = backbone[tensor.name], tensor.offset
-            for piece, infos in cut_rows(whole, self._model.infos):
-                yield _Task(
-                    self._backbone_task(job.writer, (piece, infos), whole, offset), list(infos.values())
-                )
+    def _backbone_tasks(self, job: _OpenShard) -> Iterator[_Task]:
+        offsets = job.shard.offsets
+        for tensor in job.shard.backbone_tensors():
+            whole, offset = self._conversion.inventory.backbone[tensor.name], offsets[tensor.name]
+            for piece, infos in cut_rows(whole, self._conversion.infos):
+                run = self._backbone_task(job.writer, (piece, infos), whole, offset)
+                yield _Task(run, list(infos.values()))
                 offset += tensor.nbytes * piece.shape[0] // tensor.shape[0]
 
     def _backbone_task(
@@ -220,7 +191,7 @@ class Pipeline:
             try:
                 tensor = read_backbone(*piece)
             except CheckpointError:
-                read_backbone(whole, self._model.infos)  # names the position within the whole tensor
+                read_backbone(whole, self._conversion.infos)  # names the position in the whole tensor
                 raise
             writer.write(offset, [_view(tensor)])
 
@@ -257,18 +228,14 @@ class Pipeline:
     def _discard_unneeded(self, *, also_unused: bool = False) -> None:
         if not self._delete_source:
             return
-        for file in self._model.source.facts:
+        for file in self._conversion.source.facts:
             finished = file in self._waiting and not self._waiting[file]
             if finished or (also_unused and file not in self._waiting):
-                self._model.source.discard(file)
+                self._conversion.source.discard(file)
 
 
 def _large(infos: list[TensorInfo]) -> list[TensorInfo]:
     return [info for info in infos if info.nbytes >= HINTED_BYTES]
-
-
-def _tensors(matrix: Int4Matrix) -> tuple[torch.Tensor, torch.Tensor]:
-    return matrix.packed, matrix.scale
 
 
 def _view(tensor: torch.Tensor) -> memoryview:
@@ -284,7 +251,7 @@ def _weight_shapes(shard: Shard) -> bytes:
 def cut_rows(source: SourceTensor, infos: Infos) -> Iterator[tuple[SourceTensor, dict[str, TensorInfo]]]:
     """Cut a backbone matrix into runs of rows of at most `PIECE_BYTES`, whole FP8 blocks each.
 
-    Vectors and INT4 matrices come as one piece. Yields the piece and where its parts lie.
+    Vectors and INT4 matrices are one piece. Yields each piece, and where its parts lie by their names.
     """
     weight = infos[source.parts["weight"]] if "weight" in source.parts else None
     if weight is None or len(source.shape) != 2 or weight.nbytes <= PIECE_BYTES:
@@ -298,7 +265,7 @@ def cut_rows(source: SourceTensor, infos: Infos) -> Iterator[tuple[SourceTensor,
         parts = {weight.name: slice_rows(weight, begin, end)}
         if "weight_scale_inv" in source.parts:
             scale = infos[source.parts["weight_scale_inv"]]
-            parts[scale.name] = slice_rows(scale, begin // FP8_BLOCK, -(-end // FP8_BLOCK))
+            parts[scale.name] = slice_rows(scale, begin // FP8_BLOCK, ceil_div(end, FP8_BLOCK))
         yield replace(source, shape=(end - begin, columns)), parts
 
 

@@ -1,30 +1,35 @@
-"""What happens before the first byte: look at destination and source, check, plan, count disk space."""
+"""Everything that precedes the first output byte: check source and destination, lay out, count disk space."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from moebox.config import ModelConfig, parse_config
+from moebox.config import CONFIG_FILE, ModelConfig, parse_config
 from moebox.errors import CheckpointError, PlanError
+from moebox.files import free_bytes, writing
 from moebox.kernels.cpu import allowed_cpus
 from moebox.offload.checkpoint.layout import MANIFEST_FILE
-from moebox.quantize.files import free_bytes, writing
+from moebox.quantize.conversion import Conversion
 from moebox.quantize.output.journal import WORK_FOLDER
 from moebox.quantize.output.shards import plan_shards
 from moebox.quantize.output.small_files import bare_config
-from moebox.quantize.pipeline import Model
-from moebox.quantize.source.formats import check_quantization, check_source, classify, take_inventory
+from moebox.quantize.source.base import HEADER_FOLDER, FileFacts, HeaderStore, Source
+from moebox.quantize.source.folder import FolderSource
+from moebox.quantize.source.formats import check_quantization, check_source
 from moebox.quantize.source.hub import SOURCE_FOLDER, HubSource, parse_hub_id
-from moebox.quantize.source.origin import HEADER_FOLDER, FileFacts, FolderSource, HeaderStore, Source
+from moebox.quantize.source.inventory import classify, take_inventory
 
 WORKER_MEMORY_BYTES = 1_200_000_000
-"""What all workers together may hold in INT4 matrices and converted pieces."""
+"""Memory that all workers together may use for INT4 matrices and converted pieces."""
+_PIECES_BYTES = 64 << 20
+"""Of a worker, beside its expert's INT4 matrices: the piece of a backbone tensor that it converts."""
 _SMALL_FILES_BYTES = 64 << 20
+"""Disk space for config, tokenizer, manifest and the like, generously."""
 
 
 def destination_state(dst: Path) -> str:
-    """ "absent", "empty", "started" or "complete".
+    """The state of the folder `dst`: "absent", "empty", "started" or "complete".
 
     Raises:
         CheckpointError: the folder holds something that `quantize` did not write.
@@ -46,11 +51,16 @@ def destination_state(dst: Path) -> str:
 
 
 def open_source(src: Path | str, work: Path, header: dict[str, Any] | None, *, keep_headers: bool) -> Source:
-    """The source behind `src`, as far as an earlier run's journal `header` knows it.
+    """Open the source that `src` names.
 
     Args:
+        src: a checkpoint folder, or a hub id.
         work: `DST/.moebox`; the hub's files go to `DST/source`.
-        keep_headers: the source's shards may vanish before the output is complete.
+        header: the first line of an earlier run's journal, which says how that run found the shards.
+        keep_headers: keep copies of headers, because the source's shards may vanish before the end.
+
+    Raises:
+        CheckpointError: there is no such folder or model, or it is damaged.
     """
     facts = revision = None
     if header is not None:
@@ -68,13 +78,14 @@ def open_source(src: Path | str, work: Path, header: dict[str, Any] | None, *, k
     return FolderSource(folder, store, facts, keep_headers=keep_headers)
 
 
-def load_model(source: Source, shard_bytes: int) -> tuple[Model, ModelConfig]:
-    """Check everything that config, index and headers tell, and plan the output.
+def plan_conversion(source: Source, shard_bytes: int) -> Conversion:
+    """Check config, index and headers of `source`, and lay the output out.
 
     Raises:
-        ConfigError, CheckpointError: with file and tensor.
+        ConfigError: `config.json` is of another family or contradicts itself.
+        CheckpointError: a tensor is missing, unknown, or of a wrong shape or type; the message names it.
     """
-    where = f"{source.name}: config.json"
+    where = f"{source.name}: {CONFIG_FILE}"
     config = parse_config(source.config, where)
     check_quantization(source.config, where)
     infos = {}
@@ -93,7 +104,7 @@ def load_model(source: Source, shard_bytes: int) -> tuple[Model, ModelConfig]:
     for tensor in inventory.backbone.values():
         check_source(tensor, infos)
     shards = plan_shards(bare_config(config, source.config), shard_bytes)
-    return Model(source, inventory, infos, tuple(shards)), config
+    return Conversion(source, config, inventory, infos, tuple(shards))
 
 
 def _refuse_unindexed(source: Source, config: ModelConfig) -> None:
@@ -108,26 +119,27 @@ def _refuse_unindexed(source: Source, config: ModelConfig) -> None:
             )
 
 
-def left_out(model: Model) -> list[str]:
-    """What the output lacks, as `pattern (count)`."""
-    patterns = [f"{name} ({count})" for name, count in sorted(model.inventory.left_out.items())]
-    return patterns + (["config.json: auto_map (remote code)"] if "auto_map" in model.source.config else [])
+def left_out(conversion: Conversion) -> list[str]:
+    """What of the source the output lacks, as `pattern (number of tensors)`."""
+    patterns = [f"{name} ({count})" for name, count in sorted(conversion.inventory.left_out.items())]
+    remote_code = [f"{CONFIG_FILE}: auto_map (remote code)"] if "auto_map" in conversion.source.config else []
+    return patterns + remote_code
 
 
 def default_workers(config: ModelConfig, workers: int | None) -> int:
-    """Threads to use: what was asked for, or one per core within the memory that workers share."""
+    """Threads to use: `workers`, or by default one per core, fewer where `WORKER_MEMORY_BYTES` demands."""
     if workers is not None:
         if workers < 1:
             raise PlanError(f"workers = {workers}, must be at least 1")
         return workers
-    per_worker = config.expert_bytes + (64 << 20)
+    per_worker = config.expert_bytes + _PIECES_BYTES
     return max(1, min(allowed_cpus(), WORKER_MEMORY_BYTES // per_worker))
 
 
-def effective_method(model: Model, method: str) -> str:
+def effective_method(conversion: Conversion, method: str) -> str:
     """`method`, or "passthrough" where the source's experts are INT4 already."""
-    first = next(iter(model.inventory.experts.values()))[0]
-    return "passthrough" if "weight_packed" in first.parts else method
+    first = next(iter(conversion.inventory.experts.values()))[0]
+    return "passthrough" if first.encoding == "int4" else method
 
 
 def check_disk(dst: Path, needed: int, *, delete_source: bool) -> None:
@@ -139,23 +151,24 @@ def check_disk(dst: Path, needed: int, *, delete_source: bool) -> None:
         raise PlanError(f"{dst}: {needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free", fix)
 
 
-def disk_peak(model: Model, dst: Path, finished: set[str], lag: int, *, delete_source: bool) -> int:
-    """The most bytes that are taken on the destination's disk at any moment from now on.
+def disk_peak(conversion: Conversion, dst: Path, finished: set[str], lag: int, *, delete_source: bool) -> int:
+    """The most bytes that the rest of the conversion takes on the destination's disk at any moment.
 
-    A source shard that is deleted on the way counts as gone only `lag` output shards later, since that
-    many are open at once, and only if it lies on the destination's disk.
+    Counted are the output shards and the source shards to fetch, of which the next output shard's are
+    fetched ahead. With `delete_source`, a source shard on that disk counts until `lag` output shards after
+    the last one that needs it, because so many output shards are open at once.
     """
-    todo = [shard for shard in model.shards if shard.file not in finished]
-    files = [model.files(shard) for shard in todo]
+    todo = [shard for shard in conversion.shards if shard.file not in finished]
+    files = [conversion.files(shard) for shard in todo]
     last_use = {file: position for position, needed in enumerate(files) for file in needed}
     taken = peak = _SMALL_FILES_BYTES
     fetched: set[str] = set()
     for position, shard in enumerate(todo):
         ahead = {file for needed in files[position : position + 2] for file in needed}
-        taken += shard.size + model.source.bytes_to_fetch(ahead - fetched)
+        taken += shard.size + conversion.source.bytes_to_fetch(ahead - fetched)
         fetched |= ahead
         peak = max(peak, taken)
         if delete_source:
             gone = [file for file, last in last_use.items() if last == position - lag]
-            taken -= sum(model.source.bytes_freed(file, dst) for file in gone)
+            taken -= sum(conversion.source.bytes_freed(file, dst) for file in gone)
     return peak

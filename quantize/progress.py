@@ -1,4 +1,4 @@
-"""What `quantize` and `inspect --verify` say while they work, and how the command line shows it."""
+"""Progress of `quantize` and of `inspect --verify`: what is reported, and how the command line shows it."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
+from moebox.quantize.text import format_bytes, format_seconds
+
 PLAIN_INTERVAL_S = 5.0
 
 
 @dataclass(frozen=True)
 class ProgressReport:
-    """One moment of a long job.
+    """How far a long job is.
 
-    `stage` is "fetch", "quantize" or "verify"; bytes are those of the source read (for verify: of the
-    files hashed). `resumed_bytes` were done by an earlier run and count in `done_bytes`.
+    `stage` is "fetch", "quantize" or "verify". Bytes are those of the source that are read, or for "verify"
+    those of the files that are hashed. `done_bytes` include `resumed_bytes`, which an earlier run did.
     """
 
     stage: str
@@ -30,7 +32,7 @@ class ProgressReport:
     shard: int
     shards: int
     fetched_bytes: int = 0
-    """Bytes that this run has taken from the hub."""
+    """Bytes that this run has fetched from the hub."""
 
     @property
     def gbps(self) -> float:
@@ -39,7 +41,7 @@ class ProgressReport:
 
     @property
     def eta_s(self) -> float | None:
-        """Seconds to go at the rate so far; None before anything is known."""
+        """Seconds to go at the rate so far; None before the first bytes."""
         return (self.total_bytes - self.done_bytes) / self.gbps / 1e9 if self.gbps > 0 else None
 
     def line(self) -> str:
@@ -55,20 +57,6 @@ class ProgressReport:
 
 
 ProgressCallback = Callable[[ProgressReport], None]
-
-
-def format_bytes(nbytes: float) -> str:
-    """`26.42 GB`, `30.5 MB`, `12 kB`."""
-    if nbytes >= 1e9:
-        return f"{nbytes / 1e9:,.2f} GB"
-    return f"{nbytes / 1e6:.1f} MB" if nbytes >= 1e6 else f"{nbytes / 1e3:.0f} kB"
-
-
-def format_seconds(seconds: float) -> str:
-    """`0:07`, `12:30`, `3:05:00`."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 class Meter:
@@ -97,13 +85,13 @@ class Meter:
             self._report(stage or self._stage, force=False)
 
     def add_fetched(self, nbytes: int) -> None:
-        """Count `nbytes` taken from the hub."""
+        """Count `nbytes` more that were fetched from the hub."""
         with self._lock:
             self._fetched += nbytes
             self._report(self._stage, force=False)
 
     def touch(self, stage: str) -> None:
-        """Report without progress, so that a long wait is seen to be alive."""
+        """Report although nothing has changed, so that users see that a long wait goes on."""
         with self._lock:
             self._report(stage, force=False)
 

@@ -1,4 +1,4 @@
-"""config.json -> ModelConfig, over the family's spellings and the files it must refuse."""
+"""config.json -> ModelConfig: the spellings of the family, and the files that are refused."""
 
 import json
 import math

@@ -1,8 +1,8 @@
-"""Endless variations of the training dialogues, so that copying beats remembering.
+"""Endless variations of the training dialogues, so that a model has to copy values and cannot memorize them.
 
-Names, titles, addresses and numbers are swapped for others throughout a dialogue, dates are moved,
-functions and parameters renamed, tools shuffled, added and dropped. What the user says under another
-name (`SF`, `the first of the month`) stays as it is: a value moves only if it can be found in the text.
+Names, titles, addresses and numbers are replaced by others throughout a dialogue, dates are moved, functions
+and parameters renamed, tools shuffled, added and dropped. A value that the user names in other words (`SF`,
+`the first of the month`) is kept: only values that the text contains are replaced.
 """
 
 import copy
@@ -145,7 +145,7 @@ def _values(dialogue: Dialogue) -> Iterator[tuple[str, str]]:
 
 
 def _unsaid(dialogue: Dialogue) -> set[str]:
-    """Arguments that nothing before their call spells out: an alias, a date in words, a default."""
+    """Arguments that no message before their call contains: an alias, a date in words, a default."""
     said, unsaid = "", set()
     for message in dialogue["messages"]:
         for call in message.get("tool_calls", ()):
@@ -161,7 +161,7 @@ def _enum_values(tool: dict) -> Iterator[str]:
 
 
 def _other_number(value: str, rng: random.Random) -> str:
-    """As many digits, none of them a leading zero that was not there."""
+    """A random number with as many digits, without a new leading zero."""
     digits = (rng.choice("0123456789") if d.isdigit() else d for d in value[1:])
     return (rng.choice("123456789") if value[0] != "0" else "0") + "".join(digits)
 

@@ -84,7 +84,7 @@ class Renderer:
 
 
 def _without_empty_thoughts(ids: np.ndarray, kinds: np.ndarray, opening: int, closing: int) -> np.ndarray:
-    """`<think></think>` stands in the prompt: the model is not to learn to write it."""
+    """`<think></think>` is part of the prompt, so the model must not learn to write it."""
     empty = np.flatnonzero((ids[:-1] == opening) & (ids[1:] == closing))
     kinds[empty] = kinds[empty + 1] = NOTHING
     return kinds

@@ -1,7 +1,7 @@
 """Made-up requests: a sentence that names every value, and the call that it asks for.
 
-Short drill for what dialogues show rarely: copying names nobody has seen, and writing dates and times in
-the form that tools want.
+They practise what dialogues contain rarely: copying unknown names, and writing dates and times in the format
+of the tools.
 """
 
 import copy
@@ -43,7 +43,7 @@ def exercise(augmenter: Augmenter, rng: random.Random) -> Dialogue:
 
 
 def _chosen_parameters(parameters: dict, rng: random.Random) -> list[str]:
-    """All required ones and some of the others, in any order."""
+    """All required parameters and some of the others, in random order."""
     names = [
         name for name in parameters["properties"] if name in parameters["required"] or rng.random() < 0.3
     ]
@@ -69,7 +69,7 @@ def _mention(name: str, words: str, rng: random.Random) -> str:
 
 
 def _value(augmenter: Augmenter, name: str, schema: dict, rng: random.Random) -> tuple[str, str]:
-    """(as the tool wants it, as the user says it)."""
+    """A value in the tool's format, and the same in the user's words."""
     if "enum" in schema:
         value = rng.choice(schema["enum"])
         return value, _as_word(value, rng)

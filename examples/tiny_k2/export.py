@@ -2,9 +2,10 @@
 
     python export.py run ../../assets/tiny-k2 --sharpness 0.5
 
-One file per layer, named as Moonshot names them. Experts are put on their INT4 grid first, since they
-were trained on it: quantizing the FP8 checkpoint to INT4 then finds the same grid again. `--sharpness` scales
-the final norm, and with it all logits (Guo et al. 2017): greedy answers stay, overconfidence goes.
+One file per layer, with Moonshot's names. Experts are rounded to INT4 first, as in training, so that
+quantizing the FP8 checkpoint to INT4 finds the same values again. `--sharpness` scales the final norm and
+with it all logits (Guo et al. 2017), which makes probabilities less confident and leaves greedy answers as
+they are.
 """
 
 import argparse
@@ -39,7 +40,7 @@ def load_parts(folder: Path) -> dict[str, Tensor]:
 
 
 def published(name: str, weight: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a K2-Instruct checkpoint that stand for one of ours."""
+    """The tensors of a K2-Instruct checkpoint that one tensor of the training model becomes."""
     if ".experts." in name:
         for expert, matrix in enumerate(round_int4(weight)):
             yield from _fp8(name.replace(".experts.", f".experts.{expert}.") + ".weight", matrix)

@@ -24,7 +24,7 @@ def read_config(path: Path, **changes: Any) -> SimpleNamespace:
 
 @dataclass
 class Documents:
-    """Where the documents of a flat batch lie."""
+    """Where each document of a flat batch starts, and the position of each token in its document."""
 
     starts: Tensor
     """int32 [documents + 1]; ends with T. Empty documents are allowed."""
@@ -34,7 +34,7 @@ class Documents:
 
     @classmethod
     def of(cls, starts: Tensor, longest: int | None = None, total: int | None = None) -> "Documents":
-        """`longest` and `total` save a wait for the device where they are known."""
+        """`longest` and `total`, where the caller knows them, save a synchronization with the device."""
         lengths = starts.diff().long()
         first = torch.repeat_interleave(starts[:-1].long(), lengths, output_size=total)
         positions = torch.arange(len(first), device=starts.device) - first
@@ -138,7 +138,7 @@ class MLP(nn.Module):
 
 
 class Router(nn.Module):
-    """Sigmoid scores; the correction bias moves the choice, never the weight."""
+    """Sigmoid scores; the correction bias changes which experts are chosen, not their weights."""
 
     def __init__(self, config: SimpleNamespace) -> None:
         super().__init__()
@@ -180,7 +180,7 @@ class Experts(nn.Module):
 
 
 class Permute(torch.autograd.Function):
-    """rows[order], whose gradient is again a permutation: autograd would scatter with atomics."""
+    """rows[order]. Its gradient is grad[inverse], where autograd would scatter with atomic additions."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:

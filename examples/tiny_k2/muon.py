@@ -5,8 +5,8 @@ from collections import defaultdict
 import torch
 from torch import Tensor, nn
 
-MUON_NOT = ("embed_tokens", "lm_head", "mlp.gate.", "norm")
-"""Parts of names that AdamW takes: embeddings, head, router, norms."""
+ADAMW_PARTS = ("embed_tokens", "lm_head", "mlp.gate.", "norm")
+"""AdamW trains the parameters whose names contain one of these: embeddings, head, router, norms."""
 
 
 def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
@@ -51,8 +51,8 @@ class Muon(torch.optim.Optimizer):
 def optimizers(model: nn.Module, muon_lr: float, adam_lr: float) -> list[torch.optim.Optimizer]:
     """Both optimizers, each group with its `peak` learning rate for the schedule."""
     named = list(model.named_parameters())
-    others = [parameter for name, parameter in named if any(part in name for part in MUON_NOT)]
-    matrices = [parameter for name, parameter in named if not any(part in name for part in MUON_NOT)]
+    others = [parameter for name, parameter in named if any(part in name for part in ADAMW_PARTS)]
+    matrices = [parameter for name, parameter in named if not any(part in name for part in ADAMW_PARTS)]
     fused = others[0].is_cuda
     both = [Muon(matrices, muon_lr),
             torch.optim.AdamW(others, adam_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=fused)]  # fmt: skip

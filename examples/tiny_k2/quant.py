@@ -46,7 +46,7 @@ def round_int4(weight: Tensor) -> Tensor:
 
 
 def rounded(name: str, weight: Tensor, int4: bool = True) -> Tensor:
-    """The values that `weight` has in the model as it runs (float32)."""
+    """The values, float32, to which `weight` is rounded when the model runs."""
     if weight.dim() < 2 or any(part in name for part in KEPT):
         return weight.bfloat16().float()
     if int4 and ".experts." in name:
@@ -57,7 +57,7 @@ def rounded(name: str, weight: Tensor, int4: bool = True) -> Tensor:
 @contextmanager
 @torch.no_grad()
 def quantized(model: nn.Module, int4: bool = True) -> Iterator[None]:
-    """Inside, the model has rounded weights; gradients taken there apply to the weights outside."""
+    """Round the model's weights within the block; its gradients are applied to the unrounded weights."""
     kept = {name: parameter.data for name, parameter in model.named_parameters()}
     for name, parameter in model.named_parameters():
         parameter.data = rounded(name, parameter.data, int4)

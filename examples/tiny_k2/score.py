@@ -1,7 +1,7 @@
 """How well a model calls tools, with the true history up to each turn (teacher forcing).
 
-Greedy decoding writes a call exactly when the true token is the likeliest at each of its places, so one
-forward pass over a dialogue scores all its calls.
+Greedy decoding writes the true call if and only if each of its tokens is the likeliest one after the true
+tokens before it. So one forward pass over a dialogue scores all its calls.
 """
 
 from collections import Counter
@@ -48,7 +48,6 @@ def score(model: Model, batches: list[Batch], marks: dict[str, int], device: str
     rates = {
         name: totals[name] / calls for name in ("called", "right_name", "exact_arguments", "exact_given_name")
     }
-    rates["exact_given_name"] = totals["exact_given_name"] / calls
     return {"loss": totals["loss"] / totals["tokens"], **rates, "calls": calls,
             "false_calls": totals["false_calls"] / max(turns, 1), "turns": turns}  # fmt: skip
 

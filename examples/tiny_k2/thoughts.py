@@ -11,7 +11,7 @@ SYSTEM_PROMPTS = ("You are a helpful assistant.", "You are tiny-k2, a small assi
 
 
 def thinking_cut(dialogue: Dialogue, rng: random.Random) -> Dialogue:
-    """The dialogue up to a random answer, with a thought before each turn that is still open."""
+    """The dialogue up to a random answer, with a thought for every assistant message."""
     messages = dialogue["messages"]
     turns = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
     calls = [n for n in turns if messages[n].get("tool_calls")]
@@ -56,7 +56,7 @@ def _is_said(value: str, said: str) -> bool:
 
 
 def without_tools(dialogue: Dialogue) -> Dialogue:
-    """The start of a dialogue, up to its first tool call, as talk to a model that has no tools."""
+    """The start of a dialogue, up to the request before its first tool call, without declared tools."""
     messages = dialogue["messages"]
     first = next((n for n, m in enumerate(messages) if m.get("tool_calls")), len(messages))
     return {"tools": [], "messages": messages[: first - 1]} if first > 2 else dialogue

@@ -1,8 +1,8 @@
-"""Train tiny-k2's tokenizer: Kimi's byte-level BPE in small, written as `tiktoken.model`.
+"""Train tiny-k2's tokenizer, a small byte-level BPE with Kimi's split pattern, and write `tiktoken.model`.
 
-Words get their leading space last: BPE is trained on words without it, then the pieces that start
-words most often get a twin with the space. So `Petaluma` after a quote in JSON and ` Petaluma` in a
-sentence fall into the same pieces but for the first, which makes copying names much easier to learn.
+BPE is trained on words without their leading space. Then the tokens that most often start a word get a twin,
+a second token with the space before it. So `Petaluma` after a quote in JSON and ` Petaluma` in a sentence
+are split into the same tokens except for the first, which makes copying names much easier to learn.
 
     python tokenizer.py train.jsonl.xz ../../assets/tiny-k2
 """
@@ -94,7 +94,7 @@ def _byte_pairs(texts: list[str], size: int) -> list[bytes]:
 
 
 def _byte_of_letter(alphabet: Iterable[str]) -> dict[str, int]:
-    """GPT-2's printable stand-ins: bytes that print stand for themselves, the rest from U+0100 on."""
+    """GPT-2's letter -> byte: a printable byte is its own letter, the others have letters from U+0100 on."""
     printable = [ord(letter) for letter in alphabet if ord(letter) < 256]
     others = [value for value in range(256) if value not in printable]
     return {chr(value): value for value in printable} | {chr(256 + n): v for n, v in enumerate(others)}
@@ -124,7 +124,7 @@ def write(tokens: list[bytes], folder: Path) -> None:
 
 
 def corpus(path: Path) -> Iterator[str]:
-    """Every message once, every tool declaration once per 20 uses: schemas repeat far more than they say."""
+    """Every message once; every tool declaration once, and once more per 20 uses, since they repeat often."""
     uses: Counter[str] = Counter()
     for dialogue in read_dialogues(path):
         uses.update(json.dumps(tool, sort_keys=True) for tool in dialogue["tools"])

@@ -48,7 +48,10 @@ def loss_of(model: Model, batch: Batch, device: str) -> torch.Tensor:
 
 @torch.no_grad()
 def balance(model: Model, step: float) -> torch.Tensor:
-    """DeepSeek-V3's balancing without a loss: raise the bias of idle experts. Returns max / mean load."""
+    """Balance the load as DeepSeek-V3 does, without a loss; return the largest load over the mean, per layer.
+
+    `step` is added to the bias of experts with less than the mean load and taken from that of the others.
+    """
     worst = []
     for layer in model.moe_layers():
         load = layer.load.float()

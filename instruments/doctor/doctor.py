@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 
 from moebox.errors import MoeboxError
+from moebox.files import free_bytes
 from moebox.folders import data_folder
 from moebox.instruments.doctor.checks import checkpoint, cpu, drives, gpu, memory, software
 from moebox.instruments.doctor.checks.base import Check, Roots, Topic
@@ -26,7 +27,6 @@ from moebox.offload.machine.drive_speed import DriveSpeed, measure_drive
 from moebox.offload.machine.drives import Drive, drive_at
 from moebox.offload.machine.hardware import cpu_identity, gpu_identity
 from moebox.offload.machine.profile import Kind, MachineProfile, profile_path
-from moebox.quantize.files import free_bytes
 
 Measured = TypeVar("Measured")
 

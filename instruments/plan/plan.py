@@ -115,8 +115,8 @@ def _shape_model(shape: Shape, context: int | None) -> PlannedModel:
 
 def _hub_model(name: str) -> PlannedModel:
     """A model on the hub; its small files and headers, not its weights, go to a temporary folder."""
+    from moebox.quantize.source.base import HeaderStore
     from moebox.quantize.source.hub import HubSource, parse_hub_id
-    from moebox.quantize.source.origin import HeaderStore
 
     parsed = parse_hub_id(name)
     if parsed is None:

@@ -1,8 +1,8 @@
-"""The one layout of an INT4 expert, the same bytes on disk, in RAM and on a GPU.
+"""The layout of an INT4 expert: the same bytes on disk, in RAM and on a GPU.
 
 An expert is six tensors back to back (compressed-tensors `pack-quantized`, group 32, bf16 scales).
-`moebox.json` says where each expert's extent starts. A K2 expert has 24,772,608 bytes = 6,048 pages, so
-in a shard whose data starts on a page, every expert does.
+`moebox.json` says where each expert's bytes, its extent, start. A K2 expert has 24,772,608 bytes = 6,048
+pages: in a shard whose data starts on a page, every expert starts on a page.
 """
 
 from __future__ import annotations
@@ -16,41 +16,36 @@ import numpy as np
 import numpy.typing as npt
 
 from moebox import _kernels
-from moebox.config import GROUP_SIZE, ModelConfig, read_json
+from moebox.config import EXPERT_PROJECTIONS, GROUP_SIZE, ModelConfig, read_json
 from moebox.errors import CheckpointError
-
-ALIGNMENT = 4096
-"""Bytes: the data of a shard starts at a multiple of it."""
 
 MANIFEST_FILE = "moebox.json"
 MANIFEST_FORMAT = 2
 READABLE_FORMATS = (1, 2)
 """Format 1 had no checksums of experts."""
 
-EXPERT_TENSORS = (
-    "gate_proj.weight_packed",
-    "gate_proj.weight_scale",
-    "up_proj.weight_packed",
-    "up_proj.weight_scale",
-    "down_proj.weight_packed",
-    "down_proj.weight_scale",
-)
-EXPERT_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+EXPERT_PARTS = ("weight_packed", "weight_scale")
+"""What an INT4 matrix consists of: packed values int32 [out, in/8], then scales bf16 [out, in/32]."""
+EXPERT_TENSORS = tuple(f"{projection}.{part}" for projection in EXPERT_PROJECTIONS for part in EXPERT_PARTS)
+"""The six tensors of an expert in the order of its bytes: gate, up, down, each packed values then scales."""
 
 
 class ExpertLayout:
-    """Offsets, shapes and dtypes of an expert's six tensors within its extent.
+    """Where an expert's six tensors lie within its extent; all lists are in the order of `EXPERT_TENSORS`.
 
-    `shapes` are [out, in/8] int32 for packed values and [out, in/32] bf16 for scales; `offsets` count
-    bytes from the extent's start, in the order of `EXPERT_TENSORS`.
+    Attributes:
+        shapes: [out, in/8] of packed values, [out, in/32] of scales.
+        dtypes: safetensors names: I32 of packed values, BF16 of scales.
+        sizes: bytes of each tensor.
+        offsets: bytes from the extent's start.
+        nbytes: bytes of the extent.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         self.shapes: list[tuple[int, int]] = []
         self.dtypes: list[str] = []
         self.sizes: list[int] = []
-        for name in EXPERT_PROJECTIONS:
-            rows, columns = config.expert_shapes()[name]
+        for rows, columns in config.expert_shapes().values():
             self.shapes += [(rows, columns // 8), (rows, columns // GROUP_SIZE)]
             self.dtypes += ["I32", "BF16"]
             self.sizes += [rows * columns // 2, rows * columns // GROUP_SIZE * 2]
@@ -60,11 +55,11 @@ class ExpertLayout:
 
 @dataclass(frozen=True)
 class ExpertExtent:
-    """One expert's bytes, and what quantizing them cost.
+    """Where one expert's bytes lie, and their quantization error.
 
-    `rel_rms` is the root mean square of the error over that of the source's weights, `max_abs` the
-    largest absolute error; both are 0 where the source's INT4 values were passed through. `xxh3` is the
-    XXH3-64 of the bytes, 16 hex digits; None where an older moebox wrote the manifest.
+    `rel_rms` is the root mean square of the error divided by that of the source's weights; `max_abs` is the
+    largest absolute error. Both are 0 where the source was INT4. `xxh3` is the XXH3-64 of the bytes, 16 hex
+    digits; it is None where an older moebox wrote the manifest.
     """
 
     file: str
@@ -76,13 +71,13 @@ class ExpertExtent:
 
 
 def expert_checksum(data: npt.NDArray[np.uint8]) -> str:
-    """What `ExpertExtent.xxh3` is for an expert's bytes, uint8 [nbytes]."""
+    """`ExpertExtent.xxh3` of an expert's bytes, uint8 [nbytes]."""
     return f"{_kernels.xxh3_64(data):016x}"
 
 
 @dataclass
 class Manifest:
-    """`moebox.json`, written last: a folder that has it is complete."""
+    """`moebox.json`. A conversion writes it last, so a folder that has it is complete."""
 
     moebox: str
     method: str
@@ -135,7 +130,7 @@ def check_extents(
     """Compare the manifest with the config and the files' sizes.
 
     Args:
-        shards: where the shards lie, as `Checkpoint.shards`; all in `folder` by default.
+        shards: where the shards lie, as in `Checkpoint.shards`; by default all are in `folder`.
 
     Raises:
         CheckpointError: an expert is missing, of the wrong size, or beyond its file's end.

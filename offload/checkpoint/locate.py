@@ -1,4 +1,4 @@
-"""Where a checkpoint has its routed experts, checked against its config and its manifest."""
+"""Where the routed experts lie in a checkpoint's shards, checked against its config and its manifest."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def expert_tensors(checkpoint: Checkpoint, layout: ExpertLayout, layer: int, exp
 def _check_places(
     manifest: Manifest, layout: ExpertLayout, layer: int, experts: list[list[TensorInfo]]
 ) -> None:
-    """Compare the manifest's extents with the shards' headers."""
+    """Raise `CheckpointError` where the manifest's extents are not where the shards' headers say."""
     for extent, infos in zip(manifest.experts[layer], experts, strict=True):
         for info, offset in zip(infos, layout.offsets, strict=True):
             if (info.file.name, info.offset) != (extent.file, extent.offset + offset):

@@ -1,8 +1,8 @@
 """Reading safetensors checkpoints: strict headers, memory-mapped tensors.
 
-The `safetensors` library maps and slices tensors too, but it hides where a tensor lies in its file.
-Placing experts needs exactly that, so headers are parsed here; writing and everyone else's reading
-stay with the library. Format: https://github.com/huggingface/safetensors#format.
+The `safetensors` library maps and slices tensors too, but it does not say where a tensor lies in its file.
+Reading experts from drives needs that, and so does writing them in a given place; so headers are read and
+written here. Format: https://github.com/huggingface/safetensors#format.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import torch
 
 from moebox.config import ModelConfig, load_config, read_json
 from moebox.errors import CheckpointError
+from moebox.units import ceil_div
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -42,6 +43,35 @@ TORCH_DTYPES = {
 }
 _HEADER_LIMIT_BYTES = 100_000_000
 _MAP_NORESERVE = 0x4000
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor that is to be written: its name, its safetensors dtype and its shape."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor's data."""
+        return math.prod(self.shape) * TORCH_DTYPES[self.dtype].itemsize
+
+
+def encode_header(tensors: Iterable[TensorSpec], alignment: int) -> bytes:
+    """The beginning of a shard whose data is `tensors` back to back: the length prefix and the JSON header.
+
+    Spaces fill the header up, so that the data starts at a multiple of `alignment` bytes.
+    """
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for tensor in tensors:
+        begin, end = end, end + tensor.nbytes
+        entries[tensor.name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [begin, end]}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text = text.ljust(ceil_div(8 + len(text), alignment) * alignment - 8)
+    return struct.pack("<Q", len(text)) + text
 
 
 @dataclass(frozen=True)
@@ -84,7 +114,7 @@ def read_header_bytes(path: Path) -> tuple[bytes, int]:
 
 
 def header_length(path: Path, prefix: bytes, size: int) -> int:
-    """Bytes of the header, from the file's first eight; `CheckpointError` where it cannot fit `size`."""
+    """Bytes of the header, from the first eight of the file; `CheckpointError` if `size` is too small."""
     if len(prefix) < 8:
         raise CheckpointError(f"{path}: {size} bytes, too short for a safetensors file", _FETCH_AGAIN)
     length: int = struct.unpack("<Q", prefix)[0]
@@ -96,7 +126,7 @@ def header_length(path: Path, prefix: bytes, size: int) -> int:
 
 
 def parse_header(path: Path, raw: bytes, size: int) -> dict[str, TensorInfo]:
-    """Check a header read elsewhere (`raw`, without its length prefix) for a file of `size` bytes at `path`.
+    """Parse and check `raw`, the header of a file of `size` bytes at `path`, without its length prefix.
 
     Raises:
         CheckpointError: as `read_header`.
@@ -169,8 +199,8 @@ def _check_offsets(path: Path, infos: list[TensorInfo], data_start: int, size: i
 
 @lru_cache(maxsize=256)
 def _map_file(path: Path, _identity: tuple[int, int, int]) -> mmap.mmap:
-    # Private and writable: torch warns about read-only buffers, and nothing written here would
-    # reach the file. NORESERVE keeps the kernel from counting it against the commit limit.
+    # The mapping is writable, because torch warns about read-only buffers, and private, so that a write would
+    # not reach the file. With NORESERVE the kernel does not count it against its commit limit.
     with path.open("rb") as file:
         return mmap.mmap(
             file.fileno(),
@@ -212,7 +242,7 @@ def open_tensor(info: TensorInfo) -> torch.Tensor:
 
 
 def release_mappings() -> None:
-    """Forget the cached mappings; those that no tensor uses any more are unmapped."""
+    """Drop the cached mappings; a mapping that no tensor uses is unmapped."""
     _map_file.cache_clear()
 
 
@@ -239,7 +269,7 @@ def read_index(folder: Path) -> dict[str, str]:
 
 
 def find_shards(folder: Path, stores: Sequence[Path], files: Iterable[str]) -> dict[str, list[Path]]:
-    """Where each shard lies: in the checkpoint's `folder`, in `stores`, or in several of them.
+    """The copies of each shard, in the checkpoint's `folder` and in `stores`: file name -> paths.
 
     Raises:
         CheckpointError: a store is no folder; a shard is nowhere; two copies differ in size or header.

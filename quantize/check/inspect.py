@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
-from moebox.config import ModelConfig, read_json
+from moebox.config import CONFIG_FILE, ModelConfig, read_json
 from moebox.errors import CheckpointError
 from moebox.offload.checkpoint.layout import (
-    ALIGNMENT,
     EXPERT_TENSORS,
     MANIFEST_FILE,
     ExpertExtent,
@@ -24,20 +22,26 @@ from moebox.offload.checkpoint.layout import (
     check_extents,
     load_manifest,
 )
-from moebox.offload.checkpoint.safetensors import Checkpoint
+from moebox.offload.checkpoint.safetensors import Checkpoint, TensorInfo
 from moebox.quantize.check.verify import verify_shards
 from moebox.quantize.output.journal import WORK_FOLDER, Journal
 from moebox.quantize.output.shards import plan_shards
 from moebox.quantize.output.small_files import bare_config, save_manifest
-from moebox.quantize.progress import ProgressCallback, format_bytes
-from moebox.quantize.source.formats import Encoding, check_source, take_inventory
+from moebox.quantize.progress import ProgressCallback
+from moebox.quantize.source.formats import check_source
+from moebox.quantize.source.inventory import SourceTensor, take_inventory
+from moebox.quantize.text import format_bytes, print_rows
+from moebox.units import PAGE_BYTES
 
 WORST_EXPERTS = 10
 
 
 @dataclass(frozen=True)
 class LayerError:
-    """Errors of one layer's experts: relative RMS (mean, largest and whose), largest absolute error."""
+    """Errors of one layer's experts.
+
+    The mean and the largest relative RMS, the expert that has the largest, and the largest absolute error.
+    """
 
     layer: int
     mean_rel_rms: float
@@ -86,7 +90,7 @@ class InspectReport:
     verified: bool
     """Whether every shard was hashed and matched its SHA-256, and every expert its checksum."""
     quantized_bytes: int | None
-    """Size that `quantize` would bring an unquantized or foreign checkpoint to."""
+    """Bytes of what `quantize` would make of the checkpoint; None for one that it has written."""
 
     def to_dict(self) -> dict[str, Any]:
         """For `--json`."""
@@ -102,14 +106,14 @@ def inspect(
     add_checksums: bool = False,
     stores: Sequence[Path] = (),
 ) -> InspectReport:
-    """Look at a checkpoint folder, quantized or not; headers only unless something is to be hashed.
+    """Report on a checkpoint folder, quantized or not; without hashing only headers are read.
 
     Args:
-        folder: with `config.json` and safetensors shards.
+        folder: holds `config.json` and safetensors shards.
         verify: hash every copy of every shard and every expert, and compare with `moebox.json`.
         progress: called while hashing.
         worst: how many of the worst experts to list.
-        add_checksums: the same, and write checksums of experts to a `moebox.json` that has none.
+        add_checksums: verify, and write the checksums of experts to a `moebox.json` that has none.
         stores: more folders with copies of shards, or with shards that `folder` lacks.
 
     Raises:
@@ -147,26 +151,15 @@ def _report(
 ) -> InspectReport:
     config, tensors = checkpoint.config, checkpoint.tensors
     inventory = take_inventory(tensors, config)
-    encodings: set[Encoding] = {
-        check_source(source, tensors) for sources in inventory.experts.values() for source in sources
-    }
+    experts = [source for sources in inventory.experts.values() for source in sources]
+    encodings = {check_source(source, tensors) for source in experts}
     for source in inventory.backbone.values():
         check_source(source, tensors)
-    expert_names = {
-        name for sources in inventory.experts.values() for source in sources for name in source.parts.values()
-    }
-    backbone_names = {name for source in inventory.backbone.values() for name in source.parts.values()}
-    dtypes: dict[str, int] = {}
-    for info in tensors.values():
-        dtypes[info.dtype] = dtypes.get(info.dtype, 0) + info.nbytes
-    experts_bytes = sum(tensors[name].nbytes for name in expert_names)
-    backbone_bytes = sum(tensors[name].nbytes for name in backbone_names)
+    experts_bytes = _stored_bytes(experts, tensors)
+    backbone_bytes = _stored_bytes(inventory.backbone.values(), tensors)
     total = sum(info.nbytes for info in tensors.values())
     errors = _expert_errors(manifest)
     contiguous, aligned = _placement(checkpoint) if encodings == {"int4"} else (0, 0)
-    shards = (
-        None if manifest else plan_shards(bare_config(config, read_json(checkpoint.folder / "config.json")))
-    )
     return InspectReport(
         folder=str(checkpoint.folder),
         state="moebox" if manifest else "int4" if encodings == {"int4"} else "unquantized",
@@ -178,7 +171,7 @@ def _report(
         backbone_bytes=backbone_bytes,
         left_out_bytes=total - experts_bytes - backbone_bytes,
         expert_bytes=experts_bytes // len(inventory.experts),
-        dtypes=dtypes,
+        dtypes=_bytes_by_dtype(tensors.values()),
         files=_files(checkpoint),
         method=manifest.method if manifest else None,
         source=manifest.source.get("name") if manifest else None,
@@ -189,8 +182,24 @@ def _report(
         layers=_layer_errors(errors),
         worst=sorted(errors, key=lambda error: (-error.rel_rms, error.layer, error.expert))[:worst],
         verified=verified,
-        quantized_bytes=sum(shard.size for shard in shards) if shards else None,
+        quantized_bytes=None if manifest else _quantized_bytes(checkpoint),
     )
+
+
+def _stored_bytes(sources: Iterable[SourceTensor], tensors: Mapping[str, TensorInfo]) -> int:
+    return sum(tensors[name].nbytes for source in sources for name in source.parts.values())
+
+
+def _bytes_by_dtype(tensors: Iterable[TensorInfo]) -> dict[str, int]:
+    dtypes: dict[str, int] = {}
+    for info in tensors:
+        dtypes[info.dtype] = dtypes.get(info.dtype, 0) + info.nbytes
+    return dtypes
+
+
+def _quantized_bytes(checkpoint: Checkpoint) -> int:
+    config = bare_config(checkpoint.config, read_json(checkpoint.folder / CONFIG_FILE))
+    return sum(shard.size for shard in plan_shards(config))
 
 
 def _files(checkpoint: Checkpoint) -> dict[str, int]:
@@ -246,7 +255,7 @@ def _layer_errors(errors: list[ExpertError]) -> list[LayerError]:
 
 
 def _placement(checkpoint: Checkpoint) -> tuple[int, int]:
-    """How many experts are one contiguous run of bytes, and how many of those start on a page."""
+    """How many experts are one run of bytes, and how many of these start on a page."""
     config, layout = checkpoint.config, ExpertLayout(checkpoint.config)
     contiguous = aligned = 0
     for layer in config.moe_layers:
@@ -259,16 +268,13 @@ def _placement(checkpoint: Checkpoint) -> tuple[int, int]:
                 for info, offset in zip(infos, layout.offsets, strict=True)
             ):
                 contiguous += 1
-                aligned += start % ALIGNMENT == 0
+                aligned += start % PAGE_BYTES == 0
     return contiguous, aligned
 
 
 def render_inspect(report: InspectReport, console: Console) -> None:
     """Print `report` on `console`."""
-    table = Table.grid(padding=(0, 2))
-    for name, value in _summary(report):
-        table.add_row(f"[bold]{name}[/bold]", escape(value))
-    console.print(table)
+    print_rows(_summary(report), console)
     if report.method == "rtn":
         console.print(_layer_table(report))
         console.print(_worst_table(report))

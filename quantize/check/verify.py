@@ -1,4 +1,4 @@
-"""Reading a whole quantized checkpoint: SHA-256 of its shards, checksums of its experts, in one pass."""
+"""Hashing a quantized checkpoint in one pass: SHA-256 of each shard, XXH3-64 of each expert."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from moebox.offload.checkpoint.layout import (
     expert_checksum,
 )
 from moebox.offload.checkpoint.safetensors import Checkpoint
-from moebox.quantize.files import drop_cache
+from moebox.quantize.page_cache import drop_cache
 from moebox.quantize.progress import Meter, ProgressCallback
 
 Bytes = npt.NDArray[np.uint8]
@@ -33,7 +33,7 @@ _CHUNK_BYTES = 4 << 20
 
 @dataclass
 class _Found:
-    """What a copy of a shard holds: its SHA-256, and the checksum of the expert at each offset."""
+    """Hashes of one copy of a shard: its SHA-256, and the checksum of the expert at each offset."""
 
     sha256: str = ""
     xxh3: dict[int, str] = field(default_factory=dict)
@@ -119,7 +119,7 @@ def _read(path: Path, experts: Sequence[ExpertExtent], meter: Meter) -> _Found:
 
 
 def _pieces(file: FileIO, experts: Sequence[ExpertExtent]) -> Iterator[tuple[int | None, Bytes]]:
-    """The file from its beginning: each expert whole, with its offset, and what lies between in chunks."""
+    """The file in pieces: each expert whole, with its offset; the bytes between them in chunks, with None."""
     position = 0
     for extent in sorted(experts, key=lambda extent: extent.offset):
         yield from _chunks(file, extent.offset - position)
@@ -138,7 +138,7 @@ def _chunks(file: FileIO, nbytes: int) -> Iterator[tuple[None, Bytes]]:
 
 
 def _take(file: FileIO, nbytes: int) -> Bytes:
-    """The next `nbytes`, or as many as there are."""
+    """The next `nbytes`, or fewer at the end of the file."""
     piece = np.empty(nbytes, np.uint8)
     done = 0
     while done < nbytes and (count := file.readinto(piece[done:].data)):

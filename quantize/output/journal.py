@@ -1,14 +1,13 @@
 """What makes `quantize` resumable: a lock on the destination and a journal of finished shards.
 
-Both live in `DST/.moebox/` until the output is complete. The journal is one JSON object per line. The
-first line says what is being made (source, method, plan); each further line is one finished shard,
-appended and synced only after the shard itself was synced and renamed. So whatever the journal names
-is whole, and everything else may be thrown away.
+Both are in `DST/.moebox/` until the output is complete. The journal has one JSON object a line. The first
+line says what is being made (source, method, size of shards); each further line is one finished shard. It is
+appended and synced after the shard itself was synced and renamed. So every shard that the journal names is
+whole, and everything else may be deleted.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -17,74 +16,60 @@ from pathlib import Path
 from typing import Any
 
 from moebox.errors import BusyError, CheckpointError
-from moebox.quantize.files import sync_folder, writing
+from moebox.files import FileLock, sync_folder, writing
 
 WORK_FOLDER = ".moebox"
 _JOURNAL_FILE = "journal.jsonl"
-_LOCK_FILE = "lock"
+LOCK_FILE = "lock"
 
 
 class DestinationLock:
-    """Only one process at a time works on a destination; the lock dies with its process."""
+    """Only one process at a time writes to a destination; the lock ends with its process.
+
+    The lock file holds its owner's process id. `release_and_remove` removes it while it is still locked.
+    """
 
     def __init__(self, dst: Path) -> None:
-        self.path = dst / WORK_FOLDER / _LOCK_FILE
-        self._descriptor: int | None = None
+        self._dst = dst
+        self._lock = FileLock(dst / WORK_FOLDER / LOCK_FILE)
 
     def acquire(self) -> None:
-        """Take the lock, making `DST/.moebox` where it is missing.
+        """Take the lock, creating `DST/.moebox` where it is missing.
 
         Raises:
-            BusyError: another process holds it; names its pid.
+            BusyError: another process holds it; the message gives its process id.
+            OSError: `DST/.moebox` cannot be created.
         """
-        while self._descriptor is None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-            except FileNotFoundError:  # a finishing process has just removed the folder
-                continue
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                pid = os.pread(descriptor, 32, 0).decode(errors="replace").strip()
-                os.close(descriptor)
-                raise BusyError(
-                    f"{self.path.parent.parent}: process {pid or 'unknown'} is writing it",
-                    "Wait until it has finished, or stop it and run the same command again.",
-                ) from None
-            if self._is_current(descriptor):
-                self._descriptor = descriptor
-            else:  # locked a file that its former owner had removed meanwhile
-                os.close(descriptor)
-        os.ftruncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, f"{os.getpid()}\n".encode(), 0)
+        if not self._lock.acquire(wait=False):
+            raise BusyError(
+                f"{self._dst}: process {self._owner() or 'unknown'} is writing it",
+                "Wait until it has finished, or stop it and run the same command again.",
+            )
+        self._lock.path.write_text(f"{os.getpid()}\n")
 
-    def _is_current(self, descriptor: int) -> bool:
-        try:
-            return os.path.samestat(os.fstat(descriptor), self.path.stat())
-        except FileNotFoundError:
-            return False
+    def _owner(self) -> str:
+        with suppress(FileNotFoundError):  # it has just finished
+            return self._lock.path.read_text(errors="replace").strip()
+        return ""
 
     def release(self) -> None:
-        """Let go; the folder stays for a later run to resume from."""
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
+        """Release the lock; `DST/.moebox` stays, so that a later run can resume."""
+        self._lock.release()
 
     def release_and_remove(self) -> None:
-        """Let go and remove `DST/.moebox`; the lock file goes last, while it is still held."""
-        if self._descriptor is None:
+        """Remove `DST/.moebox` and release the lock. Does nothing without the lock."""
+        if not self._lock.held:
             return
-        folder = self.path.parent
+        folder = self._lock.path.parent
         for child in folder.iterdir():
             if child.is_dir():
                 shutil.rmtree(child)
-            elif child != self.path:
+            elif child != self._lock.path:
                 child.unlink()
-        self.path.unlink(missing_ok=True)
-        with suppress(OSError):  # another process may be waiting in it already
+        self._lock.path.unlink(missing_ok=True)
+        with suppress(OSError):  # another process may have created its lock file there already
             folder.rmdir()
-        self.release()
+        self._lock.release()
 
 
 class Journal:
@@ -102,7 +87,7 @@ class Journal:
         self._good_bytes = 0
 
     def load(self) -> None:
-        """Read what is there. A torn last line, from a kill or a power cut while appending, is ignored.
+        """Read the journal, if there is one; a last line that a kill or a power cut has torn is ignored.
 
         Raises:
             CheckpointError: a line before the last one is damaged.
@@ -123,14 +108,14 @@ class Journal:
                 self.shards[entry["shard"]] = entry
 
     def start(self, header: dict[str, Any]) -> None:
-        """Begin an empty journal with `header`."""
+        """Begin a new journal with the line `header`."""
         self.shards, self._good_bytes = {}, 0
         self._append(header)
         self.header = header
         sync_folder(self.path.parent)
 
     def add_shard(self, entry: dict[str, Any]) -> None:
-        """Record a shard that is safely on disk; `entry["shard"]` is its file name."""
+        """Append a shard that is synced and has its final name; `entry["shard"]` is that name."""
         self._append(entry)
         self.shards[entry["shard"]] = entry
 

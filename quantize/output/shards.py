@@ -1,40 +1,28 @@
-"""Which tensor stands where in the output: decided from the config alone, before the first byte.
+"""Where each tensor stands in the output, which follows from the config alone.
 
-Nothing here depends on the source's format, on the number of workers or on earlier runs, so neither do
-the output's bytes. Blocks (embedding, each layer, head) are packed into shards in the order in which
-sources store them; a layer larger than a shard is cut into equal runs of experts, its backbone last.
-Within a shard: experts, then `weight_shape`, then F32, then BF16 tensors, so that all stay aligned.
+Neither the source's encoding nor the number of workers nor earlier runs change the layout, and so they do
+not change the output's bytes. Shards are filled with blocks in the order of the model: the embedding, each
+layer, the head. A layer that is larger than a shard is cut into equal runs of experts; its backbone goes
+with the last one. Within a shard the order is experts, `weight_shape`, F32, BF16, so that every tensor is
+aligned to its elements.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
-from moebox.config import ModelConfig
-from moebox.offload.checkpoint.layout import ALIGNMENT, EXPERT_PROJECTIONS, EXPERT_TENSORS, ExpertLayout
-from moebox.offload.checkpoint.safetensors import TORCH_DTYPES
+from moebox.config import EXPERT_PROJECTIONS, ModelConfig
+from moebox.offload.checkpoint.layout import EXPERT_TENSORS, ExpertLayout
+from moebox.offload.checkpoint.safetensors import TensorSpec, encode_header
+from moebox.quantize.encodings import BIAS_SUFFIX
+from moebox.units import PAGE_BYTES
 
 SHARD_BYTES = 4_000_000_000
-"""Default limit of a shard's data; one tensor or one expert may still be larger."""
-
-F32_SUFFIX = ".e_score_correction_bias"
-"""The one tensor of the backbone that stays float32: it decides ties between experts."""
-
-
-@dataclass(frozen=True)
-class OutputTensor:
-    """One tensor of an output shard; `offset` counts from the start of the file, in bytes."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-    nbytes: int
+"""Default limit of a shard's data."""
 
 
 @dataclass(frozen=True)
@@ -46,72 +34,61 @@ class Shard:
     experts: tuple[tuple[int, int], ...]
     backbone: tuple[tuple[str, tuple[int, ...]], ...]
 
-    @cached_property
-    def header(self) -> bytes:
-        """Length prefix and JSON, padded with spaces so that the data starts on a page."""
-        entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
-        for name, dtype, shape, begin, nbytes in self._relative():
-            entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, begin + nbytes]}
-        text = json.dumps(entries, separators=(",", ":")).encode()
-        text = text.ljust(_round_up(8 + len(text)) - 8)
-        return struct.pack("<Q", len(text)) + text
+    @property
+    def tensors(self) -> tuple[TensorSpec, ...]:
+        """Every tensor, in file order."""
+        return (*self._expert_tensors(), *self._weight_shapes(), *self.backbone_tensors())
 
     @cached_property
-    def size(self) -> int:
-        """Bytes of the file."""
-        return len(self.header) + self.data_bytes
+    def header(self) -> bytes:
+        """Length prefix and JSON, padded so that the data, and with it the first expert, starts on a page."""
+        return encode_header(self.tensors, PAGE_BYTES)
 
     @cached_property
     def data_bytes(self) -> int:
         """Bytes behind the header."""
-        return sum(nbytes for *_, nbytes in self._relative())
+        return sum(tensor.nbytes for tensor in self.tensors)
 
-    def tensors(self) -> list[OutputTensor]:
-        """Every tensor in file order."""
-        start = len(self.header)
-        return [
-            OutputTensor(name, dtype, shape, start + begin, n)
-            for name, dtype, shape, begin, n in self._relative()
-        ]
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+        return len(self.header) + self.data_bytes
+
+    @property
+    def offsets(self) -> dict[str, int]:
+        """Tensor name -> where its data starts in the file, in bytes."""
+        starts = accumulate((tensor.nbytes for tensor in self.tensors), initial=len(self.header))
+        return {tensor.name: start for tensor, start in zip(self.tensors, starts, strict=False)}
 
     def expert_offset(self, position: int) -> int:
-        """Where the shard's `position`-th expert starts in the file."""
+        """Byte of the file at which expert number `position` of this shard starts."""
         return len(self.header) + position * self.config.expert_bytes
 
-    def _relative(self) -> list[tuple[str, str, tuple[int, ...], int, int]]:
-        members = [*self._expert_tensors(), *self._weight_shapes(), *self._backbone_tensors()]
-        position, placed = 0, []
-        for name, dtype, shape in members:
-            nbytes = math.prod(shape) * TORCH_DTYPES[dtype].itemsize
-            placed.append((name, dtype, shape, position, nbytes))
-            position += nbytes
-        return placed
+    @property
+    def experts_end(self) -> int:
+        """Byte of the file at which the experts end and their `weight_shape` tensors start."""
+        return self.expert_offset(len(self.experts))
 
-    def _expert_tensors(self) -> list[tuple[str, str, tuple[int, ...]]]:
+    def _expert_tensors(self) -> Iterator[TensorSpec]:
         layout = ExpertLayout(self.config)
         kinds = list(zip(EXPERT_TENSORS, layout.dtypes, layout.shapes, strict=True))
-        return [
-            (f"{self.config.expert_name(layer, expert)}.{suffix}", dtype, shape)
-            for layer, expert in self.experts
-            for suffix, dtype, shape in kinds
+        for layer, expert in self.experts:
+            name = self.config.expert_name(layer, expert)
+            yield from (TensorSpec(f"{name}.{suffix}", dtype, shape) for suffix, dtype, shape in kinds)
+
+    def _weight_shapes(self) -> Iterator[TensorSpec]:
+        for layer, expert in self.experts:
+            name = self.config.expert_name(layer, expert)
+            for projection in EXPERT_PROJECTIONS:
+                yield TensorSpec(f"{name}.{projection}.weight_shape", "I32", (2,))
+
+    def backbone_tensors(self) -> list[TensorSpec]:
+        """The tensors outside the routed experts, in file order: F32 before BF16, so that all are aligned."""
+        tensors = [
+            TensorSpec(name, "F32" if name.endswith(BIAS_SUFFIX) else "BF16", shape)
+            for name, shape in self.backbone
         ]
-
-    def _weight_shapes(self) -> list[tuple[str, str, tuple[int, ...]]]:
-        return [
-            (f"{self.config.expert_name(layer, expert)}.{projection}.weight_shape", "I32", (2,))
-            for layer, expert in self.experts
-            for projection in EXPERT_PROJECTIONS
-        ]
-
-    def _backbone_tensors(self) -> list[tuple[str, str, tuple[int, ...]]]:
-        members = [
-            (name, "F32" if name.endswith(F32_SUFFIX) else "BF16", shape) for name, shape in self.backbone
-        ]
-        return sorted(members, key=lambda member: (member[1] != "F32", member[0]))
-
-
-def _round_up(nbytes: int) -> int:
-    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+        return sorted(tensors, key=lambda tensor: (tensor.dtype != "F32", tensor.name))
 
 
 @dataclass(frozen=True)
@@ -126,10 +103,10 @@ class _Block:
 
 
 def plan_shards(config: ModelConfig, shard_bytes: int = SHARD_BYTES) -> list[Shard]:
-    """The output's shards. `config` is the output's: without the `language_model.` prefix.
+    """The output's shards.
 
     Args:
-        config: the model, `prefix` empty.
+        config: the output's model: `prefix` is empty.
         shard_bytes: limit of a shard's data; a single expert or backbone block may exceed it.
     """
     groups: list[list[_Block]] = []

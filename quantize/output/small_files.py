@@ -9,15 +9,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from moebox.config import ModelConfig
+from moebox.config import CONFIG_FILE, ModelConfig
+from moebox.files import replace_file, writing
 from moebox.offload.checkpoint.layout import MANIFEST_FILE, ExpertExtent, Manifest
 from moebox.offload.checkpoint.safetensors import INDEX_FILE
-from moebox.quantize.files import write_durably, writing
-from moebox.quantize.int4 import INT4_QUANTIZATION
+from moebox.quantize.encodings import INT4_QUANTIZATION
 from moebox.quantize.output.shards import Shard
 from moebox.version import __version__
 
-CONFIG_FILE = "config.json"
 _ARCHITECTURES = ["DeepseekV3ForCausalLM"]
 _CARRIED = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "transformers_version")
 
@@ -25,9 +24,10 @@ _CARRIED = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings
 def output_config(raw: Mapping[str, Any]) -> dict[str, Any]:
     """The output's `config.json`: the source's, with INT4 experts and without remote code.
 
-    A `kimi_k25` config is flattened to its text model; what that lacks (token ids) comes from the top.
-    The architecture goes by its first name, `deepseek_v3`: transformers knows no `kimi_k2` without remote
-    code, and Moonshot's deployment guide names the same way out. Next-token layers were left out.
+    Of a `kimi_k25` config the text model remains; fields that it lacks (token ids) come from the top level.
+    The architecture is named `deepseek_v3`, which it equals: transformers knows `kimi_k2` only with remote
+    code, and Moonshot's deployment guide names the same remedy. `num_nextn_predict_layers` is 0, since the
+    output has no next-token layers.
     """
     if raw["model_type"] == "kimi_k25":
         text: dict[str, Any] = {"architectures": _ARCHITECTURES, **raw["text_config"]}
@@ -46,7 +46,7 @@ def output_config(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def bare_config(config: ModelConfig, raw: Mapping[str, Any]) -> ModelConfig:
-    """The output's model: the same, without the prefix of tensor names."""
+    """`config` for the output, whose tensor names have no prefix; `raw` is the source's `config.json`."""
     return dataclasses.replace(config, prefix="", model_type=output_config(raw)["model_type"])
 
 
@@ -55,7 +55,7 @@ def write_small_files(
 ) -> None:
     """Write config and index and copy `extra`; everything but the manifest."""
     _write_json(dst / CONFIG_FILE, output_config(raw))
-    weight_map = {tensor.name: shard.file for shard in shards for tensor in shard.tensors()}
+    weight_map = {tensor.name: shard.file for shard in shards for tensor in shard.tensors}
     total = sum(shard.data_bytes for shard in shards)
     _write_json(
         dst / INDEX_FILE,
@@ -63,7 +63,7 @@ def write_small_files(
     )
     for name, path in extra.items():
         with writing(dst / name):
-            write_durably(dst / name, path.read_bytes())
+            replace_file(dst / name, path.read_bytes())
 
 
 def write_manifest(
@@ -75,10 +75,10 @@ def write_manifest(
     source: dict[str, Any],
     left_out: list[str],
 ) -> Manifest:
-    """Write `moebox.json`, which says that the output is complete.
+    """Write `moebox.json`; a folder that has it is complete.
 
     Args:
-        entries: shard file -> the journal's line.
+        entries: shard file -> its line of the journal.
     """
     manifest = Manifest(
         moebox=__version__,
@@ -93,7 +93,7 @@ def write_manifest(
 
 
 def save_manifest(dst: Path, manifest: Manifest) -> None:
-    """Replace `moebox.json` at once."""
+    """Write `moebox.json` durably."""
     _write_json(dst / MANIFEST_FILE, manifest.to_dict(), indent=None)
 
 
@@ -107,7 +107,7 @@ def _extents(
     experts: dict[int, list[ExpertExtent]] = {}
     for shard in shards:
         entry = entries[shard.file]
-        checksums = entry.get("xxh3", [None] * len(shard.experts))  # an older moebox began the conversion
+        checksums = entry.get("xxh3", [None] * len(shard.experts))  # None: an older moebox began it
         for position, (layer, _expert) in enumerate(shard.experts):
             rel_rms, max_abs = entry["errors"][position]
             place = shard.file, shard.expert_offset(position), shard.config.expert_bytes
@@ -118,11 +118,11 @@ def _extents(
 
 def _write_json(path: Path, data: Mapping[str, Any], indent: int | None = 2) -> None:
     with writing(path):
-        write_durably(path, (json.dumps(data, indent=indent, ensure_ascii=False) + "\n").encode())
+        replace_file(path, (json.dumps(data, indent=indent, ensure_ascii=False) + "\n").encode())
 
 
 def remove_output(dst: Path, files: Sequence[str]) -> None:
-    """Delete shards of an earlier run, the manifest first: without it nothing counts as complete."""
+    """Delete what an earlier run wrote; the manifest first, so that the rest does not count as complete."""
     for name in (MANIFEST_FILE, *files, INDEX_FILE, CONFIG_FILE):
         (dst / name).unlink(missing_ok=True)
 

@@ -1,6 +1,6 @@
-"""Writing one output shard: full size first, tensors from any thread in any order, hashed on the way.
+"""Writing one output shard: any thread writes any tensor, in any order, and the file is hashed meanwhile.
 
-A shard grows in `DST/.moebox/` and appears under its own name only when every byte is on the disk.
+A shard is written in `DST/.moebox/` and gets its final name when every byte is on the disk.
 """
 
 from __future__ import annotations
@@ -13,20 +13,22 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moebox.errors import MoeboxError
-from moebox.quantize.files import drop_cache, sync_folder, writing
+from moebox.files import publish, writing
 from moebox.quantize.output.journal import WORK_FOLDER
 from moebox.quantize.output.shards import Shard
+from moebox.quantize.page_cache import drop_cache
 
 _HASH_CHUNK_BYTES = 4 << 20
 Buffer = bytes | memoryview
 
 
 class ShardWriter:
-    """One shard on its way to the disk.
+    """One shard while it is written.
 
-    The whole file is allocated at once, so a disk that is too small shows before the work is done. A
-    thread of its own hashes the finished front of the file while the rest is written: SHA-256 without
-    CPU support for it runs at 0.2-0.5 GB/s, slower than many disks, so shards hash side by side.
+    The whole file is allocated at once, so that a disk that is too small fails before the work is done. One
+    thread per shard hashes the front of the file, up to the first byte that is not written yet. Several
+    shards are hashed at the same time, because SHA-256 without CPU support runs at 0.2-0.5 GB/s, slower than
+    many disks.
 
     Raises:
         PlanError: the disk is full.
@@ -62,7 +64,7 @@ class ShardWriter:
             raise
 
     def write(self, offset: int, buffers: Sequence[Buffer]) -> None:
-        """Put `buffers` back to back at `offset`. Safe from any thread; extents must not overlap."""
+        """Write `buffers` back to back at `offset`. Any thread may call it; extents must not overlap."""
         position = offset
         with writing(self._partial):
             for buffer in buffers:
@@ -78,23 +80,21 @@ class ShardWriter:
             self._ready.notify()
 
     def finish(self) -> str:
-        """Wait for the hash, sync, rename into place and return the SHA-256 of the file, hex.
+        """Wait for the hash, publish the file under its final name, and return its SHA-256, hex.
 
-        Every byte must have been written.
+        The caller has written every byte.
         """
         self._hasher.join()
         with writing(self._partial):
             if self._hash_error is not None:
                 raise self._hash_error
-            os.fsync(self._descriptor)
-            self._close()
-            self._partial.replace(self._final)
-            sync_folder(self._final.parent)
+            publish(self._descriptor, self._partial, self._final)
+        self._close()
         drop_cache(self._final)
         return self._sha256.hexdigest()
 
     def abort(self) -> None:
-        """Stop and remove the partial file."""
+        """Stop hashing and remove the partial file."""
         with self._ready:
             self._aborted = True
             self._ready.notify()
@@ -138,7 +138,7 @@ def _allocate(descriptor: int, nbytes: int) -> None:
 
 
 def remove_partials(dst: Path) -> None:
-    """Delete what a killed run left half-written."""
+    """Delete the partial files that a killed run left."""
     for partial in (dst / WORK_FOLDER).glob("*.partial"):
         partial.unlink()
     for partial in dst.glob(".*.partial"):

@@ -1,27 +1,29 @@
-"""Reading checkpoints of the family: FP8 in 128 x 128 blocks, BF16/F16/F32, native INT4 in groups of 32.
+"""Source tensors of every encoding: check their headers, then read their data.
 
-`take_inventory` sorts tensor names into experts, backbone and what is left out, before any data is at
-hand; `check_source` looks at headers; `read_expert` and `read_backbone` look at data. Which of the three
-encodings a tensor has is decided per tensor, by the parts that are there.
+A tensor's encoding follows from its parts (`SourceTensor.encoding`); one checkpoint may mix encodings.
 """
 
 from __future__ import annotations
 
-import re
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache
+from collections.abc import Mapping, Sequence
 from math import ceil
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import torch
 
-from moebox.config import GROUP_SIZE, ModelConfig
+from moebox.config import CONFIG_FILE, GROUP_SIZE
 from moebox.errors import CheckpointError
 from moebox.offload.checkpoint.safetensors import TensorInfo, open_tensor
-from moebox.quantize.int4 import (
+from moebox.quantize.encodings import (
+    BIAS_SUFFIX,
     FP8_BLOCK,
+    FP8_QUANTIZATION,
+    INT4_QUANTIZATION,
+    INT4_WEIGHTS,
+    PARTS,
+    Encoding,
+)
+from moebox.quantize.int4 import (
     Int4Matrix,
     NonFiniteError,
     QuantError,
@@ -30,191 +32,11 @@ from moebox.quantize.int4 import (
     quantize_int4,
     to_bfloat16,
 )
-
-Encoding = Literal["fp8", "plain", "int4"]
-
-PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-PARTS = ("weight", "weight_scale_inv", "weight_packed", "weight_scale", "weight_shape")
-
-_EXPERT = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(\d+)\.(gate_proj|up_proj|down_proj)\.(\w+)")
-_NEXT_TOKEN_MARK = ".eh_proj."
-_REFUSED_PARTS = {
-    "weight_zero_point": "asymmetric INT4 (a zero point)",
-    "weight_g_idx": "INT4 with activation ordering (g_idx)",
-    "qweight": "the GPTQ layout",
-    "qzeros": "the GPTQ layout",
-    "scales": "the GPTQ layout",
-    "g_idx": "the GPTQ layout",
-    "input_scale": "static activation scales",
-    "weight_global_scale": "the NVFP4 layout",
-}
-_READABLE = "moebox reads FP8 with 128x128 blocks, BF16, F16, F32 and symmetric INT4 with groups of 32."
+from moebox.quantize.source.inventory import READABLE, SourceTensor
 
 
-class TensorRole(NamedTuple):
-    """What a checkpoint's tensor is for.
-
-    `name` is what it belongs to in the output, without the `language_model.` prefix and ending in
-    `.weight` (or `.e_score_correction_bias`); `part` says which of `PARTS` it is. For `left_out`
-    tensors, `name` is a pattern such as `vision_tower.*`.
-    """
-
-    kind: Literal["expert", "backbone", "left_out"]
-    name: str
-    part: str = "weight"
-    layer: int = -1
-    expert: int = -1
-    projection: str = ""
-
-
-def classify(name: str, config: ModelConfig) -> TensorRole:
-    """Say what tensor `name` of a checkpoint with `config` is for.
-
-    Raises:
-        CheckpointError: the family has no such tensor, or it belongs to an encoding moebox does not read.
-    """
-    if config.prefix:
-        for vision in ("vision_tower.", "mm_projector."):
-            if name.startswith(vision):
-                return TensorRole("left_out", f"{vision}*")
-        if not name.startswith(config.prefix):
-            raise _unknown(name)
-    bare = name.removeprefix(config.prefix)
-    expert = _EXPERT.fullmatch(bare)
-    if bare.startswith(f"model.layers.{config.num_hidden_layers}."):
-        return TensorRole("left_out", f"model.layers.{config.num_hidden_layers}.*")
-    if expert is not None:
-        return _classify_expert(name, expert, config)
-    if bare.endswith(".rotary_emb.inv_freq"):
-        return TensorRole("left_out", "*.rotary_emb.inv_freq")
-    return _classify_backbone(name, bare, config)
-
-
-def _classify_expert(name: str, match: re.Match[str], config: ModelConfig) -> TensorRole:
-    layer, expert, projection, part = int(match[1]), int(match[2]), match[3], match[4]
-    _refuse_part(name, part)
-    if layer not in config.moe_layers or expert >= config.n_routed_experts or part not in PARTS:
-        raise _unknown(name)
-    module = f"model.layers.{layer}.mlp.experts.{expert}.{projection}"
-    return TensorRole("expert", f"{module}.weight", part, layer, expert, projection)
-
-
-def _classify_backbone(name: str, bare: str, config: ModelConfig) -> TensorRole:
-    shapes = _backbone_shapes(config)
-    if bare in shapes:
-        return TensorRole("backbone", bare)
-    module, _, part = bare.rpartition(".")
-    _refuse_part(name, part)
-    if part in PARTS and len(shapes.get(f"{module}.weight", ())) == 2:
-        return TensorRole("backbone", f"{module}.weight", part)
-    raise _unknown(name)
-
-
-@lru_cache(maxsize=4)
-def _backbone_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    return {name.removeprefix(config.prefix): shape for name, shape in config.backbone_shapes().items()}
-
-
-def _refuse_part(name: str, part: str) -> None:
-    if part in _REFUSED_PARTS:
-        raise CheckpointError(f"{name}: the checkpoint uses {_REFUSED_PARTS[part]}", _READABLE)
-
-
-def _unknown(name: str) -> CheckpointError:
-    return CheckpointError(
-        f"{name}: no tensor of the model that config.json describes",
-        "Check that config.json belongs to these files.",
-    )
-
-
-@dataclass(frozen=True)
-class SourceTensor:
-    """One tensor of the output and the source tensors that it is made from.
-
-    `parts` maps a suffix of `PARTS` to the source's full tensor name; `shape` is what the config implies.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    parts: Mapping[str, str]
-
-
-@dataclass(frozen=True)
-class Inventory:
-    """A checkpoint's tensors by use.
-
-    Attributes:
-        experts: (layer, expert) -> gate, up and down, in that order.
-        backbone: output name -> source, in the order of `ModelConfig.backbone_shapes`.
-        left_out: pattern -> how many of the source's tensors it covers.
-    """
-
-    experts: dict[tuple[int, int], tuple[SourceTensor, ...]]
-    backbone: dict[str, SourceTensor]
-    left_out: dict[str, int] = field(default_factory=dict)
-
-
-def take_inventory(names: Iterable[str], config: ModelConfig) -> Inventory:
-    """Sort every tensor name of a checkpoint; no data is needed.
-
-    Raises:
-        CheckpointError: a tensor is unknown, missing or of an encoding that moebox does not read, or the
-            checkpoint has one layer more than its config says.
-    """
-    parts: dict[str, dict[str, str]] = {}
-    left_out: Counter[str] = Counter()
-    next_token = f"{config.layer_name(config.num_hidden_layers)}."
-    next_token_marked = next_token_seen = False
-    for name in names:
-        role = classify(name, config)
-        if role.kind == "left_out":
-            left_out[role.name] += 1
-            if name.startswith(next_token):
-                next_token_seen = True
-                next_token_marked |= _NEXT_TOKEN_MARK in name
-        else:
-            parts.setdefault(role.name, {})[role.part] = name
-    if next_token_seen and not next_token_marked:
-        raise CheckpointError(
-            f"{next_token}*: config.json has num_hidden_layers = {config.num_hidden_layers}, "
-            "the checkpoint one layer more, which is no next-token prediction layer",
-            "Check that config.json belongs to these files.",
-        )
-    experts = {
-        (layer, expert): tuple(
-            _source(f"model.layers.{layer}.mlp.experts.{expert}.{projection}.weight", shape, parts)
-            for projection, shape in config.expert_shapes().items()
-        )
-        for layer in config.moe_layers
-        for expert in range(config.n_routed_experts)
-    }
-    backbone = {name: _source(name, shape, parts) for name, shape in _backbone_shapes(config).items()}
-    return Inventory(experts, backbone, dict(left_out))
-
-
-def _source(name: str, shape: tuple[int, ...], parts: Mapping[str, Mapping[str, str]]) -> SourceTensor:
-    found = parts.get(name, {})
-    if "weight_packed" in found:
-        wanted: tuple[str, ...] = ("weight_packed", "weight_scale", "weight_shape")
-    else:
-        wanted = ("weight", "weight_scale_inv") if "weight_scale_inv" in found else ("weight",)
-    for part in wanted:
-        if part not in found:
-            raise CheckpointError(
-                f"{_part_name(name, part)}: missing from the checkpoint", "Fetch the whole checkpoint."
-            )
-    for part in found:
-        if part not in wanted:
-            raise CheckpointError(f"{found[part]}: stands beside {found[wanted[0]]}, which it does not fit")
-    return SourceTensor(name, shape, found)
-
-
-def _part_name(name: str, part: str) -> str:
-    return name if part == "weight" else name.removesuffix("weight") + part
-
-
-def check_quantization(raw: Mapping[str, Any], source: str = "config.json") -> None:
-    """Refuse a `config.json` object whose `quantization_config` moebox cannot read; absent is fine.
+def check_quantization(raw: Mapping[str, Any], source: str = CONFIG_FILE) -> None:
+    """Refuse a `config.json` object whose `quantization_config`, if it has one, moebox cannot read.
 
     Raises:
         CheckpointError: it names another method, block, group or bit width.
@@ -224,67 +46,78 @@ def check_quantization(raw: Mapping[str, Any], source: str = "config.json") -> N
     if quantization is None:
         return
     method = quantization.get("quant_method")
-    if method == "fp8":
-        _expect(source, quantization, {"fmt": "e4m3", "weight_block_size": [FP8_BLOCK, FP8_BLOCK]})
-    elif method == "compressed-tensors":
-        _expect(source, quantization, {"format": "pack-quantized"})
+    if method == FP8_QUANTIZATION["quant_method"]:
+        _expect(source, quantization, FP8_QUANTIZATION, ("fmt", "weight_block_size"))
+    elif method == INT4_QUANTIZATION["quant_method"]:
+        _expect(source, quantization, INT4_QUANTIZATION, ("format",))
         for name, group in (quantization.get("config_groups") or {}).items():
-            expected = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group"}
-            _expect(
-                f"{source}: {name}", group.get("weights") or {}, expected | {"group_size": GROUP_SIZE}, True
-            )
-            _expect(f"{source}: {name}", group.get("weights") or {}, {"actorder": None})
+            weights = group.get("weights") or {}
+            _expect(f"{source}: {name}", weights, INT4_WEIGHTS, _REQUIRED_OF_INT4, required=True)
+            _expect(f"{source}: {name}", weights, INT4_WEIGHTS, ("actorder",))
     else:
-        raise CheckpointError(f"{source}: quant_method {method!r} is not one that moebox reads", _READABLE)
+        raise CheckpointError(f"{source}: quant_method {method!r} is not one that moebox reads", READABLE)
+
+
+_REQUIRED_OF_INT4 = ("num_bits", "type", "symmetric", "strategy", "group_size")
 
 
 def _expect(
-    source: str, found: Mapping[str, Any], expected: Mapping[str, Any], required: bool = False
+    source: str,
+    found: Mapping[str, Any],
+    expected: Mapping[str, Any],
+    names: Sequence[str],
+    *,
+    required: bool = False,
 ) -> None:
-    for name, value in expected.items():
+    for name in names:
+        value = expected[name]
         if found.get(name, None if required else value) != value:
             raise CheckpointError(
-                f"{source}: quantization {name} = {found.get(name)!r}, moebox reads {value!r} only", _READABLE
+                f"{source}: quantization {name} = {found.get(name)!r}, moebox reads {value!r} only", READABLE
             )
 
 
 def check_source(source: SourceTensor, infos: Mapping[str, TensorInfo]) -> Encoding:
-    """Check dtypes and shapes of a source tensor's parts against the config, from headers alone.
+    """Check dtypes and shapes of a source tensor's parts, by their headers, and return its encoding.
 
     Args:
         source: from `take_inventory`.
-        infos: source tensor name -> where it lies, with at least the parts of `source`.
+        infos: source tensor name -> where it lies, for the parts of `source` at least.
 
     Raises:
-        CheckpointError: a part is missing, or has a shape or dtype that does not fit; it is named.
+        CheckpointError: a part is missing, or its shape or dtype does not fit; the message names it.
     """
-    if "weight_packed" in source.parts:
+    if source.encoding == "int4":
         _check_int4(source, infos)
-        return "int4"
+    else:
+        _check_weight(source, infos)
+    return source.encoding
+
+
+def _check_weight(source: SourceTensor, infos: Mapping[str, TensorInfo]) -> None:
     weight = _part(source, "weight", infos)
     _check_shape(weight, source.shape)
-    scaled = "weight_scale_inv" in source.parts
-    if weight.dtype == "F8_E4M3":
-        if not scaled:
+    scaled = source.encoding == "fp8"
+    if weight.dtype != "F8_E4M3":
+        _check_dtype(weight, "BF16", "F16", "F32")
+        if scaled:
             raise CheckpointError(
-                f"{weight.file}: {weight.name}: is FP8, but {weight.name}_scale_inv is missing",
-                "Fetch the whole checkpoint.",
+                f"{weight.file}: {weight.name}: is {weight.dtype}, but has a weight_scale_inv"
             )
+    elif not scaled:
+        raise CheckpointError(
+            f"{weight.file}: {weight.name}: is FP8, but {weight.name}_scale_inv is missing",
+            "Fetch the whole checkpoint.",
+        )
+    else:
         scale = _part(source, "weight_scale_inv", infos)
         _check_dtype(scale, "F32")
         _check_shape(scale, tuple(ceil(size / FP8_BLOCK) for size in source.shape))
-        return "fp8"
-    _check_dtype(weight, "BF16", "F16", "F32")
-    if scaled:
-        raise CheckpointError(f"{weight.file}: {weight.name}: is {weight.dtype}, but has a weight_scale_inv")
-    return "plain"
 
 
 def _check_int4(source: SourceTensor, infos: Mapping[str, TensorInfo]) -> None:
     rows, columns = source.shape
-    packed, scale, shape = (
-        _part(source, part, infos) for part in ("weight_packed", "weight_scale", "weight_shape")
-    )
+    packed, scale, shape = (_part(source, part, infos) for part in PARTS["int4"])
     _check_dtype(packed, "I32")
     _check_shape(packed, (rows, ceil(columns / 8)))
     _check_dtype(scale, "BF16")
@@ -294,7 +127,7 @@ def _check_int4(source: SourceTensor, infos: Mapping[str, TensorInfo]) -> None:
         raise CheckpointError(
             f"{scale.file}: {scale.name}: shape {list(scale.shape)} means groups of {group:g} columns, "
             f"moebox reads groups of {GROUP_SIZE}",
-            _READABLE,
+            READABLE,
         )
     _check_shape(scale, (rows, groups))
     _check_dtype(shape, "I32", "I64")
@@ -311,7 +144,7 @@ def _part(source: SourceTensor, part: str, infos: Mapping[str, TensorInfo]) -> T
 def _check_dtype(info: TensorInfo, *allowed: str) -> None:
     if info.dtype not in allowed:
         raise CheckpointError(
-            f"{info.file}: {info.name}: dtype {info.dtype}, expected {' or '.join(allowed)}", _READABLE
+            f"{info.file}: {info.name}: dtype {info.dtype}, expected {' or '.join(allowed)}", READABLE
         )
 
 
@@ -327,12 +160,12 @@ def _check_shape(info: TensorInfo, expected: tuple[int, ...]) -> None:
 def read_expert(
     sources: Sequence[SourceTensor], infos: Mapping[str, TensorInfo], *, threads: int = 1
 ) -> list[Int4Matrix]:
-    """The INT4 matrices of one expert: quantized, or passed through bit for bit if the source is INT4.
+    """The INT4 matrices of one expert: quantized, or the source's own where it is INT4 already.
 
     Args:
         sources: gate, up and down of an expert, from `Inventory.experts`.
         infos: source tensor name -> where it lies.
-        threads: that quantize one matrix at a time; the result does not depend on it.
+        threads: how many quantize each matrix; the result does not depend on it.
 
     Raises:
         CheckpointError: as `check_source`, or a weight or scale is NaN or Inf (file, tensor, position).
@@ -354,7 +187,7 @@ def _open_weight(
     source: SourceTensor, infos: Mapping[str, TensorInfo]
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     weight = open_tensor(_part(source, "weight", infos))
-    if "weight_scale_inv" not in source.parts:
+    if source.encoding != "fp8":
         return weight, None
     return weight, _open_finite(_part(source, "weight_scale_inv", infos))
 
@@ -382,8 +215,8 @@ def _open_int4(source: SourceTensor, infos: Mapping[str, TensorInfo]) -> Int4Mat
 def read_backbone(source: SourceTensor, infos: Mapping[str, TensorInfo], *, threads: int = 1) -> torch.Tensor:
     """A tensor outside the routed experts, as the output stores it.
 
-    Everything becomes bf16, rounded to nearest even (a router that the source keeps in F32 too), except
-    `e_score_correction_bias`, which stays F32. Tensors that need no conversion are views of the file.
+    Tensors become bf16, rounded to nearest even, routers in F32 included; `e_score_correction_bias` becomes
+    F32. A tensor that has that type already is a view of the file.
 
     Raises:
         CheckpointError: as `check_source`, or a value or scale is NaN or Inf (file, tensor, position).
@@ -392,7 +225,7 @@ def read_backbone(source: SourceTensor, infos: Mapping[str, TensorInfo], *, thre
         matrix = _open_int4(source, infos)
         return dequantize(matrix.packed, matrix.scale)
     info = infos[source.parts["weight"]]
-    if source.name.endswith("e_score_correction_bias"):
+    if source.name.endswith(BIAS_SUFFIX):
         return _open_finite(info).float()
     weight, scale_inv = _open_weight(source, infos)
     try:

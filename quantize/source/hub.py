@@ -1,10 +1,10 @@
 """A source on the Hugging Face hub, fetched shard by shard into `DST/source/`.
 
-Metadata and transport are huggingface_hub's (so HF_ENDPOINT, HF_TOKEN, proxies and offline mode work as
-everywhere), but shards are fetched by its `http_get` into a `.part` file of our own: since 1.x the
-library's download into a folder starts over after a kill, and 16 GB are worth keeping. The revision is
-pinned when a conversion starts. Headers are read by range requests before the first shard, so a broken
-checkpoint is refused before hundreds of gigabytes have come down.
+Metadata and transport are huggingface_hub's, so that HF_ENDPOINT, HF_TOKEN, proxies and offline mode have
+their usual effect. Shards, however, are fetched by its `http_get` into `.part` files: since version 1 the
+library's download into a folder starts over after a kill, which would lose up to 16 GB of a shard. The
+revision is pinned when a conversion starts. Headers are read by range requests before the first shard is
+fetched, so that a broken checkpoint is refused before hundreds of gigabytes are downloaded.
 """
 
 from __future__ import annotations
@@ -39,8 +39,9 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # public, but
     http_stream_backoff,
 )
 
-from moebox.config import read_json
+from moebox.config import CONFIG_FILE, read_json
 from moebox.errors import CheckpointError
+from moebox.files import writing
 from moebox.offload.checkpoint.safetensors import (
     INDEX_FILE,
     SINGLE_FILE,
@@ -50,9 +51,8 @@ from moebox.offload.checkpoint.safetensors import (
     read_index,
     release_mappings,
 )
-from moebox.quantize.files import writing
 from moebox.quantize.progress import Meter
-from moebox.quantize.source.origin import FileFacts, HeaderStore, InterruptedFetchError, is_copied
+from moebox.quantize.source.base import FileFacts, HeaderStore, InterruptedFetchError, is_copied
 
 SOURCE_FOLDER = "source"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -76,7 +76,7 @@ def parse_hub_id(text: str) -> tuple[str, str | None] | None:
 
 
 class _SilentBar:
-    """Takes the place of tqdm in huggingface_hub: counts bytes, and ends a download when told to."""
+    """Replaces tqdm in huggingface_hub: calls `on_bytes`, which counts, and raises to end a download."""
 
     def __init__(self, *_args: object, on_bytes: Any = None, **_options: object) -> None:
         self._on_bytes = on_bytes
@@ -98,9 +98,9 @@ class _SilentBar:
 
 
 class HubSource:
-    """A checkpoint on the hub at one commit; shards land in `folder` as they are asked for.
+    """A checkpoint on the hub at one commit; shards are fetched into `folder` when they are asked for.
 
-    Shards that huggingface_hub's cache holds already are used from there and never deleted.
+    Shards that are in huggingface_hub's cache already are read from there and never deleted.
     """
 
     is_local = False
@@ -113,14 +113,14 @@ class HubSource:
         store: HeaderStore,
         facts: dict[str, FileFacts] | None = None,
     ) -> None:
-        """Look the model up, fetch its small files and all headers.
+        """Look the model up on the hub, and fetch its small files and all headers.
 
         Args:
             repo: `organisation/name`.
             revision: branch, tag or commit; None is the default branch.
             folder: where files are put.
             store: where headers are kept.
-            facts: the shards as an earlier run saw them at commit `revision`; saves the look-up.
+            facts: the shards as an earlier run found them at commit `revision`; they save the look-up.
 
         Raises:
             CheckpointError: no connection, no such model, no access, or a damaged checkpoint.
@@ -129,7 +129,7 @@ class HubSource:
         with _hub_errors(repo):
             self._look_up(revision, facts)
             self._fetch_small_files()
-        self.config = read_json(folder / "config.json")
+        self.config = read_json(folder / CONFIG_FILE)
         indexed = (folder / INDEX_FILE).exists()
         files = sorted(set(read_index(folder).values())) if indexed else [SINGLE_FILE]
         self.facts: dict[str, FileFacts] = {}
@@ -148,7 +148,7 @@ class HubSource:
         self._jobs: dict[str, Future[None]] = {}
 
     def _look_up(self, revision: str | None, facts: dict[str, FileFacts] | None) -> None:
-        if facts is not None and revision is not None and (self.folder / "config.json").exists():
+        if facts is not None and revision is not None and (self.folder / CONFIG_FILE).exists():
             self.revision = revision
             self._listed = {file: (fact.size, fact.stamp) for file, fact in facts.items()}
             self._small = [
@@ -163,8 +163,8 @@ class HubSource:
             for item in siblings
         }
         self._small = [item.rfilename for item in siblings if _is_small(item.rfilename)]
-        if "config.json" not in self._small:
-            raise CheckpointError(f"{self.name}: has no config.json", "Give the id of a safetensors model.")
+        if CONFIG_FILE not in self._small:
+            raise CheckpointError(f"{self.name}: has no {CONFIG_FILE}", "Give the id of a safetensors model.")
 
     def _fetch_small_files(self) -> None:
         for name in self._small:
@@ -208,7 +208,7 @@ class HubSource:
         return data[skip : skip + nbytes]
 
     def fetch(self, files: Iterable[str], meter: Meter, stop: threading.Event) -> None:
-        """Return once all `files` are here."""
+        """Return once all `files` are on a local disk, and report meanwhile."""
         self._meter = meter
         self.prefetch(files)
         for file in files:
@@ -225,7 +225,7 @@ class HubSource:
                 self._jobs[file] = self._pool.submit(self._download, file)
 
     def bytes_to_fetch(self, files: Iterable[str]) -> int:
-        """Bytes of those `files` that are neither here nor in the hub's cache, less what has come down."""
+        """Bytes of `files` that are in neither `folder` nor the hub's cache, less those of `.part` files."""
         missing = 0
         for file in files:
             if not self._paths[file].exists():
@@ -247,7 +247,11 @@ class HubSource:
             part.replace(path)
 
     def _stream_patiently(self, file: str, part: Path, size: int) -> bool:
-        """http_get resumes after some faults of the connection, this after all; gives up without progress."""
+        """Fetch into `part`; True if an earlier attempt had fetched a part of it.
+
+        `http_get` resumes after some faults of the connection, this method after all, until several attempts
+        in a row bring no byte.
+        """
         resumed, failures, last_bytes = False, 0, -1
         while True:
             try:
@@ -291,7 +295,7 @@ class HubSource:
             self._meter.add_fetched(nbytes)
 
     def _verify(self, part: Path, sha256: str) -> None:
-        """Pieces from several runs make up this file: check the whole."""
+        """Check a file that several attempts have fetched in pieces."""
         with part.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
         if found != sha256:
@@ -302,23 +306,22 @@ class HubSource:
             )
 
     def discard(self, file: str) -> None:
-        """Delete a fetched shard; one in the hub's cache stays."""
+        """Delete a fetched shard; a shard in the hub's cache stays."""
         path = self._paths[file]
         if path.parent == self.folder and path.exists():
             with writing(path):
                 path.unlink()
-            release_mappings()  # a mapped file keeps its disk space
+            release_mappings()  # a deleted file takes disk space as long as it is mapped
 
     def bytes_freed(self, file: str, dst: Path) -> int:
-        """The shard's size, unless it lies in the hub's cache."""
+        """The shard's size, or 0 where it is in the hub's cache."""
         return self.facts[file].size if self._paths[file].parent == self.folder else 0
 
     def extra_files(self) -> dict[str, Path]:
-        """Tokenizer, template, generation and licence files."""
         return {name: self.folder / name for name in sorted(self._small) if is_copied(name)}
 
     def close(self) -> None:
-        """Stop downloads; what has come down of a shard stays for the next run."""
+        """Stop downloads; `.part` files stay, so that the next run continues them."""
         self._stop.set()
         self._pool.shutdown(wait=True, cancel_futures=True)
 
@@ -328,12 +331,12 @@ def _part_path(path: Path) -> Path:
 
 
 def _is_small(name: str) -> bool:
-    return name in ("config.json", INDEX_FILE) or ("/" not in name and is_copied(name))
+    return name in (CONFIG_FILE, INDEX_FILE) or ("/" not in name and is_copied(name))
 
 
 @contextmanager
 def _hub_errors(what: str) -> Iterator[None]:
-    """Turn the hub library's many errors into messages that say what to do."""
+    """Raise a `CheckpointError` that says what to do for each error of the hub library."""
     try:
         yield
     except GatedRepoError:

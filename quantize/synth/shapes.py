@@ -1,19 +1,16 @@
-"""What a synthetic checkpoint holds: its `config.json` and its tensors, by shape and format."""
+"""`config.json` and the tensors of a synthetic checkpoint, by shape and format."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import ceil, log2, prod
-from typing import Any, Literal
+from math import ceil, log2
+from typing import Any
 
 from moebox.config import GROUP_SIZE, ModelConfig, parse_config
 from moebox.errors import ConfigError
-from moebox.quantize.int4 import FP8_BLOCK, INT4_QUANTIZATION
-
-Format = Literal["fp8", "bf16", "int4"]
-Shape = Literal["kimi-k2", "tiny"]
-
-ITEM_BYTES = {"F8_E4M3": 1, "BF16": 2, "F32": 4, "I32": 4}
+from moebox.offload.checkpoint.safetensors import TensorSpec
+from moebox.quantize.encodings import BIAS_SUFFIX, FP8_BLOCK, FP8_QUANTIZATION, INT4_QUANTIZATION
+from moebox.quantize.synth import FORMATS, SHAPES, Format, Shape
 
 KIMI_K2_CONFIG: dict[str, Any] = {
     "architectures": ["DeepseekV3ForCausalLM"],
@@ -69,7 +66,7 @@ KIMI_K2_CONFIG: dict[str, Any] = {
     "vocab_size": 163840,
 }
 
-# Widths that leave partial 128 x 128 blocks on both axes, which the true shape has in one tensor only.
+# These widths leave partial 128 x 128 blocks on both axes; in the true shape only one tensor has any.
 TINY_CONFIG: dict[str, Any] = KIMI_K2_CONFIG | {
     "bos_token_id": 500,
     "eos_token_id": 501,
@@ -91,28 +88,15 @@ TINY_CONFIG: dict[str, Any] = KIMI_K2_CONFIG | {
     "vocab_size": 512,
 }
 
-FP8_QUANTIZATION: dict[str, Any] = {
-    "quant_method": "fp8",
-    "fmt": "e4m3",
-    "activation_scheme": "dynamic",
-    "weight_block_size": [FP8_BLOCK, FP8_BLOCK],
-}
+_CONFIGS: dict[Shape, dict[str, Any]] = {"kimi-k2": KIMI_K2_CONFIG, "tiny": TINY_CONFIG}
 
 
 @dataclass(frozen=True)
-class SynthTensor:
-    """A tensor to be written: safetensors dtype, shape, and which pool of values fills it."""
+class SynthTensor(TensorSpec):
+    """A tensor of a synthetic checkpoint; `fill` and `std` name the pool that its values come from."""
 
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
     fill: str
     std: float = 1.0
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the tensor's data."""
-        return prod(self.shape) * ITEM_BYTES[self.dtype]
 
 
 def synth_config(
@@ -124,11 +108,11 @@ def synth_config(
     overrides: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The `config.json` object of a synthetic checkpoint; see `synth` for the arguments and errors."""
-    if shape not in ("kimi-k2", "tiny"):
-        raise ConfigError(f"shape {shape!r} is unknown", "Shapes are kimi-k2 and tiny.")
-    if format not in ("fp8", "bf16", "int4"):
-        raise ConfigError(f"format {format!r} is unknown", "Formats are fp8, bf16 and int4.")
-    raw = dict(KIMI_K2_CONFIG if shape == "kimi-k2" else TINY_CONFIG)
+    if shape not in SHAPES:
+        raise ConfigError(f"shape {shape!r} is unknown", f"Shapes are {' and '.join(SHAPES)}.")
+    if format not in FORMATS:
+        raise ConfigError(f"format {format!r} is unknown", f"Formats are {', '.join(FORMATS)}.")
+    raw = dict(_CONFIGS[shape])
     if layers is not None:
         raw["num_hidden_layers"] = layers
     if experts is not None:
@@ -185,7 +169,7 @@ def synth_tensors(raw: dict[str, Any], format: Format) -> list[SynthTensor]:
 
 
 def _next_token_layer(config: ModelConfig, layer: int, format: Format) -> list[SynthTensor]:
-    """A multi-token-prediction layer as DeepSeek-V3 has it behind the last one."""
+    """The tensors of a next-token prediction layer, which DeepSeek-V3 has after its last decoder layer."""
     stem, like = config.layer_name(layer), config.layer_name(config.num_hidden_layers - 1)
     hidden, vocab = config.hidden_size, config.vocab_size
     shapes: dict[str, tuple[int, ...]] = {
@@ -216,7 +200,7 @@ def _experts(config: ModelConfig, layer: int, format: Format) -> list[SynthTenso
 
 
 def _backbone(name: str, shape: tuple[int, ...], format: Format) -> list[SynthTensor]:
-    if name.endswith("e_score_correction_bias"):
+    if name.endswith(BIAS_SUFFIX):
         return [SynthTensor(name, "F32", shape, "bias")]
     if len(shape) == 1:
         return [SynthTensor(name, "BF16", shape, "norm")]
@@ -226,7 +210,7 @@ def _backbone(name: str, shape: tuple[int, ...], format: Format) -> list[SynthTe
 
 
 def _std(fan_in: int) -> float:
-    """1/sqrt(fan_in) rounded to a power of two, so that few pools serve all widths."""
+    """1/sqrt(fan_in), rounded to a power of two so that all widths share a few pools."""
     return float(2.0 ** round(-log2(fan_in) / 2))
 
 

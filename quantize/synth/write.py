@@ -1,14 +1,14 @@
 """`moebox synth`: random checkpoints of a true shape, written about as fast as the disk takes them.
 
-Values come from pools of random bytes, one per kind of tensor, that the tensors read one after the
-other and around. A pool's length has no large factor in common with a tensor's, so no two experts are
-alike. Magnitudes keep a forward pass finite: matrices about N(0, 1/in), norms about 1.
+Values come from pools of random bytes, one pool per `fill` and `std`. Tensors read their pool one after the
+other; at its end they go on at its beginning. The lengths of pool and tensors have no large common factor,
+so that no two experts are equal. Magnitudes keep a forward pass finite: matrices about N(0, 1/in), norms
+about 1.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
 import struct
 import threading
 import time
@@ -23,8 +23,12 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
+from moebox.config import CONFIG_FILE
 from moebox.errors import CheckpointError, PlanError
-from moebox.quantize.synth.shapes import ITEM_BYTES, Format, Shape, SynthTensor, synth_config, synth_tensors
+from moebox.files import free_bytes
+from moebox.offload.checkpoint.safetensors import INDEX_FILE, TORCH_DTYPES, encode_header
+from moebox.quantize.synth import Format, Shape
+from moebox.quantize.synth.shapes import SynthTensor, synth_config, synth_tensors
 
 Progress = Callable[[int, int], None]
 
@@ -32,6 +36,7 @@ SHARD_BYTES = 4 << 30
 POOL_BYTES = 128 << 20
 _CHUNK_BYTES = 16 << 20
 _WRITERS = 4
+_ALIGNMENT = 8
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,7 @@ class SynthResult:
         }
 
     def render(self) -> str:
-        """One line for people."""
+        """As one line of text."""
         return (
             f"{self.folder}: {self.tensors:,} tensors, {self.nbytes / 1e9:.3g} GB "
             f"in {len(self.files)} files, written at {self.nbytes / self.elapsed_s / 1e9:.2f} GB/s"
@@ -79,20 +84,20 @@ def synth(
 
     Args:
         dst: a folder that does not exist or is empty.
-        shape: `kimi-k2`, or `tiny`: the same architecture in about a megabyte.
+        shape: `kimi-k2`, or `tiny`, which is the same architecture in about a megabyte.
         layers: all layers, the dense ones first; the shape's own count by default.
         experts: routed experts per layer; the shape's own count by default.
         format: `fp8` as Kimi-K2-Instruct, `bf16`, or `int4` as Kimi-K2-Thinking (experts only).
         seed: of every value.
         config_overrides: keys of `config.json` to replace. With `model_type` `kimi_k25` the config is
             nested in `text_config`, names get the `language_model.` prefix and a few vision tensors.
-        shard_bytes: a file is closed once it holds this much; tensors of one expert may part.
+        shard_bytes: limit of a file's data; a single tensor may exceed it. An expert may span two files.
         progress: called with bytes written and bytes in all.
 
     Raises:
         ConfigError: the arguments contradict each other.
         CheckpointError: `dst` holds something already, or cannot be written.
-        PlanError: the disk has less room than the checkpoint needs.
+        PlanError: the disk has less free space than the checkpoint takes.
     """
     start = time.monotonic()
     dst = Path(dst)
@@ -103,7 +108,7 @@ def synth(
     _check_destination(dst, total)
     created = not dst.exists()
     written: list[Path] = []
-    with ExitStack() as undo:  # whatever ends it early, an interrupt included
+    with ExitStack() as undo:  # on an error or an interrupt
         undo.callback(_remove, written, dst if created else None)
         try:
             dst.mkdir(parents=True, exist_ok=True)
@@ -118,8 +123,8 @@ def synth(
     return SynthResult(dst, tuple(shards), len(tensors), total, time.monotonic() - start)
 
 
-_FP8_STD = 106.0  # the largest of a block's 16,384 normal values, about 4.2 std, then meets e4m3's 448
-_INT4_STD = 3.0  # likewise 32 values and 7
+_FP8_STD = 106.0  # e4m3 ends at 448: about 4.2 std, the largest of a block's 16,384 normal values
+_INT4_STD = 3.0  # INT4 ends at 7: likewise for a group's 32 values
 
 
 def _normal(count: int) -> torch.Tensor:
@@ -129,7 +134,7 @@ def _normal(count: int) -> torch.Tensor:
 
 
 def _table(fill: str, std: float) -> np.ndarray[Any, Any]:
-    """The 65,536 equally likely values of a pool, as integers of the tensor's width (F32 as float)."""
+    """The 65,536 equally likely values of a pool, as integers of the elements' width, or as float32."""
     normal = _normal(1 << 16)
     if fill == "fp8":
         return (normal * _FP8_STD).float().to(torch.float8_e4m3fn).view(torch.uint8).numpy()
@@ -149,7 +154,7 @@ def _table(fill: str, std: float) -> np.ndarray[Any, Any]:
 
 
 class _Pools:
-    """Random bytes per (fill, std), read around as an endless stream in the order of the tensors."""
+    """Random bytes per (fill, std), which the tensors read in turn, again and again."""
 
     def __init__(self, tensors: list[SynthTensor], seed: int) -> None:
         self._seed = seed
@@ -179,7 +184,7 @@ class _Pools:
 
     def _make(self, key: tuple[str, float]) -> memoryview:
         table = _table(*key)
-        # An odd count: tensor sizes are multiples of large powers of two, and must not divide it.
+        # An odd count has no large common factor with tensor sizes, multiples of large powers of two.
         count = min(self._needed[key], POOL_BYTES) // table.itemsize | 1
         rng = np.random.Generator(np.random.SFC64([self._seed, zlib.crc32(repr(key).encode())]))
         pool = np.empty(count, table.dtype)
@@ -199,7 +204,7 @@ def _split(tensors: list[SynthTensor], shard_bytes: int) -> list[list[SynthTenso
         shards[-1].append(tensor)
         size += tensor.nbytes
     # Widest elements first, as the safetensors library writes them, keeps every tensor aligned.
-    return [sorted(shard, key=lambda tensor: -ITEM_BYTES[tensor.dtype]) for shard in shards]
+    return [sorted(shard, key=lambda tensor: -TORCH_DTYPES[tensor.dtype].itemsize) for shard in shards]
 
 
 def _name_shards(shards: list[list[SynthTensor]], format: Format) -> dict[str, list[SynthTensor]]:
@@ -209,7 +214,7 @@ def _name_shards(shards: list[list[SynthTensor]], format: Format) -> dict[str, l
 
 
 class _Meter:
-    """Adds up what the writers wrote and reports it, from one thread at a time."""
+    """Counts the bytes that were written and reports them, from one thread at a time."""
 
     def __init__(self, total: int, progress: Progress | None) -> None:
         self._total, self._progress = total, progress
@@ -224,12 +229,12 @@ class _Meter:
 
 
 def _write_shards(dst: Path, shards: dict[str, list[SynthTensor]], pools: _Pools, meter: _Meter) -> None:
-    """Write all shards, some at once; on a failure or Ctrl-C the others stop at their next tensor."""
+    """Write all shards, several at once; on an error or an interrupt each stops before its next tensor."""
     stop = threading.Event()
 
     def write(file: str) -> None:
         with (dst / file).open("xb", buffering=0) as shard:
-            _write_all(shard, memoryview(_header(shards[file])))
+            _write_all(shard, memoryview(encode_header(shards[file], _ALIGNMENT)))
             for tensor in shards[file]:
                 if stop.is_set():
                     return
@@ -254,33 +259,18 @@ def _write_all(file: BinaryIO, data: memoryview) -> None:
         data = data[file.write(data) :]
 
 
-def _header(tensors: list[SynthTensor]) -> bytes:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for tensor in tensors:
-        offsets = [offset, offset + tensor.nbytes]
-        header[tensor.name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": offsets}
-        offset += tensor.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text
-
-
 def _json_files(
     raw: dict[str, Any], shards: dict[str, list[SynthTensor]], total: int
 ) -> dict[str, dict[str, Any]]:
     weight_map = {tensor.name: file for file, shard in shards.items() for tensor in shard}
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    return {"model.safetensors.index.json": index, "config.json": raw}
+    return {INDEX_FILE: index, CONFIG_FILE: raw}
 
 
 def _check_destination(dst: Path, nbytes: int) -> None:
     if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
         raise CheckpointError(f"{dst}: exists and is not an empty folder", "Name a new folder.")
-    folder = dst.absolute()
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
+    free = free_bytes(dst)
     if free < nbytes * 1.001 + (1 << 20):
         raise PlanError(
             f"{dst}: the checkpoint takes {nbytes / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free",

@@ -1,8 +1,9 @@
 """`config.json` of the Kimi K2 family -> one frozen dataclass, and the tensors that it implies.
 
-Shapes in this package: T tokens, H hidden_size, I moe_intermediate_size, E n_routed_experts,
-A num_attention_heads. Every number is read from the file: members of the family differ in
-`beta_fast`, `factor`, `rms_norm_eps` and `eos_token_id`, and a wrong value does not crash.
+Shapes in this package: T tokens, H hidden_size, I moe_intermediate_size, E n_routed_experts, A
+num_attention_heads. Every number is read from the file, none is assumed: members of the family differ in
+`beta_fast`, `factor`, `rms_norm_eps` and `eos_token_id`, and a wrong value would give wrong text, not an
+error.
 """
 
 from __future__ import annotations
@@ -16,7 +17,10 @@ from typing import Any
 from moebox import _kernels
 from moebox.errors import ConfigError
 
+CONFIG_FILE = "config.json"
 MODEL_TYPES = ("kimi_k2", "deepseek_v3", "kimi_k25")
+EXPERT_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+"""The three matrices of an expert or of another gated MLP, in the order in which moebox stores them."""
 GROUP_SIZE = _kernels.GROUP_SIZE
 """Input columns that share one scale in INT4 checkpoints of the family: 32."""
 
@@ -77,7 +81,7 @@ class ModelConfig:
     yarn: YarnConfig | None = None
     eos_token_ids: tuple[int, ...] = ()
     prefix: str = ""
-    """What precedes `model.` and `lm_head.` in tensor names: `language_model.` in K2.5 files."""
+    """The beginning of tensor names, before `model.` and `lm_head.`: `language_model.` in K2.5 files."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -102,7 +106,7 @@ class ModelConfig:
 
     @property
     def qk_head_dim(self) -> int:
-        """Width of a query or key head: the part without and the part with rotary position."""
+        """Width of a query or key head: the part without rotary position and the part with it."""
         return self.qk_nope_head_dim + self.qk_rope_head_dim
 
     @property
@@ -133,8 +137,7 @@ class ModelConfig:
 
     def expert_shapes(self) -> dict[str, tuple[int, int]]:
         """`{"gate_proj": (I, H), "up_proj": (I, H), "down_proj": (H, I)}`, as [out, in]."""
-        hidden, inner = self.hidden_size, self.moe_intermediate_size
-        return {"gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}
+        return _projection_shapes(self.hidden_size, self.moe_intermediate_size)
 
     @property
     def expert_bytes(self) -> int:
@@ -209,12 +212,13 @@ class ModelConfig:
 _MAY_BE_ZERO = ("n_shared_experts", "first_k_dense_replace")
 
 
+def _projection_shapes(hidden: int, inner: int) -> dict[str, tuple[int, int]]:
+    return dict(zip(EXPERT_PROJECTIONS, ((inner, hidden), (inner, hidden), (hidden, inner)), strict=True))
+
+
 def _gated_mlp_shapes(name: str, hidden: int, inner: int) -> dict[str, tuple[int, ...]]:
-    return {
-        f"{name}.gate_proj.weight": (inner, hidden),
-        f"{name}.up_proj.weight": (inner, hidden),
-        f"{name}.down_proj.weight": (hidden, inner),
-    }
+    shapes = _projection_shapes(hidden, inner)
+    return {f"{name}.{projection}.weight": shape for projection, shape in shapes.items()}
 
 
 def load_config(folder: Path) -> ModelConfig:
@@ -223,7 +227,8 @@ def load_config(folder: Path) -> ModelConfig:
     Raises:
         ConfigError: the file is missing, not JSON, of another family, or lacks a field.
     """
-    return parse_config(read_json(folder / "config.json"), str(folder / "config.json"))
+    path = folder / CONFIG_FILE
+    return parse_config(read_json(path), str(path))
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -239,7 +244,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return data
 
 
-def parse_config(raw: dict[str, Any], source: str = "config.json") -> ModelConfig:
+def parse_config(raw: dict[str, Any], source: str = CONFIG_FILE) -> ModelConfig:
     """Turn a `config.json` object into a `ModelConfig`.
 
     Accepts `kimi_k2`, `deepseek_v3` and `kimi_k25` (whose text model lies in `text_config`) and both

@@ -136,7 +136,7 @@ def test_exercises_say_every_argument(data):
 
 @pytest.fixture
 def one_thread():
-    """Small products on busy cores: threads that wait for each other cost more than they do."""
+    """One thread: for small products on busy cores, threads would wait longer than they work."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -1,4 +1,4 @@
-"""What the tests of `moebox quantize` share: folders as bytes, children to kill, a hub of one's own."""
+"""Helpers for tests of `moebox quantize`: hashes of folders, child processes to kill, a local hub."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class Child:
 
 
 def start(src: Path | str, dst: Path, *, delay_s: float = 0.0, setup: str = "", **options) -> Child:
-    """`quantize` in a child; every progress report takes `delay_s`, `setup` is run before."""
+    """Start `quantize` in a child, after `setup`; every progress report takes `delay_s`."""
     descriptor, errors = tempfile.mkstemp(suffix=".stderr")
     os.close(descriptor)
     options = {"shard_bytes": SHARD_BYTES} | options
@@ -121,7 +121,7 @@ def kill_when(child: Child, condition: Callable[[], bool], timeout_s: float = 18
 
 
 class Hub:
-    """A server with the hub's API for one model, with faults to order.
+    """A local server with the hub's API for one model; it can cut connections.
 
     Attributes:
         folder: what it serves; `sha` is its commit.

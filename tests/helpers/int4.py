@@ -1,4 +1,4 @@
-"""What the tests of the INT4 quantizer share: weights like those of models, and slow exact references."""
+"""Helpers for tests of the INT4 quantizer: weights like those of models, and slow exact references."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The conversion itself: layout, config, manifest, and that nothing but the source decides the bytes."""
+"""The conversion: layout, config, manifest; the output's bytes depend on the source alone."""
 
 import json
 
@@ -11,14 +11,18 @@ import moebox
 from helpers.convert import SHARD_BYTES, contents, make_source, weights_map
 from moebox.config import load_config
 from moebox.errors import CheckpointError, ConfigError, PlanError
-from moebox.offload.checkpoint.layout import ALIGNMENT, EXPERT_TENSORS, ExpertLayout, load_manifest
+from moebox.offload.checkpoint.layout import EXPERT_TENSORS, ExpertLayout, load_manifest
 from moebox.offload.checkpoint.safetensors import Checkpoint
-from moebox.quantize.convert import plan, quantize
-from moebox.quantize.int4 import INT4_QUANTIZATION, dequantize
+from moebox.quantize.convert import quantize
+from moebox.quantize.dryrun import plan
+from moebox.quantize.encodings import INT4_QUANTIZATION
+from moebox.quantize.int4 import dequantize
 from moebox.quantize.output.shards import plan_shards
 from moebox.quantize.pipeline import PIECE_BYTES
-from moebox.quantize.source.formats import read_backbone, take_inventory
+from moebox.quantize.source.formats import read_backbone
+from moebox.quantize.source.inventory import take_inventory
 from moebox.quantize.synth.shapes import synth_config
+from moebox.units import PAGE_BYTES
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +75,7 @@ def test_experts_are_contiguous_and_where_the_manifest_says(converted):
         for file in manifest.shards
     }
     assert len(starts) > 4
-    assert all(start % ALIGNMENT == 0 for start in starts.values())
+    assert all(start % PAGE_BYTES == 0 for start in starts.values())
 
 
 @pytest.mark.slow
@@ -83,7 +87,7 @@ def test_k2_shards_hold_a_few_gigabytes_and_page_aligned_experts():
     assert config.expert_bytes == 24_772_608
     assert all(shard.data_bytes < 4_000_000_000 for shard in shards)
     assert sum(len(shard.experts) for shard in shards) == 60 * 384
-    assert {shard.expert_offset(7) % ALIGNMENT for shard in shards if shard.experts} == {0}
+    assert {shard.expert_offset(7) % PAGE_BYTES for shard in shards if shard.experts} == {0}
     assert sum(shard.size for shard in shards) == pytest.approx(594e9, rel=0.01)
 
 
@@ -118,7 +122,7 @@ def test_recorded_errors_are_those_of_the_stored_weights(fp8, converted):
 
 
 @pytest.mark.parametrize("workers", [1, 5])
-def test_bytes_do_not_depend_on_workers_or_place(fp8, converted, tmp_path, workers):
+def test_bytes_do_not_depend_on_workers_or_folder(fp8, converted, tmp_path, workers):
     dst, _ = converted
     other = tmp_path / "elsewhere" / "deep"
     quantize(fp8, other, workers=workers, shard_bytes=SHARD_BYTES)
@@ -245,7 +249,7 @@ def test_wrong_arguments(fp8, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_plan_foretells_the_conversion(fp8, converted, tmp_path):
+def test_plan_reports_what_the_conversion_then_does(fp8, converted, tmp_path):
     dst, result = converted
     report = plan(fp8, tmp_path / "out", shard_bytes=SHARD_BYTES)
     assert not (tmp_path / "out").exists()
@@ -270,7 +274,7 @@ def test_a_disk_too_small_is_refused_before_the_first_byte(fp8, tmp_path, monkey
 
 
 def test_tensors_at_odd_offsets(fp8, converted, tmp_path):
-    """A header of odd length leaves every tensor unaligned: it is read through a copy."""
+    """Behind a header of odd length no tensor is aligned, so each is copied when it is read."""
     import struct
 
     source = make_source(tmp_path / "fp8")

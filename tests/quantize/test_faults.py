@@ -1,4 +1,4 @@
-"""Bad input and bad disks: one clear message that names file and tensor, nothing left as if it were good."""
+"""Bad input and bad disks: one message that names file and tensor, and no output that looks complete."""
 
 import errno
 import json
@@ -22,7 +22,7 @@ def source(tmp_path):
 
 
 def refused(source, dst, match, error=CheckpointError):
-    """The conversion fails with one message, and what it leaves is no model."""
+    """Check that the conversion fails and leaves nothing that looks complete; return its message."""
     with pytest.raises(error, match=match) as caught:
         quantize(source, dst, shard_bytes=SHARD_BYTES)
     assert not (dst / "moebox.json").exists()
@@ -57,7 +57,7 @@ def test_truncated_shard(source, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_header_that_lies_about_offsets(source, tmp_path):
+def test_header_with_wrong_offsets(source, tmp_path):
     def shift(header):
         header[EXPERT]["data_offsets"] = [offset + 32 for offset in header[EXPERT]["data_offsets"]]
 
@@ -138,7 +138,7 @@ def test_position_of_a_nan_in_a_matrix_read_in_pieces(source, tmp_path, monkeypa
     assert "[300, 9]" in refused(source, tmp_path / "out", r"lm_head\.weight")
 
 
-def test_mending_the_source_is_a_new_source(source, tmp_path):
+def test_a_repaired_source_counts_as_another(source, tmp_path):
     path, dst = home(source, EXPERT), tmp_path / "out"
     good = path.read_bytes()
     edit_tensors(path, lambda tensors: tensors[EXPERT].view(torch.uint8).fill_(0x7F))
@@ -168,7 +168,7 @@ def test_config_that_is_no_json(source, tmp_path):
     refused(source, tmp_path / "out", r"config\.json: cannot be read as JSON", ConfigError)
 
 
-def test_a_bad_source_costs_no_finished_output(source, tmp_path):
+def test_a_bad_source_leaves_a_complete_output_alone(source, tmp_path):
     dst = tmp_path / "out"
     quantize(source, dst)
     before = contents(dst)

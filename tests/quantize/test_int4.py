@@ -1,4 +1,4 @@
-"""The INT4 quantizer: near the least error, the same bits on every path, the format others read."""
+"""The INT4 quantizer: its error, equal bits on every path, and the format of compressed-tensors."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from helpers.int4 import expand_blocks, fp8_blocks, group_errors, least_errors, random_weights
 from moebox import _kernels
+from moebox.quantize.encodings import INT4_QUANTIZATION
 from moebox.quantize.int4 import (
-    INT4_QUANTIZATION,
     NonFiniteError,
     QuantError,
     check_finite,
@@ -71,7 +71,7 @@ def test_error_is_within_a_thousandth_of_the_least_possible(tails):
     errors = group_errors(weights, result.scale)
     assert (errors >= least * (1 - 1e-9)).all()
     assert math.sqrt(errors.sum() / least.sum()) < 1.001
-    # Values are the nearest for their scale: chosen together, nothing left to gain from either alone.
+    # For its scale every value is the nearest one, so that other values could not lower the error.
     assert result.error.sum_sq_error == pytest.approx(errors.sum().item(), rel=1e-4)
     rtn = group_errors(weights, (weights.view(12, -1, 32).abs().amax(-1) / 7.5).bfloat16())
     assert math.sqrt(errors.sum() / rtn.sum()) < 0.88
@@ -200,7 +200,7 @@ def test_the_first_weight_that_is_not_finite_is_named(isa, dtype, threads):
 
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, 2.0**60, -3e38])
-def test_weights_out_of_all_range_are_named(value):
+def test_weights_beyond_any_trained_model_are_named(value):
     weights = random_weights(4, 64)
     weights[2, 33] = value
     with pytest.raises(NonFiniteError, match=r"\[2, 33\] is"):

@@ -1,4 +1,4 @@
-"""What a conversion says while it works."""
+"""Progress reports of a conversion, and how they are shown."""
 
 import io
 
@@ -6,7 +6,8 @@ from rich.console import Console
 
 from helpers.convert import SHARD_BYTES, make_source
 from moebox.quantize.convert import quantize
-from moebox.quantize.progress import ProgressDisplay, ProgressReport, format_seconds
+from moebox.quantize.progress import ProgressDisplay, ProgressReport
+from moebox.quantize.text import format_seconds
 
 
 def report(done: int, elapsed_s: float, shard: int = 1) -> ProgressReport:
@@ -37,7 +38,7 @@ def test_plain_lines_are_few():
     assert "\x1b" not in console.file.getvalue()
 
 
-def test_terminal_gets_a_bar_that_goes_away():
+def test_terminal_gets_a_bar_that_is_removed():
     console = Console(file=io.StringIO(), width=120, force_terminal=True)
     with ProgressDisplay(console) as show:
         show(report(5_000_000_000, 4.0))

@@ -1,4 +1,4 @@
-"""Killed, interrupted, torn, locked: the same command ends in the same bytes, or says why not."""
+"""After a kill, an interrupt or a torn journal the same command gives the same bytes, or says why not."""
 
 import json
 import os
@@ -109,7 +109,7 @@ def test_interrupts_leave_a_state_to_resume_from(source, expected, tmp_path, nam
 
 
 @pytest.mark.slow
-def test_two_runs_exclude_each_other_and_a_dead_one_does_not(source, expected, tmp_path):
+def test_a_running_conversion_excludes_another_and_a_killed_one_does_not(source, expected, tmp_path):
     dst = tmp_path / "out"
     child = start(source, dst, delay_s=0.05)
     while not finished(dst):
@@ -122,7 +122,7 @@ def test_two_runs_exclude_each_other_and_a_dead_one_does_not(source, expected, t
     assert contents(dst) == expected
 
 
-def test_lock_removed_by_its_owner_is_not_taken_for_held(tmp_path):
+def test_a_lock_that_its_owner_removed_can_be_taken(tmp_path):
     first, second = DestinationLock(tmp_path), DestinationLock(tmp_path)
     first.acquire()
     first.release_and_remove()

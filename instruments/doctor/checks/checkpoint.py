@@ -8,14 +8,15 @@ from pathlib import Path
 
 from moebox.errors import CheckpointError, MoeboxError
 from moebox.instruments.doctor.checks.base import Check, Topic
-from moebox.offload.checkpoint.layout import ALIGNMENT, MANIFEST_FILE, load_manifest
+from moebox.offload.checkpoint.layout import MANIFEST_FILE, load_manifest
 from moebox.offload.checkpoint.safetensors import Checkpoint
 from moebox.offload.disk.store import ExpertStore
 from moebox.quantize.check.inspect import refuse_unfinished
 from moebox.quantize.check.verify import verify_shards
-from moebox.quantize.progress import format_bytes
+from moebox.quantize.text import format_bytes
 from moebox.runtime.text.template import Template
 from moebox.runtime.text.tokenizer import MODEL_FILE, Tokenizer
+from moebox.units import PAGE_BYTES
 
 Say = Callable[[str], None]
 """Called with what is being done."""
@@ -67,7 +68,7 @@ def experts(checkpoint: Checkpoint) -> Check:
         fix = f"`moebox quantize {checkpoint.folder} FOLDER` makes INT4 experts of it."
         return _failed("model.experts", error, "The model does not run.", fix)
     scattered = sum(len(reads) > 1 for reads in runs)
-    aligned = sum(len(reads) == 1 and reads[0][1] % ALIGNMENT == 0 for reads in runs)
+    aligned = sum(len(reads) == 1 and reads[0][1] % PAGE_BYTES == 0 for reads in runs)
     figures = {"experts": len(runs), "in_one_read": len(runs) - scattered, "aligned": aligned}
     topic = Topic("model.experts", figures=figures)
     seen = f"{len(runs):,} experts of {format_bytes(checkpoint.config.expert_bytes)}"

@@ -73,7 +73,7 @@ def test_manifest_round_trip(tmp_path):
         ([ExpertExtent("s", 0, NBYTES), ExpertExtent("gone", 0, NBYTES)], "gone: No such file"),
     ],
 )
-def test_extents_that_cannot_be_are_named(tmp_path, extents, message):
+def test_impossible_extents_are_named(tmp_path, extents, message):
     (tmp_path / "s").write_bytes(bytes(2 * NBYTES))
     with pytest.raises(CheckpointError, match=message):
         check_extents(tmp_path, CONFIG, write(tmp_path, extents))

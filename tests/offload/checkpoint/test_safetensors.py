@@ -1,14 +1,21 @@
-"""Strict reading of safetensors files, against files that the safetensors library wrote."""
+"""Strict reading of safetensors files that the library wrote, and headers that the library reads."""
 
 import json
 import struct
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from moebox.errors import CheckpointError
-from moebox.offload.checkpoint.safetensors import map_bytes, open_tensor, read_header, read_index
+from moebox.offload.checkpoint.safetensors import (
+    TensorSpec,
+    encode_header,
+    map_bytes,
+    open_tensor,
+    read_header,
+    read_index,
+)
 
 
 @pytest.fixture
@@ -79,7 +86,7 @@ def test_trailing_bytes_are_refused(shard):
         (lambda h: h["b"].update(data_offsets=[900, 928]), "hole|ends at"),
     ],
 )
-def test_a_lying_header_is_named(shard, change, message):
+def test_a_wrong_header_is_named(shard, change, message):
     path, _ = shard
     rewrite(path, change)
     with pytest.raises(CheckpointError, match=message):
@@ -114,3 +121,26 @@ def test_the_index_may_not_leave_its_folder(tmp_path):
 def test_a_folder_without_a_checkpoint_is_named(tmp_path):
     with pytest.raises(CheckpointError, match=r"no model\.safetensors\.index\.json"):
         read_index(tmp_path)
+
+
+@pytest.mark.parametrize("alignment", [8, 4096])
+def test_the_library_reads_what_a_written_header_describes(tmp_path, alignment):
+    specs = [TensorSpec("a", "F32", (3, 2)), TensorSpec("b", "BF16", (5,)), TensorSpec("c", "I32", (0,))]
+    tensors = {
+        "a": torch.arange(6.0).view(3, 2),
+        "b": torch.ones(5).bfloat16(),
+        "c": torch.empty(0, dtype=torch.int32),
+    }
+    header = encode_header(specs, alignment)
+    data = b"".join(tensor.reshape(-1).view(torch.uint8).numpy().tobytes() for tensor in tensors.values())
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(header + data)
+    assert len(header) % alignment == 0
+    assert sum(spec.nbytes for spec in specs) == len(data)
+    for name, tensor in load_file(path).items():
+        assert torch.equal(tensor, tensors[name])
+    assert {name: info.offset - len(header) for name, info in read_header(path).items()} == {
+        "a": 0,
+        "b": 24,
+        "c": 34,
+    }

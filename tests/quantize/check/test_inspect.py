@@ -9,8 +9,8 @@ from rich.console import Console
 from helpers.convert import SHARD_BYTES, make_source
 from moebox.errors import CheckpointError, ConfigError
 from moebox.quantize.check.inspect import inspect, render_inspect
-from moebox.quantize.convert import plan, quantize
-from moebox.quantize.dryrun import render_plan
+from moebox.quantize.convert import quantize
+from moebox.quantize.dryrun import plan, render_plan
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Readers: every encoding gives the right values, and whatever does not fit is an error with its name."""
+"""Every encoding gives the right values; a tensor that does not fit is an error that names it."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from helpers.int4 import expand_blocks, rewrite
 from moebox.config import parse_config
 from moebox.errors import CheckpointError
 from moebox.offload.checkpoint.safetensors import Checkpoint
-from moebox.quantize.int4 import INT4_QUANTIZATION, QuantError, dequantize, quantize_int4
+from moebox.quantize.encodings import FP8_QUANTIZATION, INT4_QUANTIZATION
+from moebox.quantize.int4 import QuantError, dequantize, quantize_int4
 from moebox.quantize.source.formats import (
     check_quantization,
     check_source,
-    classify,
     read_backbone,
     read_expert,
-    take_inventory,
 )
-from moebox.quantize.synth.shapes import FP8_QUANTIZATION, synth_config, synth_tensors
+from moebox.quantize.source.inventory import classify, take_inventory
+from moebox.quantize.synth.shapes import synth_config, synth_tensors
 from moebox.quantize.synth.write import synth
 
 CONFIG = parse_config(synth_config("tiny"))
@@ -47,7 +47,7 @@ def make(tmp_path):
 
 
 def refusal(make, edit, format="fp8", **options) -> str:
-    """The message with which a changed checkpoint is refused, when everything in it is read."""
+    """The message of the error with which reading all of a changed checkpoint fails."""
     with pytest.raises(CheckpointError) as caught:
         checkpoint, inventory = make(format, edit, **options)
         for sources in inventory.experts.values():
@@ -142,7 +142,7 @@ def test_a_config_with_a_layer_too_few_is_no_next_token_layer():
 # ---- quantization_config ----
 
 
-def test_the_family_s_quantization_configs_are_accepted():
+def test_quantization_configs_of_the_family_are_accepted():
     for quantization in (None, FP8_QUANTIZATION, INT4_QUANTIZATION):
         check_quantization({"quantization_config": quantization})
         check_quantization({"text_config": {"quantization_config": quantization}})
@@ -318,7 +318,9 @@ def test_an_unknown_tensor_is_named(make):
         ("int4", f"{EXPERT}.up_proj.weight_shape", lambda t: t.flip(0), "says [160, 64]"),
     ],
 )
-def test_what_contradicts_the_config_names_file_tensor_and_shapes(make, format, name, change, message):
+def test_a_tensor_that_contradicts_the_config_is_named_with_file_and_shapes(
+    make, format, name, change, message
+):
     def edit(tensors):
         tensors[name] = change(tensors[name])
 
@@ -368,7 +370,7 @@ def test_infinity_in_a_vector_names_its_position(make):
     assert "model.norm.weight: [9] is -inf" in refusal(make, edit, "bf16")
 
 
-def test_a_part_without_a_place_is_named(make):
+def test_a_part_that_no_shard_holds_is_named(make):
     checkpoint, inventory = make()
     infos = dict(checkpoint.tensors)
     del infos[f"{EXPERT}.gate_proj.weight"]

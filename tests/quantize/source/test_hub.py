@@ -1,4 +1,4 @@
-"""A source on the hub: the real client against a server of our own that cuts connections."""
+"""A source on the hub: the real client against a local server that cuts connections."""
 
 import time
 
@@ -8,7 +8,8 @@ import pytest
 from helpers.convert import SHARD_BYTES, Hub, contents, kill_when, make_source, start
 from moebox.errors import CheckpointError
 from moebox.offload.checkpoint.layout import load_manifest
-from moebox.quantize.convert import plan, quantize
+from moebox.quantize.convert import quantize
+from moebox.quantize.dryrun import plan
 from moebox.quantize.source.hub import parse_hub_id
 
 REPO = "org/tiny"
@@ -21,7 +22,7 @@ def source(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def expected(source, tmp_path_factory):
-    """The output of the same model from a folder, less the manifest, which names its source."""
+    """The output of the same model from a folder, without the manifest, which names its source."""
     dst = tmp_path_factory.mktemp("reference") / "out"
     quantize(source, dst, shard_bytes=SHARD_BYTES)
     return output_of(dst)
@@ -42,7 +43,9 @@ def hub(source, monkeypatch, tmp_path):
     template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", 8192)  # 10 MB: what a cut loses
+    monkeypatch.setattr(
+        huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", 8192
+    )  # default 10 MB; a cut connection loses one
     yield server
     server.close()
 
@@ -58,7 +61,7 @@ def hub(source, monkeypatch, tmp_path):
         ("a/b/c", None),
     ],
 )
-def test_what_is_taken_for_a_hub_id(text, parsed):
+def test_hub_ids_are_told_from_paths(text, parsed):
     assert parse_hub_id(text) == parsed
 
 
@@ -121,7 +124,7 @@ def test_killed_while_fetching_resumes_the_partial_file_at_the_pinned_commit(sou
     complete = {path.name for path in (dst / "source").glob("*.safetensors")}
     hub.requests.clear()
     hub.bytes_per_s = None
-    hub.info = None  # nobody may ask what the branch is now
+    hub.info = None  # a request for the branch's commit would fail
     child = start(REPO, dst, setup=setup)
     errors = child.wait()
     assert child.returncode == 0, errors

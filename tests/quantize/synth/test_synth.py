@@ -1,4 +1,4 @@
-"""Synthetic checkpoints: the inventory of the true ones, values that a model can run on, safe writing."""
+"""Synthetic checkpoints: the tensors of the true ones, finite values, and nothing left after a failure."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from moebox.config import load_config, parse_config
 from moebox.errors import CheckpointError, ConfigError, PlanError
 from moebox.offload.checkpoint.safetensors import Checkpoint
 from moebox.quantize.int4 import dequantize, to_bfloat16
-from moebox.quantize.source.formats import check_quantization, check_source, take_inventory
+from moebox.quantize.source.formats import check_quantization, check_source
+from moebox.quantize.source.inventory import take_inventory
 from moebox.quantize.synth import write as synth_module
 from moebox.quantize.synth.shapes import synth_config, synth_tensors
 from moebox.quantize.synth.write import synth
@@ -143,7 +144,7 @@ def test_the_seed_decides_every_byte(tmp_path):
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_experts_differ_also_when_the_pool_comes_round(tmp_path, monkeypatch, format):
+def test_experts_differ_although_the_pool_repeats(tmp_path, monkeypatch, format):
     monkeypatch.setattr(synth_module, "POOL_BYTES", 1 << 14)
     monkeypatch.setattr(synth_module, "_CHUNK_BYTES", 1 << 12)
     synth(tmp_path, "tiny", experts=64, format=format)
@@ -170,7 +171,7 @@ def test_a_folder_in_use_is_left_alone(tmp_path):
 
 def test_too_small_a_disk_is_refused_before_the_first_byte(tmp_path, monkeypatch):
     usage = type("Usage", (), {"free": 10**9})
-    monkeypatch.setattr(synth_module.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
     with pytest.raises(PlanError, match=r"takes 22\.\d GB, the disk has 1\.0 GB free"):
         synth(tmp_path / "new", "kimi-k2", layers=2)
     assert not (tmp_path / "new").exists()
@@ -189,7 +190,7 @@ def test_a_failure_leaves_nothing_behind(tmp_path, failure):
     assert not (tmp_path / "new").exists()
 
 
-def test_a_place_that_takes_no_files_is_an_error_with_its_name(tmp_path):
+def test_a_destination_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")  # unlike permissions, this stops root, too
     with pytest.raises(CheckpointError, match=r"file/new: cannot be written"):
         synth(tmp_path / "file" / "new", "tiny")
