@@ -1,3 +1,0 @@
-"""The version: the one place where it is written. The build reads this file."""
-
-__version__ = "0.1.0"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from moebox import _kernels, config
 from moebox.kernels import cpu
-from moebox.quantize import int4
+from moebox.quantize import encodings
 from moebox.runtime.engine import cpu_plan, gpu_plan
 from moebox.runtime.model.compute import CPU
 
@@ -12,8 +12,8 @@ from moebox.runtime.model.compute import CPU
 def test_the_format_has_the_numbers_that_checkpoints_have():
     """Compared with literals: published checkpoints have these sizes."""
     assert _kernels.GROUP_SIZE == config.GROUP_SIZE == 32
-    assert _kernels.FP8_BLOCK == int4.FP8_BLOCK == 128
-    group = int4.INT4_QUANTIZATION["config_groups"]["group_0"]
+    assert _kernels.FP8_BLOCK == encodings.FP8_BLOCK == 128
+    group = encodings.INT4_QUANTIZATION["config_groups"]["group_0"]
     assert group["weights"]["group_size"] == _kernels.GROUP_SIZE
 
 
