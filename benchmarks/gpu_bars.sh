@@ -1,5 +1,5 @@
 #!/bin/sh
-# The bars of the GPU tier, one command each: benchmarks/gpu_bars.sh 1|2|3|4|5 (`moebox` on the PATH).
+# The bars of a box with a GPU, one command each: benchmarks/gpu_bars.sh 1|2|3|4|5 (`moebox` on the PATH).
 # For a box with one GPU of 80 GB or more and 128 GB of RAM; each takes less than 90 seconds. The report, or its
 # last line as JSON, has the figures that the bar names.
 set -eu

@@ -59,7 +59,7 @@ class CpuExperts:
         cache: the rows, and reads into them.
         pool: computes.
         nbytes: INT4 bytes of all experts, wherever they lie.
-        recorder: is told what was routed, where set.
+        recorder: records the router's picks; None: picks are not recorded.
         prefetcher: prefetches experts of the next layers while a token is decoded, where set.
         part_tokens: tokens of one kernel call. A prompt of more gives the same bits as parts of so many
             tokens, given one after the other.

@@ -1,7 +1,7 @@
 """The interface between the model and its routed experts.
 
-The model knows layers, expert ids, weights and hidden states. Where each expert lies is known to
-`cpu_experts.py`, on a box without a GPU, or to `gpu_experts.py`, on a box with one.
+The model passes a layer, expert ids, weights and hidden states. `cpu_experts.py`, on a box without a GPU, or
+`gpu_experts.py`, on a box with one, finds where each expert lies and computes the experts.
 
 Shapes: T tokens, H hidden_size, E n_routed_experts, k num_experts_per_tok.
 """

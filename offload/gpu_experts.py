@@ -73,7 +73,7 @@ class GpuExperts:
         routing: replaces the routers' choice, if set.
         predictions: int32 [L, k] of each token that is decoded with `routing`; replaces the routers'
             predictions, if set.
-        ahead: whether uploading ahead pays; None where it is off. See `upload_ahead`.
+        ahead: decides whether tokens upload ahead; None: no token does.
         nbytes: INT4 bytes of all experts, wherever they lie.
     """
 
@@ -85,7 +85,7 @@ class GpuExperts:
         rows: RamRows | None = None,
         cold: ColdReader | None = None,
     ) -> None:
-        """Use `build`."""
+        """Take the parts that `build` has allocated; callers use `build`."""
         config, device = ram.config, gpu.device
         self.config, self.device, self.pool, self.ram, self.gpu = config, device, pool, ram, gpu
         self.rows, self.cold = rows, cold
@@ -166,7 +166,7 @@ class GpuExperts:
     def fill(
         self, source: Source, progress: Progress | None = None, order: Sequence[int] | None = None
     ) -> None:
-        """Fill the cache and RAM with experts from `source`, and forget what they held.
+        """Empty the cache and RAM, and fill both with experts from `source`.
 
         Args:
             progress: called with ("experts", bytes done, bytes in all).
@@ -272,7 +272,7 @@ class GpuExperts:
 
     @property
     def recorder(self) -> RoutingRecorder | None:
-        """Is told what was routed, if it is set."""
+        """Records the router's picks; None: picks are not recorded."""
         return self.prefill.recorder
 
     @recorder.setter

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from moebox.cost.energy.power_model import GUESSED, PowerModel
+from moebox.cost.energy.power_model import DEFAULT_POWER, PowerModel
 from moebox.cost.energy.power_sources import PowerSource, open_sources
 from moebox.cost.usage import IdleSpell, Joules, Source
 from moebox.errors import DeviceError
@@ -96,7 +96,7 @@ class EnergyMeter:
         self._begin_spell()
 
     @classmethod
-    def open(cls, device: torch.device | None, model: PowerModel = GUESSED) -> EnergyMeter:
+    def open(cls, device: torch.device | None, model: PowerModel = DEFAULT_POWER) -> EnergyMeter:
         """A meter of this box.
 
         Args:

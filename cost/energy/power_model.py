@@ -10,7 +10,7 @@ from moebox.errors import MoeboxError
 
 @dataclass(frozen=True)
 class PowerModel:
-    """Watts of a box without its GPU. The defaults are guesses; values from a wall meter are better.
+    """Watts of a box without its GPU. The defaults are estimates; values from a wall meter are better.
 
     Attributes:
         idle_watts: power of processor, board, drives and fans of one socket at rest.
@@ -33,5 +33,5 @@ class PowerModel:
                 raise MoeboxError(f"{field.name} is {watts}", "Give watts: a number of 0 or more.")
 
 
-GUESSED = PowerModel()
+DEFAULT_POWER = PowerModel()
 """The model where the prices state no watts."""

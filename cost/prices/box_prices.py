@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from moebox.cost.energy.power_model import GUESSED
+from moebox.cost.energy.power_model import DEFAULT_POWER
 from moebox.errors import PricesError
 from moebox.folders import config_folder
 
@@ -52,9 +52,9 @@ class Prices:
     residual: float = 0.0
     other_per_month: float = 0.0
     utilisation: float | None = None
-    idle_watts: float = GUESSED.idle_watts
-    watts_per_core: float = GUESSED.watts_per_core
-    dram_watts: float = GUESSED.dram_watts
+    idle_watts: float = DEFAULT_POWER.idle_watts
+    watts_per_core: float = DEFAULT_POWER.watts_per_core
+    dram_watts: float = DEFAULT_POWER.dram_watts
     currency: str = "USD"
     per_usd: float = 1.0
 

@@ -234,8 +234,8 @@ def make_report(ledger: Ledger, options: ReportOptions, now_s: float | None = No
     """
     since_s, until_s = options.since_s, options.until_s
     with ledger.snapshot():
-        (everyone,) = ledger.totals(since_s, until_s)
-        chosen = everyone
+        (all_totals,) = ledger.totals(since_s, until_s)
+        chosen = all_totals
         if options.model is not None or options.user is not None:
             (chosen,) = ledger.totals(since_s, until_s, options.model, options.user)
         days = ledger.totals(since_s, until_s, options.model, options.user, by="day")
@@ -244,8 +244,8 @@ def make_report(ledger: Ledger, options: ReportOptions, now_s: float | None = No
             groups = ledger.totals(since_s, until_s, options.model, options.user, by=options.by)
             groups.sort(key=lambda totals: -totals.usage.computed_tokens)
         idle = sum_idle(ledger.idle(since_s, until_s))
-    begin_s, end_s = _range(options, everyone, time.time() if now_s is None else now_s)
-    pricing = _Pricing(everyone, idle, options, end_s - begin_s)
+    begin_s, end_s = _range(options, all_totals, time.time() if now_s is None else now_s)
+    pricing = _Pricing(all_totals, idle, options, end_s - begin_s)
     total = pricing.line(TOTAL, chosen)
     return Report(
         options,
@@ -281,13 +281,13 @@ def sum_idle(spells: Iterable[IdleSpell]) -> IdleSpell:
     return IdleSpell(begun_s, seconds, energy)
 
 
-def _range(options: ReportOptions, everyone: Totals, now_s: float) -> tuple[float, float]:
+def _range(options: ReportOptions, all_totals: Totals, now_s: float) -> tuple[float, float]:
     """The range that utilisation refers to: it ends now at the latest, but not before its last request."""
     until_s = now_s if options.until_s is None else min(options.until_s, now_s)
     since_s = options.since_s
     if since_s is None:
-        since_s = until_s if everyone.first_s is None else everyone.first_s
-    return since_s, max(until_s, everyone.last_s or until_s, since_s + MIN_RANGE_S)
+        since_s = until_s if all_totals.first_s is None else all_totals.first_s
+    return since_s, max(until_s, all_totals.last_s or until_s, since_s + MIN_RANGE_S)
 
 
 @dataclass(frozen=True)
@@ -295,19 +295,19 @@ class _Pricing:
     """Shares the box out over the requests of the range, and prices the shares.
 
     Attributes:
-        everyone: sums over the requests of all users and models.
+        all_totals: sums over the requests of all users and models.
         idle: the time of waiting in the range.
         range_s: seconds of the range.
     """
 
-    everyone: Totals
+    all_totals: Totals
     idle: IdleSpell
     options: ReportOptions
     range_s: float
 
     @property
     def utilisation(self) -> float:
-        return min(1.0, self.everyone.busy_s / self.range_s)
+        return min(1.0, self.all_totals.busy_s / self.range_s)
 
     def work(self, totals: Totals) -> Work:
         """Shares busy seconds out by the seconds of requests, and the energy of waiting by tokens.
@@ -315,8 +315,8 @@ class _Pricing:
         busy_s = busy seconds of all x work_s / work_s of all
         idle_joules = joules of waiting x computed tokens / computed tokens of all
         """
-        usage, all_usage = totals.usage, self.everyone.usage
-        busy_s = self.everyone.busy_s * usage.work_s / all_usage.work_s if all_usage.work_s else 0.0
+        usage, all_usage = totals.usage, self.all_totals.usage
+        busy_s = self.all_totals.busy_s * usage.work_s / all_usage.work_s if all_usage.work_s else 0.0
         tokens, all_tokens = usage.computed_tokens, all_usage.computed_tokens
         shared = self.options.share_idle and all_tokens
         idle_joules = self.idle.joules * tokens / all_tokens if shared else 0.0
@@ -340,7 +340,7 @@ class _Pricing:
     def subscription(self) -> Subscription | None:
         """Compares with the work of all users, since each of them would need a subscription."""
         per_month, prices = self.options.subscription, self.options.prices
-        if not per_month or prices.hardware_price is None or not self.everyone.busy_s:
+        if not per_month or prices.hardware_price is None or not self.all_totals.busy_s:
             return None
-        owning = owning_per_month(self.work(self.everyone), prices)
+        owning = owning_per_month(self.work(self.all_totals), prices)
         return Subscription(per_month, owning, developers_to_win(owning, per_month))

@@ -29,7 +29,7 @@ class RunCost:
 
     @property
     def joules_per_token(self) -> float:
-        """Of all sources together."""
+        """Joules a token, all sources together."""
         return total_joules(self.energy) / self.tokens
 
     @property

@@ -76,11 +76,11 @@ class DecodeReport:
 
     Attributes:
         tokens: that were measured.
-        cached_tokens: in the cache when the first of them was decoded. token_s, token_p50_s, token_p95_s:
-        mean, median and 95th percentile of a token's seconds.
+        cached_tokens: tokens in the cache when the first measured token was decoded.
+        token_s, token_p50_s, token_p95_s: mean, median and 95th percentile of a token's seconds.
         hit_rate: share of the picks whose expert was on the GPU.
-        in_memory: share of the picks whose expert was on the GPU or in RAM. schedule_p95_s: 95th percentile
-        of a layer's `schedule_s`.
+        in_memory: share of the picks whose expert was on the GPU or in RAM.
+        schedule_p95_s: 95th percentile of a layer's `schedule_s`.
         roads: of a token, all layers together.
         floor: of a token.
         spent: energy and time of all tokens, where they were measured.
@@ -192,7 +192,7 @@ def _decode_layer(
 
 
 def _misses(columns: Mapping[str, Samples]) -> Samples:
-    """Experts that were not on the GPU; a divided expert counts in `part` and in `cpu` by its shares."""
+    """Experts that were not on the GPU; a split expert counts in `part` and in `cpu` by its shares."""
     return columns["uploads"] + columns["part"] + columns["cpu"] + columns["cold"]
 
 

@@ -42,7 +42,7 @@ class InstrumentedExperts(Experts, Protocol):
     routing: TraceRouting | None
 
     def begin(self) -> None:
-        """Forget the last pass; called right before each pass."""
+        """Discard the figures of the last pass; called right before each pass."""
 
     def decode_layers(self) -> Samples:
         """float64 [L, len(LAYER_FIELDS)] of the token that has just been decoded."""

@@ -23,7 +23,7 @@ LAYER_FIELDS = (
 )
 """Columns of a token's layers.
 
-hits, uploads, cpu, cold: experts, see the module. part: the share, from 0 to 1, of a divided expert that the
+hits, uploads, cpu, cold: experts, see the module. part: the share, from 0 to 1, of the split expert that the
 GPU reads over PCIe and computes; the CPU computes the rest, so that cpu may be a fraction. wait_s: the host
 waited for the layer's routing while the GPU computed. schedule_s: from the routing's arrival until the
 uploads were queued and the CPU computed. cpu_s, upload_s, read_s: seconds of each road, NaN where they are
@@ -56,7 +56,7 @@ class RoadFigures:
 def road_figures(columns: Mapping[str, Samples], config: ModelConfig, ceilings: Ceilings) -> RoadFigures:
     """Figures of some layers, `columns` named as in `LAYER_FIELDS`.
 
-    What the GPU reads of divided experts is counted as uploads.
+    What the GPU reads of split experts is counted as uploads.
     """
     size = config.expert_bytes
     over_pcie = columns["uploads"] + columns["part"]

@@ -272,7 +272,7 @@ def _plan_lines(plan: GpuPlan, lasting: int, keys: int, vram: int) -> list[str]:
         return ["no expert is kept on the GPU"]
     return [
         f"whole model in {gib(vram)} of GPU memory: {describe_fixed(plan)}",
-        f"what is left keeps {lasting:,} of {keys:,} experts ({lasting / keys:.1%})",
+        f"the rest of it holds {lasting:,} of {keys:,} experts ({lasting / keys:.1%})",
     ]
 
 

@@ -180,7 +180,7 @@ class _Examination:
             return topic.passed(f"bandwidths are kept in {path}{kept}")
         return topic.warning(
             f"{path} cannot be written",
-            "`moebox plan` and loading do not know this machine's bandwidths and start from guesses.",
+            "`moebox plan` and loading start from assumed bandwidths instead of this machine's.",
             "Make the folder writable, or name another by XDG_DATA_HOME.",
         )
 

@@ -44,7 +44,7 @@ class Loading:
 
     @property
     def seconds(self) -> float:
-        """Of all stages."""
+        """Seconds of all stages together."""
         return sum(nbytes / (gbps * GIGA) for _, nbytes, gbps in self.stages)
 
 
@@ -87,7 +87,7 @@ class Plan:
 
     @property
     def tokens_per_s(self) -> float:
-        """Of decoding, behind few cached tokens."""
+        """Tokens a second of decoding, behind few cached tokens."""
         return self.decode[0].tokens_per_s
 
     def to_dict(self) -> dict[str, Any]:

@@ -107,9 +107,9 @@ H200_BOX = Efficiency(
     read_s=150e-6,
     prefill=((512, 1 / 1.77), (4096, 1 / 1.33)),
 )
-"""Measured were, for backbone and layer_s: dense kernels at 3.8-4.1 of 4.27 TB/s, and a layer without
-experts in 114 us, of which its bytes take 71. For experts: 8 resident ones in 68-75 us a layer. For roads:
-layers with 3.5 and 2.4 misses in 0.747 and 0.541 ms. For attention: 115 MB of cache in 76 us."""
+"""The measurements behind the figures. backbone, layer_s: dense kernels read 3.8-4.1 of 4.27 TB/s; a layer
+without experts takes 114 us, 71 us of them for its bytes. experts: 8 resident ones take 68-75 us a layer.
+roads: layers with 3.5 and 2.4 misses take 0.747 and 0.541 ms. attention: 115 MB of cache take 76 us."""
 
 CPU_BOX = Efficiency(
     source="experts as on 15 Emerald Rapids cores (docs/benchmarks.md); all else assumed, not measured",
@@ -153,10 +153,9 @@ class DecodePrediction:
         cache_bytes: bytes of the cache that attention reads.
         floor: bytes over bandwidths.
         backbone_s, attention_s, overhead_s, experts_s: the parts of `seconds`, see the module.
-        layer_roads: seconds of experts on the GPU ("gpu"), of those in RAM, which CPU and PCIe split
-        ("ram"), and
-            of reads ("disk"), each summed over layers. The three run at the same time; `experts_s` is the sum
-            over layers of the slowest.
+        layer_roads: seconds, summed over layers, of experts on the GPU ("gpu"), of experts in RAM, which are
+            split between CPU and PCIe ("ram"), and of reads ("disk"). The three run at the same time;
+            `experts_s` is the sum over layers of the slowest.
     """
 
     cached_tokens: int
@@ -171,7 +170,7 @@ class DecodePrediction:
 
     @property
     def seconds(self) -> float:
-        """Of the token."""
+        """Seconds of one token."""
         return self.backbone_s + self.attention_s + self.overhead_s + self.experts_s
 
     @property

@@ -1,1 +1,1 @@
-"""One token's experts: the GPU's program and its host side, which run at once and meet in a mailbox."""
+"""One token's experts: the GPU's program and the host's side, which exchange data through a mailbox."""

@@ -31,28 +31,27 @@ from moebox.kernels.cpu import export_array
 from moebox.offload.decode.mailbox import Mailbox
 
 FIELDS: tuple[str, ...] = tuple(_kernels.ROAD_FIELDS)
-"""Columns of `DecodeHost.stats`, figures of one layer; `_s` are seconds.
+"""Columns of `DecodeHost.stats`: figures of one layer. Names that end in `_s` are seconds.
 
-hits, uploads, cpu, cold: experts found on the GPU, uploaded, computed by the CPU from RAM, and computed by
-the CPU after a read from disk. part: the share of the split expert that the GPU computes, 0 to 1. The CPU
-computes the rest of it, which `cpu` counts as a fraction.
-wait_s: until the GPU had routed. The next three count from there. listed_s: until the GPU could go on with
-the experts in its slots. schedule_s: until the uploads were queued and the CPU computed, which is what the
-host adds to the critical path. layer_s: until the CPU's sum was published.
-cpu_s: the CPU's work, without cold experts. upload_s: the uploads, by the device's clock; NaN until it is
-known, at the latest when the next token starts. read_s: from the begin of the first read to the end of the
-last.
-early, wasted: experts' worth of bytes that were uploaded ahead, of experts that were then uploaded, and of
-experts that were not.
+hits, uploads, cpu, cold: experts that were resident, uploaded, computed by the CPU from RAM, and computed by
+the CPU after a read from the drive. part: the share, 0 to 1, of the split expert that the GPU computes; `cpu`
+counts the CPU's share of that expert.
+wait_s: until the GPU had routed the layer. listed_s, schedule_s and layer_s count from that moment. listed_s:
+until the GPU could compute the experts in its slots. schedule_s: until the uploads were queued and the CPU
+computed; the critical path includes it. layer_s: until the CPU's sum was published.
+cpu_s: the CPU's work, without cold experts. upload_s: the uploads, by the device's clock; NaN until the next
+token starts at the latest. read_s: from the start of the first read to the end of the last one.
+early, wasted: bytes uploaded ahead, in units of one expert: of experts that the layer then uploaded in full,
+and of other experts.
 """
 
 AHEAD_FIELDS: tuple[str, ...] = tuple(_kernels.AHEAD_FIELDS)
 """Fields of `DecodeHost.ahead_counts`.
 
-issued: experts whose upload began before their layer was routed. Of these, used: picked, and complete by
-then;
-late: picked, and completed afterwards; wrong: not uploaded after all. wasted_bytes: what was uploaded of the
-wrong ones. found: picks that were predicted. picked: all picks of layers that had predictions.
+issued: experts whose upload began before their layer was routed. used: issued experts that were picked, and
+complete when the layer was routed. late: issued experts that were picked, and completed afterwards. wrong:
+issued experts whose upload was not completed. wasted_bytes: bytes uploaded of wrong experts. found: picks
+that were predicted. picked: all picks of layers that had predictions.
 """
 
 

@@ -73,7 +73,7 @@ class Mailbox:
         return box
 
     def raise_flags(self) -> None:
-        """Let a program run without a host, as if no expert had been chosen: before it is compiled.
+        """Raise all flags, and list no expert. A program then runs without a host, as its compilation needs.
 
         `DecodeHost.clear_flags` takes the flags down again.
         """
@@ -81,7 +81,7 @@ class Mailbox:
         self.uploaded.fill_(1)
 
     def raise_host_flags(self) -> None:
-        """The same for the flags in RAM alone, which is all that the host can do while a program waits."""
+        """Raise the flags in RAM, and list no expert. `uploaded`, on the device, stays as it is."""
         for tensor in (self.resident_slots, self.upload_slots, self.cpu_sums):
             tensor.zero_()
         self.split_expert[:, 0] = -1

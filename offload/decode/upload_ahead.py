@@ -1,6 +1,6 @@
-"""Whether uploading ahead pays, found out while tokens are decoded, and what came of it.
+"""Decides by a trial whether uploading ahead pays while tokens are decoded, and reports its counts.
 
-`csrc/decode/upload_ahead.h` says what it is.
+`csrc/decode/upload_ahead.h` describes uploading ahead.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class UploadAheadTrial:
         decided = self._trial.observe(seconds, misses)
         if decided and not self._trial.on and not self._trial.trying and not self._off_logged:
             self._off_logged = True
-            log.warning("uploads on a guess are off: %s", self._trial.why_off)
+            log.warning("uploading ahead is off: %s", self._trial.why_off)
 
     def report(self) -> PrefetchReport:
         """Counts of all tokens so far; a copy."""

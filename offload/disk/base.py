@@ -46,7 +46,7 @@ class StoreTraffic:
 
     @property
     def busy_s(self) -> float:
-        """Of the drive that was busy longest."""
+        """Seconds in which the busiest drive had a read under way."""
         return max((drive.busy_s for drive in self.drives), default=0.0)
 
 

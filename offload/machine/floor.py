@@ -140,7 +140,7 @@ class PrefillFloor:
         computing_s: time of the GPU's operations, with those of uploaded experts; without a GPU, of all
             operations but the experts'.
         cpu_experts: missing experts for the CPU in the split with the least `moving_s`; one expert may be
-            divided.
+            split.
     """
 
     seconds: float

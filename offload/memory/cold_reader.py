@@ -36,7 +36,7 @@ class ColdReader(_kernels.ColdReader):
 
     @property
     def residency(self) -> Residency:
-        """Of the rows."""
+        """The `Residency` of the rows."""
         return self.rows.residency
 
     @contextmanager

@@ -70,7 +70,7 @@ class RamCache:
         self._take_over()
 
     def fill(self, keys: Sequence[int], progress: Progress | None = None) -> None:
-        """Forget what the rows hold and all scores, and read `keys` from the store, at the drive's speed.
+        """Empty the rows, clear all scores, and read `keys` from the store, at the drive's speed.
 
         Args:
             keys: at most as many as rows.
@@ -180,9 +180,9 @@ class RamCache:
     def trim(self) -> None:
         """Evict until `reserve` rows are free or hold prefetches.
 
-        The weakest experts are to be evicted, whether they are held or not. Those that are held stay until
-        `trim` is called after `done`; no stronger expert is evicted in their place. So while a layer is
-        computed, some rows are free for prefetches already.
+        Only as many of the weakest experts as rows are missing are candidates. A candidate that is held stays
+        until `trim` is called after `done`; no stronger expert is evicted instead. So some rows are free for
+        prefetches while a layer is still computed.
         """
         missing = self.reserve - len(self._prefetching) - self.n_free
         if missing <= 0:

@@ -102,7 +102,7 @@ class RamSlab:
     def fill(
         self, source: Source, keys: Iterable[int] | None = None, progress: Progress | None = None
     ) -> None:
-        """Forget what the rows hold, and read `keys`, all by default, into the first rows, in their order.
+        """Empty the rows, and read `keys`, all by default, into the first rows, in their order.
 
         Args:
             source: of the experts' bytes.

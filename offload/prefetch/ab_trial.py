@@ -42,8 +42,8 @@ REST_TOKENS = 256
 """Tokens without the feature after a trial that it lost. Each further loss in a row doubles them."""
 LONGEST_REST = 8192
 CONTROL_EVERY = 8
-"""While the feature is on, at most one token in so many goes without it, to compare. It is fewer where these
-tokens would cost more than `SHARE`."""
+"""While the feature is on, at most one token in so many goes without it, as a control. There are fewer
+controls where controls would cost more than `SHARE`."""
 CHECK_EVERY = 8
 """Tokens between two fits. The first `LEAST_ON` tokens with the feature are followed by a fit each."""
 OUTLIERS = 3.0

@@ -34,15 +34,15 @@ class PrefetchReport:
 
     Attributes:
         issued: prefetches begun.
-        used: of these, those that were complete when their expert was picked.
-        late: those that were still under way when their expert was picked, which then waited less.
-        wrong: those whose expert was not picked.
+        used: prefetches that were complete when their expert was picked.
+        late: prefetches that were under way when their expert was picked; the wait for the read is shorter.
+        wrong: prefetches whose expert was not picked.
         wasted_bytes: read for the wrong ones.
         found, picked: by layers ahead (1, 2): picks that were among the k likeliest experts of a prediction,
             and all picks of layers that there was a prediction for.
-        on: whether it is on now, or a trial is going on.
-        change: relative change of a token's time by it; negative: faster. None: not measured yet.
-        why_off: why it is off; empty where it is on.
+        on: whether the feature is on now, or a trial is going on.
+        change: relative change of a token's time by the feature; negative: faster. None: not measured yet.
+        why_off: why the feature is off; empty where it is on.
     """
 
     issued: int = 0
@@ -91,7 +91,7 @@ class Prefetcher:
         Args:
             cache: prefetches are read into its free rows.
             predictor: names the experts to read.
-            statistics: is told how good the predictions are.
+            statistics: records the recall of the predictions.
             n_experts: E.
             trial: decides whether prefetching is on.
         """

@@ -41,8 +41,8 @@ class Admissions:
         weakest = [key for key in residency.weakest(len(missing) + len(busy)) if key not in busy]
         spare = max(0, residency.n_free - residency.reserve)
         for rank, key in enumerate(sorted(missing, key=lambda key: (-scores[key], key))):
-            rival = rank - spare
-            if rival >= len(weakest) or (rival >= 0 and scores[key] <= scores[weakest[rival]]):
+            n_evicted = rank - spare
+            if n_evicted >= len(weakest) or (n_evicted >= 0 and scores[key] <= scores[weakest[n_evicted]]):
                 break
             self.chosen.add(key)
         self.victims = weakest[::-1]
@@ -70,7 +70,7 @@ class Admissions:
         """All copies are complete."""
 
     def undo(self) -> None:
-        """After an error: forget experts whose upload may have failed. All that was queued has ended."""
+        """After an error: empty the cache, since some uploads may have failed. All queued work has ended."""
         self.gpu.clear()
 
     def _evict(self) -> None:
@@ -86,7 +86,7 @@ class ExclusiveAdmissions(Admissions):
 
     rows: RamRows = field(kw_only=True)
     _vacated: dict[int, Event] = field(default_factory=dict)
-    """By slot: the victim that had it is downloaded by the event."""
+    """Slot -> the event by which the slot's last expert is downloaded."""
 
     def slot(self, key: int) -> int | None:
         """The slot that `key` is to be uploaded to; None if it is not admitted."""
@@ -107,7 +107,7 @@ class ExclusiveAdmissions(Admissions):
                 self.gpu.residency.release(key)
 
     def _evict(self) -> None:
-        """Nothing: the reserve is refilled when the upload is queued and a victim can be downloaded."""
+        """Evict nothing: `uploaded` evicts, once the upload is queued and a victim can be downloaded."""
 
     def _leave_rows(self, event: Event) -> None:
         for key in self._admitted:
@@ -156,7 +156,7 @@ class ColdAdmissions(ExclusiveAdmissions):
             self._drop_first()
 
     def undo(self) -> None:
-        """After an error: experts that still have a row lose their slot, and those with both their row."""
+        """After an error: experts admitted since the last `uploaded` lose the slot, older ones their row."""
         super().undo()
         self.finish()
 

@@ -16,15 +16,15 @@ from moebox.offload.memory.gpu_slab import UPLOAD_GROUP, GpuSlab
 
 
 class LayerReads:
-    """Reads one layer's cold experts, batch by batch, as many at a time as there are free rows.
+    """Reads one layer's cold experts in batches, as many at a time as there are free rows.
 
-    The layer has as many rows in the end as in the beginning, and free ones beyond the reserve. Those of its
-    experts that score highest have them. They do not compete with experts of other layers, to whose scores
-    the prompt has not been added yet.
+    At the end the layer has the rows that its experts had at the beginning, and the free rows beyond the
+    reserve. The layer's highest scores decide which experts keep these rows. Experts of other layers are not
+    compared with them, since the scores of other layers do not include the prompt yet.
 
     Args:
-        cold: reads, and has the rows.
-        gpu: an expert that has a slot there gives up its row elsewhere (`Admissions`).
+        cold: reads experts, and owns the rows.
+        gpu: at a batch's end, experts with a slot are skipped; `Admissions` frees their rows.
         layer: the layer's keys.
         keys: to be read, in the order in which they are needed.
         busy: keys that keep their rows until the first batch.

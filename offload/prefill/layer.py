@@ -9,8 +9,8 @@ A layer goes through these phases, each of which needs the result of the one bef
    ring of slots, and the GPU computes each group while the next one is on its way; the CPU road computes
    those with fewest from RAM. Cold ones follow in groups as they arrive, shared in the same way.
 5. `NextLayerUploads` goes on uploading, for the next layer.
-6. The CPU's sum is added to the GPU's. The layer is a `QueuedLayer` now, whose record is complete when the
-   GPU has come to the layer's end.
+6. The CPU's sum is added to the GPU's. The layer is a `QueuedLayer` now; its record is complete when the GPU
+   has reached the layer's end.
 
 T tokens, H hidden_size, E n_routed_experts, k num_experts_per_tok.
 """
@@ -66,7 +66,7 @@ class QueuedLayer:
     admissions: Admissions
 
     def complete(self) -> LayerRecord:
-        """Free what the layer's copies held, and learn from its times; the GPU has come to `end`."""
+        """Free what the layer's copies held, and update the costs by its times; the GPU has reached `end`."""
         ahead_s = self.ahead[-1].end.seconds_since(self.ahead[0].begin) if self.ahead else 0.0
         record = replace(
             self.record,
@@ -83,7 +83,7 @@ class PrefillExperts:
     Attributes:
         costs: live figures of the roads; set `pcie_gbps` once it was measured.
         records: of the last `KEPT_RECORDS` layers; call `synchronize` before you read them.
-        recorder: is told what was routed, where set.
+        recorder: records the router's picks; None: picks are not recorded.
         next_layer: uploads that go on for the layer to come.
     """
 

@@ -86,7 +86,7 @@ def _step(ratio: float, share: float) -> float:
 
 
 def first_costs(expert_bytes: int, token_flops: float, threads: int, gpu: str) -> RoadCosts:
-    """The costs before anything is learned: those of the machine's profile, or else a guess.
+    """The costs before any layer was measured: those of the machine's profile, else assumed figures.
 
     Args:
         expert_bytes, token_flops: as in `RoadCosts`.

@@ -89,12 +89,12 @@ class NextLayerUploads:
             self._groups.append(self._upload(chosen[first : first + UPLOAD_GROUP]))
 
     def take(self) -> list[UploadedGroup]:
-        """Hand over the groups that were started, whichever layer they are of."""
+        """Return the started groups of any layer, and keep none of them."""
         groups, self._groups = self._groups, []
         return groups
 
     def discard(self) -> None:
-        """Wait for the groups that were started, and forget them."""
+        """Wait for the started groups, and discard them."""
         if groups := self.take():
             groups[-1].end.synchronize()
 

@@ -19,9 +19,9 @@ from moebox.offload.residency import SCORE_HALF_LIFE_TOKENS
 from moebox.offload.routing.trace import RoutingTrace
 
 POLICIES = ("decayed", "lru", "lfu", "belady")
-"""Which expert a cache evicts. decayed: the expert that the value model rates lowest, as the tiers do. lru:
-the least recently used. lfu: the least often used since the trace began. belady: the expert that is needed
-again last; no policy that knows only the past hits more."""
+"""Which expert a cache evicts. decayed: the expert with the lowest value, as the caches of RAM and GPU do.
+lru: the least recently used. lfu: the least often used since the trace began. belady: the expert whose next
+pick comes last; it reads later picks of the trace, and no policy hits more."""
 
 _KNOWN = {policy.name: policy for policy in Policy}
 

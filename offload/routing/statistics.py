@@ -61,7 +61,7 @@ class RouterStatistics:
 
     Attributes:
         identity, path: as given.
-        placement: asked where the experts lie when the statistics are saved; None: no model is loaded.
+        placement: returns where the experts lie; called at each save. None: no model is loaded.
     """
 
     def __init__(self, identity: ModelIdentity, path: Path) -> None:
@@ -179,7 +179,7 @@ class RouterStatistics:
             self._write(self.counts().beside(other))
 
     def reset(self) -> None:
-        """Forget all counts, and remove the file.
+        """Delete all counts, and remove the file.
 
         Another process that runs the model will still save what it has counted since its last save.
 

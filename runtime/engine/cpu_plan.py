@@ -1,7 +1,7 @@
 """Whether a model fits a box without a GPU: decided from the config, before anything is loaded.
 
-RAM = backbone + cache for the context + workspace of a chunk + router statistics; what is left holds
-experts. Experts beyond it stay on disk and are read as they are routed (`offload/memory/ram_cache.py`).
+RAM = backbone + cache for the context + workspace of a chunk + router statistics + experts. Experts that do
+not fit stay on disk and are read as they are routed (`offload/memory/ram_cache.py`).
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """Whether a model fits a GPU and the RAM beside it: decided from the config, before anything is loaded.
 
-VRAM = backbone + cache for the context + workspace of a prefill chunk + staging for uploads + reserve; what
-is left holds experts. RAM holds the router statistics and all experts. Where RAM is too small for them, each
-expert lies either in RAM or in VRAM. Where both together are too small, the other experts stay on disk and
-are read as they are routed.
+VRAM = backbone + cache for the context + workspace of a prefill chunk + staging for uploads + reserve +
+experts. RAM holds the router statistics and all experts. Where RAM is too small for all experts, an expert
+lies either in RAM or in VRAM. Experts that fit neither stay on disk and are read as they are routed.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from moebox.offload.routing.statistics import RouterStatistics
 
 
 class RecordedExperts(Protocol):
-    """Routed experts that tell a recorder what was picked, and say where each expert lies."""
+    """Routed experts that pass the router's picks to a recorder, and report where each expert lies."""
 
     recorder: RoutingRecorder | None
 

@@ -12,11 +12,11 @@ Close = Callable[[], object]
 
 
 class Resources:
-    """The one owner of what loading opens: recordings of the routing, and everything else.
+    """Owns everything that loading opens: recordings of the routing, and other resources.
 
-    `close` closes the recordings first, the last one added first: saving them asks where the experts lie.
-    The other resources follow, the last one added first: reads of the experts end before their store does.
-    What one of them raises is raised after all of them are closed.
+    `close` closes the recordings first, since saving them reads where the experts lie, and then the other
+    resources. Both are closed in reverse order, so that reads of experts end before the store is closed. An
+    error of one resource is raised when all resources are closed.
 
     Four events close:
 

@@ -21,7 +21,7 @@ class Parser(Protocol):
         ...
 
     def finish(self) -> list[Piece]:
-        """The pieces of what is left when the tokens end."""
+        """The pieces that the parser held back, after the last token."""
         ...
 
 

@@ -66,7 +66,7 @@ def experts_forward(
     out: Array,
     isa: str | None = None,
 ) -> None:
-    """See `moebox.kernels.cpu.experts_forward`, which exports tensors first. Writes to `out` alone."""
+    """Add each expert's output for its tokens to `out`; arguments as in `kernels.cpu.experts_forward`."""
 
 def read_bandwidth(pool: ThreadPool, arrays: Sequence[Array], isa: str | None = None) -> float:
     """GB/s at which the pool reads the arrays once, in order."""
@@ -113,8 +113,8 @@ def to_bfloat16(
     """
 
 class Policy(Enum):
-    """Which expert is evicted. decayed: as in the tiers. score: the lowest score. lru: the oldest last use.
-    lfu: the fewest uses. belady: the latest next use.
+    """Which expert is evicted. decayed: the lowest value, as in the caches. score: the lowest score. lru: the
+    oldest last use. lfu: the fewest uses. belady: the latest next use.
     """
 
     decayed = ...
@@ -132,7 +132,7 @@ SCORE_HALF_LIFE_TOKENS: float
 """Half-life of an expert's score. On traces of a small model of the family 8 to 32 were best."""
 
 class Residency:
-    """Which key has which slot, and which keys are worth keeping.
+    """Which key has which slot, and which key is evicted first.
 
     A key's score counts its uses, and halves every `half_life` ticks. A resident's value is its score, or
     what `update_values` estimated since. The weakest key has the lowest value divided by the number of layer
@@ -310,7 +310,7 @@ class ColdReader:
     ) -> None: ...
     @property
     def failed(self) -> int:
-        """Whose read failed last, or -1."""
+        """The key whose read failed last, or -1."""
 
 class HostStep:
     """What `offload.decode.host_step.DecodeHost` wraps; arguments and methods as there."""
@@ -388,13 +388,13 @@ class Reader:
         `checksum` the bytes are compared when they are there.
         """
     def ready(self, ticket: int) -> bool:
-        """Whether the read is over, well or not."""
+        """Whether the read has ended, successfully or not."""
     def wait(self, ticket: int) -> None:
-        """Until it is over. ReadFailure; KeyboardInterrupt, then the ticket goes on."""
+        """Wait for the read. Raises ReadFailure; after KeyboardInterrupt the ticket stays valid."""
     def promote(self, ticket: int) -> None:
-        """A prefetch is needed now."""
+        """Give a prefetch the priority of other reads."""
     def cancel(self, ticket: int) -> int:
-        """Give it up; returns the bytes read for nothing. The target is not written to after that."""
+        """Cancel the read; returns the bytes read for nothing. Nothing writes to the target afterwards."""
     def traffic(self) -> list[tuple[str, int, int, float]]:
         """Of each drive: a folder on it, depth, bytes read, seconds with at least one read under way."""
     def take_given_up(self) -> list[tuple[str, str, str, int, int]]:

@@ -101,7 +101,7 @@ def numa(roots: Roots) -> Check:
     nodes = _node_bytes(roots.sys / "devices/system/node")
     topic = Topic("cpu.numa", figures={f"node_{name}_bytes": float(size) for name, size in nodes.items()})
     if not nodes:
-        return topic.passed("the system tells of no NUMA nodes: one memory for all cores")
+        return topic.passed("the system lists no NUMA nodes: all cores share one memory")
     sizes = ", ".join(f"node {name} {size / GIGA:.0f} GB" for name, size in nodes.items())
     with_memory = [name for name, size in nodes.items() if size]
     if len(with_memory) <= 1:

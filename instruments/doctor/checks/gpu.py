@@ -45,8 +45,8 @@ class Link:
 class Gpu:
     """A CUDA device.
 
-    NVML tells `driver`, `driver_cuda` (the newest CUDA that the driver runs) and `link`; without NVML they
-    keep their defaults.
+    NVML gives `driver`, `driver_cuda` (the newest CUDA that the driver runs) and `link`; without NVML the
+    three keep their defaults.
     """
 
     index: int
@@ -74,7 +74,7 @@ def _look(index: int) -> Gpu:
 
 
 def _ask_nvml(uuid: str) -> dict[str, Any]:
-    """`driver`, `driver_cuda` and `link` of a `Gpu`, as far as the driver's own library tells them."""
+    """`driver`, `driver_cuda` and `link` of a `Gpu`, as far as NVML reports them."""
     import pynvml
 
     found: dict[str, Any] = {}
@@ -208,7 +208,7 @@ def pcie(gpu: Gpu | None, figures: Mapping[str, float] | Exception) -> Check:
         return topic.warning(
             f"{seen} carries {link.gbps:.0f} GB/s",
             costs,
-            "Run `moebox doctor` on the socket that the GPU hangs on (`numactl --cpunodebind`), and see in "
-            "the firmware that the slot runs at its full generation.",
+            "Run `moebox doctor` on the socket that the GPU is attached to (`numactl --cpunodebind`), and "
+            "see in the firmware that the slot runs at its full generation.",
         )
     return topic.passed(seen)

@@ -49,7 +49,7 @@ def size(
     return topic.warning(
         f"{seen}, {room / config.experts_bytes:.0%} fit {where}",
         "The others are read from the drive whenever they are picked, and the drive sets the pace.",
-        "`moebox plan MODEL` tells the tokens per second and what more memory would bring.",
+        "`moebox plan MODEL` shows the tokens per second, and what more memory would bring.",
     )
 
 

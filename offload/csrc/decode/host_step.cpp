@@ -151,8 +151,9 @@ void HostStep::wait_until_routed(std::size_t layer, double timeout_s) {
   }
 }
 
-// Called while the host has nothing else to do. The GPU predicts a layer's experts behind all that it reads
-// over PCIe for the layer before, whose uploads are queued by then: what is uploaded ahead delays neither.
+// Called while the host has nothing else to do. The GPU predicts a layer's experts after all of its own PCIe
+// reads for the layer before, and the uploads of that layer are queued by then. So uploads ahead delay
+// neither those reads nor those uploads.
 void HostStep::upload_ahead(std::size_t layer) {
   if (layer >= shape_.layers) return;
   if (!ahead_.has_predictions() && load(box_.predicted[layer])) {

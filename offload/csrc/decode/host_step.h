@@ -1,4 +1,4 @@
-// The host's side of a decode step: see offload/decode/host_step.py.
+// The host's side of a decode step, which offload/decode/host_step.py describes.
 #pragma once
 
 #include <array>

@@ -27,10 +27,10 @@ struct Stores {
 
 // Inclusive (`rows` is null): every expert has a row in RAM, so a victim's slot is free at once.
 //
-// Exclusive: an expert lies in RAM or on the GPU. An expert that was uploaded, and is not evicted at the next
-// step, gives up its row. A victim that has no row is downloaded into a free one. It stays resident, and is a
-// hit, until the download is complete; if it is picked before that, it keeps its slot and gives up the row.
-// Where RAM is a cache of the drive there may be no free row; then the victim is not evicted in this step.
+// Exclusive: an expert lies in RAM or on the GPU. An uploaded expert that is not evicted at the next step
+// loses its row. A victim without a row is downloaded into a free row. The victim stays resident, and counts
+// as a hit, until the download is complete; a victim that is picked before then keeps its slot and loses its
+// row. Where RAM is a cache of the drive, no row may be free; the victim is then not evicted in this step.
 //
 // When the GPU has routed a layer, it has read all slots of the layer before. The calls of a step come after
 // that, in the order in which they stand here.

@@ -217,8 +217,8 @@ void Reader::withdraw(Piece& piece) {
   }
 }
 
-// A copy to read the piece from, on `drive` or, for null, on any; null if there is none. A copy that was
-// given up is used when all others have failed, since its drive may work again.
+// A copy to read the piece from, on `drive` or, if `drive` is null, on any drive; null if no copy is left. A
+// failed copy is read again when all other copies have failed, since its drive may work again.
 Reader::Copy* Reader::usable_copy(const Piece& piece, const Drive* drive) {
   auto& copies = piece.file->copies;
   const auto untried = [&](const Copy& copy) { return !(piece.tried & copy.bit); };

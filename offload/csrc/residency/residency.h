@@ -1,4 +1,4 @@
-// Which key has which slot, and which keys are worth keeping. Plain bookkeeping: no bytes, no threads.
+// Which key has which slot, and which key is evicted first. Plain bookkeeping: no bytes, no threads.
 #pragma once
 
 #include <cstddef>

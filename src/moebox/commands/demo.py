@@ -48,7 +48,7 @@ def run_demo(out: Console, log: Console) -> None:
     from moebox.runtime.terminal.chat import Totals
     from moebox.runtime.terminal.cost_text import cost_line
 
-    model = load(folder, ledger=False)  # nobody pays for a demonstration
+    model = load(folder, ledger=False)  # a demonstration adds no row to the ledger
     messages, tools = script["messages"], script["tools"]
     show(out, "you", messages[-1]["content"])
     call, first = answer(out, model, messages, tools)

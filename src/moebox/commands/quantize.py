@@ -14,7 +14,7 @@ from moebox.commands.output import new_console, print_report, quantize_progress
 @click.argument("src")
 @click.argument("dst", type=FOLDER)
 @click.option(
-    "--dry-run", is_flag=True, help="Print sizes, a time estimate and what is left in bf16; write nothing."
+    "--dry-run", is_flag=True, help="Print sizes, a time estimate and what stays in bf16; write nothing."
 )
 @click.option("--resume/--no-resume", default=True, help="Continue an earlier run's work, or start over.")
 @click.option("--workers", type=click.IntRange(1), help="Experts quantized at once.  [default: one per core]")

@@ -14,7 +14,7 @@ from moebox.commands.output import new_console, print_report
 @click.command()
 @model_argument(required=False)
 @click.option("--png", type=FILE, help="Draw the maps to this file.")
-@click.option("--reset", is_flag=True, help="Forget what is known of MODEL, and show nothing.")
+@click.option("--reset", is_flag=True, help="Delete MODEL's statistics, and show nothing.")
 @click.option(
     "--merge",
     multiple=True,
@@ -31,7 +31,7 @@ from moebox.commands.output import new_console, print_report
     "--policy",
     type=Names("decayed", "lru", "lfu", "belady"),
     default="decayed,lru,lfu,belady",
-    help="What a full cache evicts: decayed is the rule that moebox uses, belady knows the future.",
+    help="What a full cache evicts: decayed is moebox's rule; belady evicts by the trace's later picks.",
 )
 @json_option
 def stats(

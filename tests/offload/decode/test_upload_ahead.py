@@ -226,7 +226,7 @@ def test_the_log_says_once_that_uploading_ahead_does_not_pay(caplog: pytest.LogC
         for _ in range(3):
             ahead.observe(0.1, 4)
     assert [record.message for record in caplog.records] == [
-        "uploads on a guess are off: tokens take +20.0% with it"
+        "uploading ahead is off: tokens take +20.0% with it"
     ]
     report = ahead.report()
     assert (report.issued, report.used, report.late, report.wrong, report.wasted_bytes) == (1, 2, 3, 4, 5)
