@@ -87,6 +87,8 @@ class ExclusiveAdmissions(Admissions):
     rows: RamRows = field(kw_only=True)
     _vacated: dict[int, Event] = field(default_factory=dict)
     """Slot -> the event by which the slot's last expert is downloaded."""
+    _moving: int | None = None
+    """The victim that is between its slot and a row."""
 
     def slot(self, key: int) -> int | None:
         """The slot that `key` is to be uploaded to; None if it is not admitted."""
@@ -102,6 +104,7 @@ class ExclusiveAdmissions(Admissions):
 
     def undo(self) -> None:
         """After an error: experts that still have a row lose their slot."""
+        self._end_move()
         for key in self._admitted:
             if self.rows.ram.rows[key] >= 0 and self.gpu.residency.slot(key) >= 0:
                 self.gpu.residency.release(key)
@@ -118,10 +121,34 @@ class ExclusiveAdmissions(Admissions):
         if not self._needs_victim():
             self.rows.drop(key)
             return
-        victim = self.victims.pop()
-        self._download(victim, self.rows.row(key))
-        self.rows.hand_over(key, victim)
-        self.gpu.residency.release(victim)
+        self._moving = self.victims.pop()
+        self.rows.hand_over(key, self._moving)
+        self._move()
+
+    def _move(self) -> None:
+        """Download the moving victim to its row, and free its slot.
+
+        An interrupt may come between any two of these steps, so the order matters: the table has no row for
+        an expert before the download that fills the row is queued, and the slot is freed last.
+        """
+        if self._moving is None:
+            raise RuntimeError("no victim is moving")
+        self._download(self._moving, self.rows.row(self._moving))
+        self.rows.arrived(self._moving)
+        self.gpu.residency.release(self._moving)
+        self._moving = None
+
+    def _end_move(self) -> None:
+        """After an error: complete the victim's move, whichever of its steps was the last; wait for it.
+
+        A victim that has no row yet stays in its slot. The slot holds the victim until `release`, so its
+        download can be queued a second time.
+        """
+        victim = self._moving
+        if victim is None or self.rows.row(victim) < 0 or self.gpu.residency.slot(victim) < 0:
+            return
+        self._move()
+        self.gpu.device.downloads.record().synchronize()
 
     def _needs_victim(self) -> bool:
         residency = self.gpu.residency
@@ -164,13 +191,12 @@ class ColdAdmissions(ExclusiveAdmissions):
         self._leaving.append((event, key))
         if not self._needs_victim():
             return
-        row = self.rows.place(self.victims[-1])
-        if row < 0:
+        self._moving = self.victims[-1]
+        if self.rows.place(self._moving) < 0:
+            self._moving = None
             return
-        victim = self.victims.pop()
-        self._download(victim, row)
-        self.rows.arrived(victim)
-        self.gpu.residency.release(victim)
+        self.victims.pop()
+        self._move()
 
     def _drop_first(self) -> None:
         event, key = self._leaving.popleft()

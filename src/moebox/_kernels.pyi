@@ -286,7 +286,7 @@ class RamRows:
     def drop(self, key: int) -> None:
         """Free the key's row."""
     def hand_over(self, from_key: int, to_key: int) -> None:
-        """Give the row of one key to another one, and enter it in `table`."""
+        """Give the row of one key to another one, which `table` has no row for before `arrived`."""
     def weakest(self, n: int, busy: Sequence[int] = ()) -> list[int]:
         """Up to n keys that have a row and are not `busy`, the weakest first."""
     def make_room(self, n_free: int, busy: Sequence[int] = ()) -> None:

@@ -44,7 +44,6 @@ void RamRows::hand_over(std::int32_t from, std::int32_t to) {
   const std::int32_t row = residency_.slot(from);
   drop(from);
   residency_.place(to, row);
-  arrived(to);
 }
 
 std::vector<std::int32_t> RamRows::weakest(std::size_t n, std::span<const std::int32_t> busy) {

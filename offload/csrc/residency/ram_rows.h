@@ -34,8 +34,8 @@ class RamRows {
   void arrived(std::int32_t key) { table_[key] = residency_.slot(key); }
   // Frees the key's row. The key must have one.
   void drop(std::int32_t key);
-  // Gives the row of `from`, which must have one, to `to`, which must have none. The row holds all bytes of
-  // `to`, or will when the copies that are queued are complete.
+  // Gives the row of `from`, which must have one, to `to`, which must have none. As after place(), the table
+  // has no row for `to` before arrived().
   void hand_over(std::int32_t from, std::int32_t to);
 
   // Up to n keys that have a row, the weakest first, but none that is held and none of `busy`. Keys of `busy`

@@ -51,7 +51,6 @@ class Model:
         row = self.rows[old]
         self.drop(old)
         self.rows[new] = row
-        self.complete.add(new)
 
     def make_room(self, n_free, busy):
         weakest = sorted(set(self.rows) - set(busy), key=lambda key: (self.scores.get(key, 0), -key))

@@ -29,6 +29,7 @@ from moebox.errors import DeviceError
 from moebox.offload.device.stand_in import StandInDevice
 from moebox.offload.memory.gpu_slab import UPLOAD_GROUP
 from moebox.offload.prefill import layer as prefill
+from moebox.offload.prefill.admission import ExclusiveAdmissions
 from moebox.offload.prefill.token_expert_pairs import recent_use, sort_pairs
 
 PLACEMENTS = [(0, False), (4, False), (20, False), (64 + 4, False), (4, True), (24, True)]
@@ -197,6 +198,44 @@ def test_an_interrupt_leaves_all_experts_whole(oracle, exclusive, steps, monkeyp
             tiers.forward(layer, *chunk)
     check_places(tiers)
     assert relative_error(tiers.forward(FIRST, *chunk), oracle.forward(FIRST, *chunk)) < 5e-3
+
+
+@pytest.mark.parametrize("name", ["copy", "record", "arrived", "all"])
+@pytest.mark.parametrize("nth", [1, 2, 5])
+def test_an_interrupt_while_a_victim_moves_leaves_all_experts_whole(oracle, name, nth, monkeypatch):
+    """In exclusive mode, behind each step that moves an evicted expert from its slot to a row."""
+    tiers = build(StandInDevice(max_delay_us=50), 24, True)
+    tiers.prefill.costs.pcie_gbps, tiers.prefill.costs.cpu_gbps = 100.0, 1e-3
+    generator = torch.Generator().manual_seed(5)
+    place = ExclusiveAdmissions._move
+    moves = itertools.count(1)
+
+    def move(admissions):
+        if next(moves) != nth:
+            return place(admissions)
+        if name == "all":
+            place(admissions)
+            raise KeyboardInterrupt
+        owner = admissions.rows if name == "arrived" else admissions.gpu.device.downloads
+        step = getattr(owner, name)
+
+        def interrupt(*arguments):
+            step(*arguments)
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, interrupt)
+            return place(admissions)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ExclusiveAdmissions, "_move", move)
+        for layer in range(FIRST, FIRST + LAYERS):
+            tiers.forward(layer, *random_chunk(90, generator, skew=3))
+    check_places(tiers)
+    for _ in range(3):
+        chunk = random_chunk(200, generator, skew=0.2)
+        for layer in range(FIRST, FIRST + LAYERS):
+            assert relative_error(tiers.forward(layer, *chunk), oracle.forward(layer, *chunk)) < 5e-3
 
 
 @given(st.integers(1, 20), st.integers(0, 2**32 - 1))
