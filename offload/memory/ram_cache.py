@@ -40,6 +40,7 @@ class RamCache:
     Attributes:
         ram: the slab.
         rows: which key has which row.
+        residency: scores of all keys, and the rows as its slots.
         store: missing experts are read from it; None where all experts are in RAM.
         reserve: rows that are kept free between layers, for missing experts and prefetches.
         counts: of demands.
@@ -85,6 +86,9 @@ class RamCache:
 
     def _take_over(self) -> None:
         self.rows = RamRows(self.ram, half_life=self._half_life)
+        self.residency: Residency = (
+            self.rows.residency
+        )  # once: each access to the property makes a new object
         if self.store is None and self.residency.n_resident < self.ram.n_keys:
             raise ValueError(f"{self.residency.n_resident} of {self.ram.n_keys} experts, and no store")
 
@@ -94,14 +98,9 @@ class RamCache:
         return self.store
 
     @property
-    def residency(self) -> Residency:
-        """Scores of all keys, and the rows as its slots."""
-        return self.rows.residency
-
-    @property
     def n_free(self) -> int:
         """Rows that are free now."""
-        return self.rows.n_free
+        return self.residency.n_free
 
     @property
     def complete(self) -> bool:
@@ -110,7 +109,7 @@ class RamCache:
 
     def row(self, key: int) -> int:
         """The row that holds the key, or that it is being read into; -1 if it has none."""
-        return self.rows.row(key)
+        return self.residency.slot(key)
 
     def resident(self, key: int) -> bool:
         """Whether the key's bytes are in RAM: they were there from the start, or `wait` has returned them."""
