@@ -218,8 +218,8 @@ class Model:
             sampling: fields of `SamplingOptions`.
 
         Raises:
-            RequestError: an option, a message, or a conversation that does not fit the context. While the pieces
-                are read: there is no memory for the cache.
+            RequestError: an option, a message, or a conversation that does not fit the context; while the
+                pieces are read: there is no memory for the cache.
             BusyError: another answer of this model is still running; raised when the first piece is read.
         """
         call = _CallOptions(sampling, cancel, user, queue_s, on_prefill)

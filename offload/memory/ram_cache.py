@@ -86,9 +86,7 @@ class RamCache:
 
     def _take_over(self) -> None:
         self.rows = RamRows(self.ram, half_life=self._half_life)
-        self.residency: Residency = (
-            self.rows.residency
-        )  # once: each access to the property makes a new object
+        self.residency: Residency = self.rows.residency  # kept: each access makes a new object
         if self.store is None and self.residency.n_resident < self.ram.n_keys:
             raise ValueError(f"{self.residency.n_resident} of {self.ram.n_keys} experts, and no store")
 
