@@ -1,10 +1,13 @@
 """Where experts lie, what moves them, and what computes them.
 
-The tables name every move of an expert: from where, to where, when, what decides which experts move, and in
-which function. "-" stands for an expert that is dropped, because another tier holds it. The weakest experts
-are those with the least value per layer step until their layer's turn (`csrc/residency/residency.h`). In
-exclusive mode an expert lies in RAM or on the GPU, but not in both; otherwise, "inclusive", every expert lies
-in RAM. A cold expert lies on the drive only. `ring` and `cache` are parts of the GPU's slab.
+The tables name the moves of experts: from where, to where, when, what decides which experts move, and the
+function to read first. The bytes of a token's uploads are queued by `HostStep::queue_uploads`, those of a
+prompt's by `LayerUploads.upload`. Copies that place no expert are not listed: the split expert, which the GPU
+reads straight from RAM, the self-check, measurements. "-" stands for an expert that is dropped, because
+another tier holds it. The weakest experts have the least value divided by the layer steps until their layer
+runs again (`Residency::weakest` in `csrc/residency/residency.cpp`). In exclusive mode an expert lies in RAM
+or on the GPU, but not in both; otherwise, "inclusive", every expert lies in RAM. A cold expert lies on the
+drive only. `ring` and `cache` are parts of the GPU's slab.
 
 Loading:
 

@@ -1,4 +1,7 @@
-"""The table of experts in slots or rows, and the half-life of their scores."""
+"""The table of experts in slots or rows, and the half-life of their scores.
+
+The rule of eviction is `Residency::weakest` in `csrc/residency/residency.cpp`; docs/policy.md explains it.
+"""
 
 from __future__ import annotations
 

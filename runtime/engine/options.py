@@ -35,7 +35,8 @@ class LoadOptions:
         progress: called with ("backbone" | "memory" | "experts", bytes done, bytes in all).
         stores: folders, best on several drives, with copies of some or all shards (str or Path).
         verify_reads: compare every expert that is read with its checksum.
-        prefetch: read experts that the next layers are likely to need, while the drives are idle.
+        prefetch: fetch experts that the next layers are likely to need: on a CPU from idle drives, on a GPU
+            from RAM.
         statistics: choose the experts to keep at first by the routing of earlier runs, and learn from this
             run's; the statistics are in the user's data folder.
         record_trace: a file for the experts that were picked (str or Path).
