@@ -374,7 +374,7 @@ def road_gbps(experts: CpuExperts, seconds: float) -> float:
     weights = torch.full((1, k), 1 / k)
     nbytes, began_s = 0, time.perf_counter()
     for moe in itertools.cycle(range(len(config.moe_layers))):
-        cold = [e for e in range(n_experts) if not experts.cache.resident(moe * n_experts + e)]
+        cold = [e for e in range(n_experts) if not experts.cache.in_ram(moe * n_experts + e)]
         ids = torch.from_numpy(rng.choice(cold, k, replace=False)).reshape(1, k)
         experts.forward(config.moe_layers[moe], ids, weights, hidden)
         assert experts.last.cold == k

@@ -127,7 +127,7 @@ class CpuExperts:
 
     def placement(self) -> npt.NDArray[np.uint8]:
         """Where each expert lies: uint8 [L, E] of indices into `TIERS`."""
-        in_ram = [self.cache.resident(key) for key in range(self.cache.ram.n_keys)]
+        in_ram = [self.cache.in_ram(key) for key in range(self.cache.ram.n_keys)]
         tiers = np.where(in_ram, TIERS.index("RAM"), TIERS.index("drive")).astype(np.uint8)
         return tiers.reshape(-1, self.config.n_routed_experts)
 
@@ -228,7 +228,7 @@ class _Work:
         cache, keys, hidden = self.cache, self.keys, self.parts[0].hidden
         if self.prefetcher is not None:
             self.prefetcher.begin_layer(self.moe, self.chosen)
-        cold = [i for i, key in enumerate(keys) if not cache.resident(key)]
+        cold = [i for i, key in enumerate(keys) if not cache.in_ram(key)]
         self._demand(keys, len(cold))
         if not cache.complete:  # while the drive reads
             cache.update_values(keys)
@@ -296,7 +296,7 @@ class _Work:
 
         More reads would evict experts that were just used. Returns the `ahead` of the next call.
         """
-        cold = [not self.cache.resident(key) for key in self.keys[first:]]
+        cold = [not self.cache.in_ram(key) for key in self.keys[first:]]
         under_way = np.cumsum(cold)
         end = first + int(np.searchsorted(under_way, self.cache.reserve, side="right"))
         end = max(end, first + 1, ahead)

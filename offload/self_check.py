@@ -38,7 +38,7 @@ def check_expert_kernels(
     Raises:
         DeviceError: a kernel is wrong; the message has its name and the error.
     """
-    slot = gpu.staging(0)
+    slot = gpu.ring_slot(0)
     device.uploads.copy(gpu.slab[slot], ram.slab[0])
     device.uploads.record().synchronize()
     generator = torch.Generator().manual_seed(0)

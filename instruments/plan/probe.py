@@ -131,7 +131,7 @@ def _cold_layers(experts: CpuExperts) -> ColdSeconds:
         moe = int(generator.integers(len(config.moe_layers)))
         first = moe * config.n_routed_experts
         order = generator.permutation(config.n_routed_experts).tolist()
-        cold_first = sorted(order, key=lambda expert: experts.cache.resident(first + expert))
+        cold_first = sorted(order, key=lambda expert: experts.cache.in_ram(first + expert))
         all_cold, one = cold_first[:k], cold_first[k : k + 1]
         measured.append(
             (

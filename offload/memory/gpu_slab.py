@@ -1,7 +1,7 @@
 """Experts in GPU memory: one slab of slots.
 
 A slot holds one expert's bytes, as a row in RAM does. The first slots are a cache, whose `Residency` says
-which expert has which slot. The last `STAGING_SLOTS` are the ring that a prompt's uploads pass through.
+which expert has which slot. The last `RING_SLOTS` are the ring that a prompt's uploads pass through.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ log = logging.getLogger("moebox")
 
 UPLOAD_GROUP = 8
 """Experts that a prompt's layer uploads and computes together."""
-STAGING_SLOTS = 2 * UPLOAD_GROUP
+RING_SLOTS = 2 * UPLOAD_GROUP
 """Slots beside the cache: a ring of two groups."""
 SHRINK = 0.9
 """If memory does not suffice for n slots, `SHRINK * n` are tried next."""
@@ -35,7 +35,7 @@ class GpuSlab:
     Attributes:
         device: that has the slab.
         shape: of an expert, (H, I).
-        slab: uint8 [n_slots + STAGING_SLOTS, stride] on the device.
+        slab: uint8 [n_slots + RING_SLOTS, stride] on the device.
         stride: bytes from slot to slot.
         n_slots: slots of the cache.
         residency: of the cache; `reserve` slots of it are kept free for a decode step's uploads.
@@ -52,7 +52,7 @@ class GpuSlab:
         self.stride = row_stride(config)
         n_keys = config.n_keys
         self.slab = _allocate(device, n_slots, self.stride)
-        self.n_slots = len(self.slab) - STAGING_SLOTS
+        self.n_slots = len(self.slab) - RING_SLOTS
         reserve = min(config.num_experts_per_tok, self.n_slots // 2)
         self.residency = Residency(
             n_keys, self.n_slots, reserve, SCORE_HALF_LIFE_TOKENS, config.n_routed_experts
@@ -74,9 +74,9 @@ class GpuSlab:
             if key >= 0:
                 self.residency.release(int(key))
 
-    def staging(self, place: int) -> int:
+    def ring_slot(self, place: int) -> int:
         """The slot at a place in the ring; places go round."""
-        return self.n_slots + place % STAGING_SLOTS
+        return self.n_slots + place % RING_SLOTS
 
     def fill(self, ram: RamSlab, keys: Iterable[int]) -> None:
         """Upload experts from their rows in RAM into free slots of the cache, and wait for them."""
@@ -89,11 +89,11 @@ class GpuSlab:
         """GB/s of uploads from RAM, measured with one upload to each slot of the ring."""
         uploads = self.device.uploads
         begin = uploads.record()
-        for place in range(STAGING_SLOTS):
-            uploads.copy(self.slab[self.staging(place)], ram.slab[place % ram.n_rows])
+        for place in range(RING_SLOTS):
+            uploads.copy(self.slab[self.ring_slot(place)], ram.slab[place % ram.n_rows])
         end = uploads.record()
         end.synchronize()
-        return STAGING_SLOTS * self.stride / end.seconds_since(begin) / 1e9
+        return RING_SLOTS * self.stride / end.seconds_since(begin) / 1e9
 
 
 def spread_keys(layers: int, n_experts: int) -> list[int]:
@@ -106,11 +106,11 @@ def _allocate(device: Device, n_slots: int, stride: int) -> Tensor:
     wanted = n_slots
     while True:
         try:
-            slab = device.empty((n_slots + STAGING_SLOTS, stride), torch.uint8)
+            slab = device.empty((n_slots + RING_SLOTS, stride), torch.uint8)
         except torch.OutOfMemoryError:
             if not n_slots:
                 raise PlanError(
-                    f"no GPU memory for the {STAGING_SLOTS * stride} bytes that prefill stages experts in",
+                    f"no GPU memory for the {RING_SLOTS * stride} bytes that prefill stages experts in",
                     "Give a smaller context, free GPU memory, or use --device cpu.",
                 ) from None
             n_slots = min(int(n_slots * SHRINK), n_slots - 1)

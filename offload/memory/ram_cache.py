@@ -109,13 +109,13 @@ class RamCache:
         """The row that holds the key, or that it is being read into; -1 if it has none."""
         return self.residency.slot(key)
 
-    def resident(self, key: int) -> bool:
+    def in_ram(self, key: int) -> bool:
         """Whether the key's bytes are in RAM: they were there from the start, or `wait` has returned them."""
         return bool(self._table[key] >= 0)
 
     def ready(self, key: int) -> bool:
         """Whether `wait` will return at once."""
-        if self.resident(key):
+        if self.in_ram(key):
             return True
         ticket = self._tickets.get(key)
         return ticket is not None and self._disk().ready(ticket)
@@ -139,7 +139,7 @@ class RamCache:
         self._held.update(keys)
         missing = []
         for key in keys:
-            if self.resident(key):
+            if self.in_ram(key):
                 self.counts.hits += 1
             elif key in self._prefetching:
                 self._prefetching.discard(key)
@@ -159,7 +159,7 @@ class RamCache:
         Raises:
             CheckpointError: they could not be read; the key has no row then.
         """
-        if not self.resident(key):
+        if not self.in_ram(key):
             try:
                 self._disk().wait(self._tickets[key])
             except Exception:
@@ -185,7 +185,7 @@ class RamCache:
         if missing <= 0:
             return
         for key in self.rows.weakest(missing, list(self._prefetching)):
-            if self.resident(key) and key not in self._held:
+            if self.in_ram(key) and key not in self._held:
                 self.rows.drop(key)
 
     def prefetch(self, key: int) -> bool:

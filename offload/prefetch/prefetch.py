@@ -112,7 +112,7 @@ class Prefetcher:
         if moe == 0:
             self._begin_token()
         keys = [moe * self._n_experts + expert for expert in picks]
-        self._to_read += sum(not self._cache.resident(key) for key in keys)
+        self._to_read += sum(not self._cache.in_ram(key) for key in keys)
         if self._active:
             self._count_recall(moe, picks)
             if self._reading:

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from moebox.offload.device.base import CopyStream, Event
-from moebox.offload.memory.gpu_slab import STAGING_SLOTS, UPLOAD_GROUP, GpuSlab
+from moebox.offload.memory.gpu_slab import RING_SLOTS, UPLOAD_GROUP, GpuSlab
 from moebox.offload.memory.ram_slab import RamSlab
 
-RING_GROUPS = STAGING_SLOTS // UPLOAD_GROUP
+RING_GROUPS = RING_SLOTS // UPLOAD_GROUP
 CERTAIN = 4
 """Experts are uploaded ahead where a layer's experts get at least so many tokens in the mean."""
 
@@ -46,7 +46,7 @@ class Ring:
 
     def slot(self, turn: int, place: int) -> int:
         """The slot of a group's expert, by its place in the group."""
-        return self._gpu.staging(turn * UPLOAD_GROUP + place)
+        return self._gpu.ring_slot(turn * UPLOAD_GROUP + place)
 
     def read_until(self, turn: int, event: Event) -> None:
         """The GPU reads the group's slots until `event`."""
@@ -102,7 +102,7 @@ class NextLayerUploads:
         residency = self._gpu.residency
         missing = keys.start + np.nonzero(residency.table()[keys.start : keys.stop] < 0)[0]
         order = np.argsort(-residency.scores()[missing], kind="stable")
-        chosen: list[int] = missing[order[:STAGING_SLOTS]].tolist()
+        chosen: list[int] = missing[order[:RING_SLOTS]].tolist()
         return chosen
 
     def _upload(self, keys: list[int]) -> UploadedGroup:

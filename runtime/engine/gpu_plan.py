@@ -15,7 +15,7 @@ from moebox.config import ModelConfig
 from moebox.errors import PlanError
 from moebox.kernels.gpu.base import ROUND_PAIRS
 from moebox.offload.memory.cold_reader import least_rows, spare_rows
-from moebox.offload.memory.gpu_slab import STAGING_SLOTS
+from moebox.offload.memory.gpu_slab import RING_SLOTS
 from moebox.offload.memory.ram_slab import row_stride
 from moebox.runtime.engine.plan_parts import (
     BackbonePlan,
@@ -141,7 +141,7 @@ def _fixed_parts(config: ModelConfig, room: int, context: int | None) -> GpuPlan
         backbone_bytes=backbone_bytes,
         kv_bytes=kv_bytes,
         workspace_bytes=workspace_bytes(config, chunk, context),
-        staging_bytes=STAGING_SLOTS * row_stride(config),
+        staging_bytes=RING_SLOTS * row_stride(config),
         slots=0,
         ram_rows=0,
         exclusive=False,

@@ -97,7 +97,7 @@ def test_a_prompt_keeps_the_experts_that_score_most(whole, pool):
     for layer in (FIRST, FIRST + 1):
         experts.forward(layer, *chunk(60, torch.Generator().manual_seed(layer)))
     scores = experts.cache.residency.scores()
-    in_ram = {key for key in range(LAYERS * EXPERTS) if experts.cache.resident(key)}
+    in_ram = {key for key in range(LAYERS * EXPERTS) if experts.cache.in_ram(key)}
     assert len(in_ram) == 24 - TOP_K
     best = set(np.argsort(-scores)[: len(in_ram)].tolist())
     assert len(in_ram & best) >= 0.8 * len(best)
@@ -111,7 +111,7 @@ def test_a_read_error_ends_the_pass_and_nothing_else(whole, pool, count):
     for _ in range(3):
         given = chunk(count, generator)
         broken = {EXPERTS + int(expert) for expert in given[0].flatten()} - set(range(8))
-        store.broken = {key for key in broken if not experts.cache.resident(key)}
+        store.broken = {key for key in broken if not experts.cache.in_ram(key)}
         assert store.broken
         with pytest.raises(CheckpointError, match="broken"):
             experts.forward(FIRST + 1, *given)

@@ -55,7 +55,7 @@ def test_the_cpu_with_and_without_a_drive(tmp_path, share):
         for moe, layer in enumerate(config.moe_layers):
             ids = torch.rand(count, config.n_routed_experts, generator=generator).topk(top_k).indices
             used = [moe * config.n_routed_experts + int(expert) for expert in ids.unique()]
-            there = sum(experts.cache.resident(key) for key in used)
+            there = sum(experts.cache.in_ram(key) for key in used)
             if count == 1:
                 ram_hits, disk_hits = ram_hits + there, disk_hits + len(used) - there
             before = experts.traffic()

@@ -168,7 +168,7 @@ def test_a_layer_takes_the_planned_time_with_any_number_of_cold_picks(monkeypatc
 
 def layer_time(experts, drive: ClockedDrive, missing: int) -> float:
     """Seconds of a layer of which `missing` picks are on the disk."""
-    resident = [experts.cache.resident(key) for key in range(experts.config.n_routed_experts)]
+    resident = [experts.cache.in_ram(key) for key in range(experts.config.n_routed_experts)]
     order = sorted(range(len(resident)), key=lambda key: resident[key])
     ids = order[:missing] + order[len(order) - experts.config.num_experts_per_tok + missing :]
     began_s = drive.now_s

@@ -8,14 +8,14 @@ import torch
 from helpers.offload.tiers import EXPERTS, LAYERS, TOP_K, all_bytes, small_config
 from moebox.errors import PlanError
 from moebox.offload.device.stand_in import StandInDevice
-from moebox.offload.memory.gpu_slab import STAGING_SLOTS, GpuSlab, spread_keys
+from moebox.offload.memory.gpu_slab import RING_SLOTS, GpuSlab, spread_keys
 from moebox.offload.memory.ram_slab import RamSlab, row_stride
 
 
 def test_as_planned(caplog):
     with caplog.at_level(logging.WARNING, "moebox"):
         gpu = GpuSlab(small_config(), StandInDevice(), 30)
-    assert gpu.slab.shape == (30 + STAGING_SLOTS, gpu.stride)
+    assert gpu.slab.shape == (30 + RING_SLOTS, gpu.stride)
     assert (gpu.n_slots, gpu.n_cached) == (30, 30 - TOP_K)
     assert not caplog.records
 
@@ -29,7 +29,7 @@ def test_reserve_leaves_room_for_residents(slots, reserve):
 def test_shrinks_and_says_so_once(caplog):
     stride = row_stride(small_config())
     with caplog.at_level(logging.WARNING, "moebox"):
-        gpu = GpuSlab(small_config(), StandInDevice(vram_bytes=stride * (STAGING_SLOTS + 75)), 100)
+        gpu = GpuSlab(small_config(), StandInDevice(vram_bytes=stride * (RING_SLOTS + 75)), 100)
     assert gpu.n_slots == 72  # 100, 90, 81, 72
     assert gpu.residency.n_slots == 72
     (record,) = caplog.records
@@ -38,9 +38,9 @@ def test_shrinks_and_says_so_once(caplog):
 
 def test_shrinks_to_nothing_but_the_ring():
     stride = row_stride(small_config())
-    assert GpuSlab(small_config(), StandInDevice(vram_bytes=stride * STAGING_SLOTS), 50).n_slots == 0
+    assert GpuSlab(small_config(), StandInDevice(vram_bytes=stride * RING_SLOTS), 50).n_slots == 0
     with pytest.raises(PlanError, match="no GPU memory"):
-        GpuSlab(small_config(), StandInDevice(vram_bytes=stride * STAGING_SLOTS - 1), 50)
+        GpuSlab(small_config(), StandInDevice(vram_bytes=stride * RING_SLOTS - 1), 50)
 
 
 def test_fill_and_clear():
@@ -58,8 +58,8 @@ def test_fill_and_clear():
 
 def test_ring_comes_behind_the_cache():
     gpu = GpuSlab(small_config(), StandInDevice(), 3)
-    places = [gpu.staging(place) for place in range(2 * STAGING_SLOTS)]
-    assert places == [*range(3, 3 + STAGING_SLOTS)] * 2
+    places = [gpu.ring_slot(place) for place in range(2 * RING_SLOTS)]
+    assert places == [*range(3, 3 + RING_SLOTS)] * 2
 
 
 def test_keys_are_spread_over_the_layers():

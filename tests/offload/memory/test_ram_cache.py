@@ -44,7 +44,7 @@ def test_filled_in_the_order_given(store):
     cache = cache_of(store, 5, held=[9, 3, 40])
     assert [cache.row(key) for key in (9, 3, 40)] == [0, 1, 2]
     assert cache.n_free == 2
-    assert all(cache.resident(key) and holds(cache, key) for key in (9, 3, 40))
+    assert all(cache.in_ram(key) and holds(cache, key) for key in (9, 3, 40))
     assert store.reads == []
     assert cache.row(10) == -1
 
@@ -53,7 +53,7 @@ def test_a_miss_is_read_and_a_hit_is_not(store):
     cache = cache_of(store, 4, held=[1, 2])
     cache.demand(1, 7)
     assert store.reads == [7]
-    assert not cache.resident(7)
+    assert not cache.in_ram(7)
     assert cache.row(7) >= 0
     cache.wait(7)
     assert cache.ready(7)
@@ -70,12 +70,12 @@ def test_the_weakest_makes_room_but_not_an_expert_in_use(store):
     use(cache, 3)
     cache.demand(8)
     cache.wait(8)
-    assert [cache.resident(key) for key in (1, 2, 3, 8)] == [True, False, True, True]
+    assert [cache.in_ram(key) for key in (1, 2, 3, 8)] == [True, False, True, True]
     assert cache.ram.rows[2] == -1
     cache.done([1, 8])
     cache.demand(9, 10)
-    assert not cache.resident(1)
-    assert not cache.resident(8)
+    assert not cache.in_ram(1)
+    assert not cache.in_ram(8)
 
 
 def test_more_in_use_than_rows(store):
@@ -97,7 +97,7 @@ def test_trim_keeps_rows_free_and_new_experts_compete(store):
     cache.done([20, 21])
     cache.trim()
     assert cache.n_free == 2
-    assert [cache.resident(key) for key in (1, 2, 3, 4, 20, 21)] == [True] * 4 + [False] * 2
+    assert [cache.in_ram(key) for key in (1, 2, 3, 4, 20, 21)] == [True] * 4 + [False] * 2
 
 
 def test_all_in_ram_needs_neither_store_nor_reserve(whole):
@@ -118,10 +118,10 @@ def test_prefetches_take_free_rows_only(store):
     assert not cache.prefetch(9)
     assert not cache.prefetch(7)
     assert not cache.prefetch(1)
-    assert not cache.resident(7)
+    assert not cache.in_ram(7)
     cache.trim()
-    assert cache.resident(1)
-    assert cache.resident(2)
+    assert cache.in_ram(1)
+    assert cache.in_ram(2)
     cache.demand(9)  # not predicted: a resident is evicted, and no prefetch is cancelled
     assert cache.row(7) >= 0
     assert cache.row(8) >= 0
@@ -176,7 +176,7 @@ def test_a_read_that_fails_leaves_no_row(store):
         cache.wait(7)
     cache.abandon()
     assert store.under_way == []
-    assert [cache.resident(key) for key in (6, 7, 8)] == [True, False, False]
+    assert [cache.in_ram(key) for key in (6, 7, 8)] == [True, False, False]
     assert cache.n_free == 2
     store.broken = set()
     cache.demand(7, 8)
@@ -202,7 +202,7 @@ def test_an_interrupt_anywhere_leaves_nothing_that_is_wrong(store, monkeypatch, 
     assert store.under_way == []
     for _ in range(2):
         for key in (7, 8, 9):
-            assert not cache.resident(key) or holds(cache, key)
+            assert not cache.in_ram(key) or holds(cache, key)
             cache.demand(key)
             cache.wait(key)
             assert holds(cache, key)

@@ -100,7 +100,7 @@ def test_no_expert_is_evicted_for_a_prediction(whole):
     prefetcher, cache, store, _ = build(whole, {(0, 1): [0, 1, 2, 3]}, rows=33)
     layer(prefetcher, cache, 0, [0, 1, 2, 3])
     assert store.reads == keys(1, 0, 1, 2, 3)  # one row was free, and the others after the layer
-    assert all(cache.resident(key) for key in range(29))
+    assert all(cache.in_ram(key) for key in range(29))
     assert cache.n_free == 0
 
 
@@ -132,7 +132,7 @@ def test_a_layer_takes_rows_of_prefetches_before_those_of_residents(whole):
     prefetcher, cache, store, _ = build(whole, predictions, rows=36, reserve=0)
     layer(prefetcher, cache, 0, [0, 1, 2, 3])
     layer(prefetcher, cache, 1, [20, 21, 22])
-    assert all(cache.resident(key) for key in [*range(32), *keys(1, 20, 21, 22)])
+    assert all(cache.in_ram(key) for key in [*range(32), *keys(1, 20, 21, 22)])
     assert store.under_way == keys(2, 8)
 
 
@@ -178,7 +178,7 @@ def test_a_token_that_failed_does_not_change_the_counts_of_the_next(whole):
     prefetcher.begin_layer(1, [5, 3, 9, 1])
     report = prefetcher.report()
     assert (report.used, report.late) == (0, 0)
-    assert cache.resident(keys(1, 5)[0])
+    assert cache.in_ram(keys(1, 5)[0])
     assert report.recall[1] is None
 
 
@@ -230,7 +230,7 @@ def test_any_predictions_leave_rows_and_reads_right(whole, seed):
         for moe, picks in enumerate(routed[:broken_off]):
             layer(prefetcher, cache, moe, picks)
             for key in keys(moe, *picks):
-                if cache.resident(key):
+                if cache.in_ram(key):
                     nbytes = cache.ram.layout.nbytes
                     assert torch.equal(cache.ram.slab[cache.row(key), :nbytes], whole.slab[key, :nbytes])
         if broken_off < LAYERS:

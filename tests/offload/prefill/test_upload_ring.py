@@ -21,7 +21,7 @@ from helpers.offload.tiers import (
 )
 from moebox.errors import DeviceError
 from moebox.offload.device.stand_in import StandInDevice
-from moebox.offload.memory.gpu_slab import STAGING_SLOTS, UPLOAD_GROUP
+from moebox.offload.memory.gpu_slab import RING_SLOTS, UPLOAD_GROUP
 from moebox.offload.prefill.upload_ring import CERTAIN, Ring
 
 LAYERS = 4
@@ -74,7 +74,7 @@ def test_same_answers(oracle, slots, seed):
         check_places(tiers)
 
 
-@pytest.mark.parametrize(("n_tokens", "early"), [(MANY, STAGING_SLOTS), (MANY - 1, 0)])
+@pytest.mark.parametrize(("n_tokens", "early"), [(MANY, RING_SLOTS), (MANY - 1, 0)])
 def test_every_upload_ahead_counts_once(oracle, n_tokens, early):
     tiers = build(StandInDevice(max_delay_us=0), 0, **DEEP)
     every = (torch.arange(n_tokens)[:, None] + torch.arange(TOP_K)) % EXPERTS
@@ -115,8 +115,8 @@ def test_an_expert_without_tokens_is_wasted(oracle, slots):
         chunk = narrow_chunk(MANY, generator)
         assert_close(tiers.forward(layer, *chunk), oracle.forward(layer, *chunk))
     for record in all_records(tiers)[1:]:
-        assert record.early + record.wasted == STAGING_SLOTS
-        assert record.wasted >= STAGING_SLOTS - TOP_K
+        assert record.early + record.wasted == RING_SLOTS
+        assert record.wasted >= RING_SLOTS - TOP_K
     check_places(tiers)
 
 
@@ -132,7 +132,7 @@ def test_exclusive_tiers_upload_nothing_ahead(oracle):
 
 def test_the_highest_scores_are_uploaded_first():
     tiers = build(StandInDevice(max_delay_us=0), 0, **DEEP)
-    busy = [EXPERTS + expert for expert in range(31, 31 - STAGING_SLOTS, -1)]
+    busy = [EXPERTS + expert for expert in range(31, 31 - RING_SLOTS, -1)]
     tiers.gpu.residency.use(np.array(busy, np.int32), np.arange(len(busy), 0, -1, dtype=np.float32))
     tiers.forward(FIRST, *random_chunk(MANY, torch.Generator().manual_seed(6)))
     groups = tiers.prefill.next_layer.take()
@@ -162,10 +162,10 @@ def test_uploads_ahead_belong_to_the_layer_that_uses_them(oracle):
     assert_close(tiers.forward(FIRST + 1, *chunk), oracle.forward(FIRST + 1, *chunk))
     record = all_records(tiers)[1]
     assert (record.early, record.uploads, record.cpu) == (TOP_K, TOP_K, 0)
-    assert record.wasted == STAGING_SLOTS - TOP_K
+    assert record.wasted == RING_SLOTS - TOP_K
     assert record.upload_s == others[-1].end.seconds_since(group.begin) > 0
     assert record.floor_s > 0
-    assert record.pcie_gbps == pytest.approx(STAGING_SLOTS * record.expert_bytes / record.upload_s / 1e9)
+    assert record.pcie_gbps == pytest.approx(RING_SLOTS * record.expert_bytes / record.upload_s / 1e9)
 
 
 def forward_watched(tiers, n_tokens, layers, generator, make=random_chunk):
@@ -207,7 +207,7 @@ def test_a_prompt_that_ends_between_layers(oracle):
         chunk = random_chunk(MANY, generator)
         assert_close(tiers.forward(layer, *chunk), oracle.forward(layer, *chunk))
     records = all_records(tiers)
-    assert (records[2].layer, records[2].early, records[2].wasted) == (0, 0, STAGING_SLOTS)
+    assert (records[2].layer, records[2].early, records[2].wasted) == (0, 0, RING_SLOTS)
     check_places(tiers)
 
 
@@ -217,7 +217,7 @@ def test_other_experts_in_ram_after_a_prompt_that_ended_between_layers():
     forward_watched(tiers, MANY, 1, generator)
     ends = [group.end for group in tiers.prefill.next_layer._groups]
     tiers.synchronize()
-    assert len(ends) == STAGING_SLOTS // UPLOAD_GROUP
+    assert len(ends) == RING_SLOTS // UPLOAD_GROUP
     assert all(end.done() for end in ends)
     tiers.fill_synthetic(seed=1)
     assert not torch.equal(tiers.ram.slab[0, : tiers.config.expert_bytes], all_bytes(tiers.config)[0])

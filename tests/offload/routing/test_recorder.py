@@ -1,5 +1,6 @@
 """Recording: all layers of every token, once and in order; traces on disk, also where the drive is full."""
 
+import gc
 import logging
 import resource
 from multiprocessing import get_context
@@ -161,6 +162,7 @@ def test_the_partial_file_of_a_killed_process_is_not_used(tmp_path, picks):
 
 def record_on_a_small_drive(path, limit_bytes, results):
     """Record 300 tokens with a limit on the size of files; puts the log messages into `results`."""
+    gc.freeze()  # the parent's thread pools have no threads here: collecting one would wait for ever
     caught = []
     handler = logging.Handler()
     handler.emit = lambda record: caught.append(record.getMessage())

@@ -1,5 +1,6 @@
 """Router statistics: their counts, and their file after kills, full drives and damage."""
 
+import gc
 import logging
 import os
 import resource
@@ -163,6 +164,7 @@ def test_two_processes_that_run_at_once_lose_nothing(tmp_path):
 
 
 def save_again_and_again(folder, seed, saves):
+    gc.freeze()  # the parent's thread pools have no threads here: collecting one would wait for ever
     statistics = RouterStatistics.open(MODEL, folder)
     ids = picks(10, seed)
     for _ in range(saves):
@@ -298,6 +300,7 @@ def test_statistics_of_another_model_are_set_aside(fresh, tmp_path, caplog):
 
 def run_with_a_full_drive(folder, results):
     """Save once, three times on a full drive, and once after that; puts the file's tokens into `results`."""
+    gc.freeze()  # the parent's thread pools have no threads here: collecting one would wait for ever
     caught = []
     handler = logging.Handler()
     handler.emit = lambda record: caught.append(record.getMessage())

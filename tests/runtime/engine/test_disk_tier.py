@@ -176,7 +176,7 @@ def test_routing_is_learned_and_recorded(in_ram, folder, tmp_path, monkeypatch):
         assert statistics.tokens == seen
         rows = model.engine.plan.rows - experts.cache.reserve
         hottest = statistics.order()[:rows]
-        assert all(experts.cache.resident(key) for key in hottest)
+        assert all(experts.cache.in_ram(key) for key in hottest)
         assert model.generate(QUESTION, max_tokens=8, temperature=0.0).tokens == answer.tokens
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from moebox.config import parse_config
 from moebox.errors import PlanError
-from moebox.offload.memory.gpu_slab import STAGING_SLOTS
+from moebox.offload.memory.gpu_slab import RING_SLOTS
 from moebox.offload.memory.ram_slab import row_stride
 from moebox.offload.routing.identity import ModelIdentity
 from moebox.offload.routing.statistics import RouterStatistics
@@ -70,7 +70,7 @@ def test_budget_below_what_is_free():
     wanted = least_vram_bytes(TINY, 100) + 5 * row_stride(TINY)
     made = plan(TINY, vram=wanted, context=100)
     assert made.slots == 5
-    assert made.staging_bytes == STAGING_SLOTS * row_stride(TINY)
+    assert made.staging_bytes == RING_SLOTS * row_stride(TINY)
 
 
 def test_all_experts_fit_the_gpu():
