@@ -10,7 +10,7 @@ from moebox.option_fields import option, same_option
 from moebox.runtime.engine.options import LoadOptions
 
 if TYPE_CHECKING:
-    from moebox.instruments.measure.random_model import Shape
+    from moebox.quantize.synth import Shape
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ a trace (`offload/routing/trace.py`). The shapes are those of `moebox synth`.
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
 from accelerate import init_empty_weights
@@ -19,13 +18,12 @@ from moebox.kernels import cpu
 from moebox.offload.cpu_experts import CpuExperts
 from moebox.offload.memory.ram_cache import RamCache
 from moebox.offload.memory.ram_slab import RamSlab
+from moebox.quantize.synth import Shape
 from moebox.quantize.synth.shapes import synth_config
 from moebox.runtime.model.base import Processor
 from moebox.runtime.model.compute import CPU
 from moebox.runtime.model.kimi_k2 import KimiK2
 from moebox.runtime.model.precision import keeps_fp32
-
-Shape = Literal["kimi-k2", "tiny"]
 
 BLOCK = (1 << 22) - 3
 """Random elements that a large matrix repeats; no power of two, as widths often are, so that rows differ."""

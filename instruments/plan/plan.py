@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING
 
 from moebox.config import load_config, parse_config
 from moebox.errors import PlanError, RequestError
-from moebox.instruments.measure.random_model import Shape, shape_config
+from moebox.instruments.measure.random_model import shape_config
 from moebox.instruments.plan.box import BoxOptions, find_box
 from moebox.instruments.plan.hits import find_hit_predictor
 from moebox.instruments.plan.placement import cpu_placement, gpu_placement
 from moebox.instruments.plan.report import Plan, PlannedModel, plan_on, predict
 from moebox.instruments.plan.text import plan_line
 from moebox.instruments.plan.what_if import changes
+from moebox.quantize.synth import Shape
 from moebox.runtime.engine.cpu_plan import CpuPlan
 from moebox.runtime.model.precision import check_precision
 from moebox.units import GIGA

@@ -40,7 +40,8 @@ class CpuBatches:
 
     def begin(self, first: int, n: int) -> float:
         """Start on the n experts from number `first` on; returns the seconds that this should take."""
-        assert self._running is None
+        if self._running is not None:
+            raise RuntimeError("the batch before is not finished")
         self._batch = slice(first, first + n)
         self._running = self._thread.submit(self._compute, first, first + n)
         self.n_experts += n
